@@ -1,0 +1,11 @@
+"""Torch-TensorRT converters for ``cp::*`` operators: one table.
+
+Imported as ``cp_convert.converters``. Every collective becomes exactly one
+``IDistCollectiveLayer`` whose group and size come from the operator, never from the environment;
+``cp::shard`` has become a slice before conversion (:func:`cp_convert.engine.lower.specialise`).
+"""
+
+from .register import register
+from .workarounds import WORKAROUNDS, Workaround, active
+
+__all__ = ["WORKAROUNDS", "Workaround", "active", "register"]

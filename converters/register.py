@@ -1,0 +1,132 @@
+"""The lowerings, and their registration with Torch-TensorRT."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ..engine.runtime import (
+    ConversionContext,
+    ConverterPriority,
+    SourceIR,
+    dynamo_tensorrt_converter,
+    get_trt_tensor,
+    impl,
+    trt,
+)
+from ..mesh import split_groups
+from .workarounds import Workaround
+
+Tensor = trt.ITensor
+Lowering = Callable[..., Tensor]
+
+
+def register(workarounds: Mapping[str, Workaround]) -> None:
+    """Make the table known to Torch-TensorRT; registering again replaces what was there.
+
+    Args:
+        workarounds: by operator, see :func:`.workarounds.active`.
+    """
+    for operator in ("all_gather", "all_to_all", "broadcast", "attention"):
+        row = workarounds.get(operator)
+        lowering = LOWERINGS[row.instead if row else operator]
+        dynamo_tensorrt_converter(
+            getattr(torch.ops.cp, operator).default, priority=ConverterPriority.HIGH
+        )(partial(_convert, lowering))
+
+
+def _convert(
+    lowering: Lowering,
+    ctx: ConversionContext,
+    target: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    name: str,
+) -> Tensor:
+    named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
+    return lowering(ctx, name, **{**named, **kwargs})
+
+
+def _all_gather(
+    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
+) -> Tensor:
+    return _collective(ctx, name, x, trt.CollectiveOperation.ALL_GATHER, groups, size)
+
+
+def _all_gather_by_all_to_all(
+    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
+) -> Tensor:
+    """Every slot of the exchange holds the same block, so every rank receives every block."""
+    block = get_trt_tensor(ctx, x, f"{name}_block")
+    slots = ctx.net.add_concatenation([block] * size)
+    slots.axis = 0
+    slots.name = f"{name}_slots"
+    exchanged = slots.get_output(0)
+    return _collective(ctx, name, exchanged, trt.CollectiveOperation.ALL_TO_ALL, groups, size)
+
+
+def _all_to_all(
+    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
+) -> Tensor:
+    return _collective(ctx, name, x, trt.CollectiveOperation.ALL_TO_ALL, groups, size)
+
+
+def _broadcast(
+    ctx: ConversionContext, name: str, x: Any, root: int, groups: Sequence[int], size: int
+) -> Tensor:
+    kind = trt.CollectiveOperation.BROADCAST
+    return _collective(ctx, name, x, kind, groups, size, root=root)
+
+
+def _collective(
+    ctx: ConversionContext,
+    name: str,
+    x: Any,
+    kind: trt.CollectiveOperation,
+    groups: Sequence[int],
+    size: int,
+    *,
+    root: int = -1,
+) -> Tensor:
+    """One ``IDistCollectiveLayer`` (TensorRT documentation, *IDistCollectiveLayer*).
+
+    The layer's parameters do not read back from a finished network, so they are written into
+    its metadata as JSON as well; :func:`cp_convert.engine.build.collectives_of` reads them.
+    """
+    tensor = get_trt_tensor(ctx, x, f"{name}_input")
+    members = split_groups(groups, size)
+    assert len(members) == 1, "a rank's program names its own group only"
+    # TensorRT means all ranks by an empty array, and releases differ in what a full one does.
+    group = np.array([] if _is_everyone(members[0]) else members[0], dtype=np.int64)
+    layer = ctx.net.add_dist_collective(tensor, kind, trt.ReduceOperation.NONE, root, group)
+    assert layer is not None, f"TensorRT refused a {kind.name} of shape {tensor.shape}"
+    layer.num_ranks = size
+    layer.name = f"{kind.name.lower()} {name}"
+    layer.metadata = json.dumps({"kind": kind.name, "root": root, "group": list(members[0])})
+    return layer.get_output(0)
+
+
+def _is_everyone(group: Sequence[int]) -> bool:
+    return list(group) == list(range(len(group)))
+
+
+def _attention(ctx: ConversionContext, name: str, **arguments: Any) -> Tensor:
+    """Torch-TensorRT's own lowering of scaled_dot_product_attention: an ``IAttention``."""
+    target = torch.ops.aten.scaled_dot_product_attention.default
+    return impl.attention.scaled_dot_product_attention(
+        ctx, target, SourceIR.ATEN, name, **arguments
+    )
+
+
+LOWERINGS: Final[Mapping[str, Lowering]] = {
+    "all_gather": _all_gather,
+    "all_gather_by_all_to_all": _all_gather_by_all_to_all,
+    "all_to_all": _all_to_all,
+    "broadcast": _broadcast,
+    "attention": _attention,
+}

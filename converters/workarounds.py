@@ -1,0 +1,55 @@
+"""Known defects of TensorRT releases and the equivalent that works, in one table. No tensorrt.
+
+A row applies where the backend's version lies in its range; the first row wins. Manifests list
+the rows that were used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+
+@dataclass(frozen=True)
+class Workaround:
+    """An operator that is lowered differently on some releases.
+
+    Attributes:
+        backend: the backend's name.
+        versions: the releases that have the defect.
+        operator: the ``cp::`` operator's name.
+        instead: name of the lowering to use, a key of ``register.LOWERINGS``.
+        reason: what goes wrong otherwise.
+    """
+
+    backend: str
+    versions: str
+    operator: str
+    instead: str
+    reason: str
+
+
+WORKAROUNDS: Final = (
+    Workaround(
+        backend="tensorrt-rtx",
+        versions=">=1.6,<1.7",
+        operator="all_gather",
+        instead="all_gather_by_all_to_all",
+        reason="an ALL_GATHER whose output reaches an attention layer fails at build ('AllGather "
+        "requires world_size (> 1) to be set for shape inference'); sending the same block to "
+        "every rank by ALL_TO_ALL moves the same bytes",
+    ),
+)
+
+
+def active(backend: str, version: str) -> dict[str, Workaround]:
+    """The workarounds for one backend release, by operator."""
+    release = Version(version)
+    found: dict[str, Workaround] = {}
+    for row in WORKAROUNDS:
+        if row.backend == backend and SpecifierSet(row.versions).contains(release):
+            found.setdefault(row.operator, row)
+    return found

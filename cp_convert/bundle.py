@@ -1,0 +1,225 @@
+"""Writing, reading and checking a bundle. No torch, no tensorrt.
+
+A bundle is a folder with ``manifest.json`` and ``rank{r}.engine`` files. It is put together in a
+hidden sibling folder and renamed into place when it is whole, so that a crash at any moment
+leaves either no bundle or a whole one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import psutil
+
+from . import manifest as manifests
+from .errors import DamagedBundle, OutputError
+from .manifest import Manifest
+
+MANIFEST: Final = "manifest.json"
+_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that ``verify`` looked at.
+
+    Attributes:
+        subject: what was checked, such as ``rank0.engine``.
+        problem: what is wrong with it, or ``None``.
+    """
+
+    subject: str
+    problem: str | None
+
+
+def engine_name(rank: int) -> str:
+    """The file name of a rank's engine."""
+    return f"rank{rank}.engine"
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refuse, before any work is done, a target that could not be written in the end.
+
+    Raises:
+        OutputError: ``out`` exists and may not be replaced, or its parent cannot be written.
+    """
+    if out.exists() or out.is_symlink():
+        if not out.is_dir():
+            raise OutputError(f"{out} exists and is not a folder.", hint="choose another --out.")
+        holds_bundle = (out / MANIFEST).is_file()
+        if any(out.iterdir()) and not holds_bundle:
+            raise OutputError(
+                f"{out} exists and holds something other than a bundle; it is not replaced.",
+                hint="choose another --out, or empty the folder yourself.",
+            )
+        if holds_bundle and not force:
+            raise OutputError(
+                f"{out} already holds a bundle.", hint="--force replaces it; --out writes elsewhere."
+            )
+    parent = _existing_parent(out)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"the folder {parent} is not writable.", hint="choose another --out.")
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse when ``needed`` bytes do not fit on the target's file system.
+
+    Raises:
+        OutputError: not enough free space.
+    """
+    parent = _existing_parent(out)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OutputError(
+            f"{parent} has {free / 1e9:.1f} GB free; the engines need about {needed / 1e9:.1f} GB.",
+            hint="choose another --out, a smaller --world, or free some space.",
+        )
+
+
+def _existing_parent(out: Path) -> Path:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A folder in which to put the bundle together; :func:`publish` moves it to ``out``.
+
+    Whatever is left in the folder when the block ends is removed.
+
+    Raises:
+        OutputError: the disk is full, or the folder cannot be written.
+    """
+    out = out.absolute()
+    prefix = f".{out.name}.partial-"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out.parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
+    except OSError as error:
+        raise _output_error(error, out.parent) from error
+    try:
+        yield folder
+    except OSError as error:
+        raise _output_error(error, out) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path, prefix: str) -> None:
+    """Remove what conversions that were killed have left behind."""
+    for stale in parent.glob(f"{prefix}*"):
+        owner = re.match(r"\d+", stale.name.removeprefix(prefix))
+        if owner and not psutil.pid_exists(int(owner.group())):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _output_error(error: OSError, path: Path) -> OutputError:
+    hints = {
+        errno.ENOSPC: "the disk is full: free some space, or choose another --out.",
+        errno.EDQUOT: "your quota is used up: free some space, or choose another --out.",
+    }
+    return OutputError(
+        f"{error.filename or path}: {error.strerror or error}. Nothing was left behind.",
+        hint=hints.get(error.errno or 0, "choose another --out."),
+    )
+
+
+def publish(folder: Path, out: Path, manifest: Manifest) -> None:
+    """Write the manifest into ``folder`` and move the whole to ``out``.
+
+    An existing bundle at ``out`` is moved aside first and deleted last.
+    """
+    out = out.absolute()
+    path = folder / MANIFEST
+    with path.open("wb") as file:
+        file.write(manifests.encode(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    folder.chmod(0o755)
+    _sync_folder(folder)
+    if not out.exists():
+        folder.rename(out)
+    else:
+        old = folder.with_name(folder.name + "-old")
+        out.rename(old)
+        folder.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_folder(out.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> tuple[Manifest, Path]:
+    """The manifest of the bundle at ``path`` (its folder or its manifest), and the folder.
+
+    Raises:
+        DamagedBundle: there is no manifest, or it does not follow the schema.
+    """
+    file = path / MANIFEST if path.is_dir() else path
+    try:
+        return manifests.decode(file.read_bytes()), file.parent
+    except OSError as error:
+        raise DamagedBundle(
+            f"{file} cannot be read: {error.strerror}.",
+            hint="name a folder that cp-convert wrote, or the manifest.json inside it.",
+        ) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise DamagedBundle(f"{file} is not a valid manifest: {error}") from error
+
+
+def verify(path: Path) -> Iterator[Check]:
+    """Check every file of the bundle against its manifest, one :class:`Check` each.
+
+    Raises:
+        DamagedBundle: the manifest itself cannot be read.
+    """
+    manifest, folder = read(path)
+    yield Check(MANIFEST, None)
+    ranks = [engine.rank for engine in manifest.engines]
+    expected = list(range(manifest.world))
+    problem = None if ranks == expected else f"lists ranks {ranks}, expected {expected}"
+    yield Check("ranks", problem)
+    for engine in manifest.engines:
+        yield Check(engine.file, _engine_problem(folder / engine.file, engine))
+
+
+def _engine_problem(path: Path, engine: manifests.Engine) -> str | None:
+    if not path.is_file():
+        return "missing"
+    size = path.stat().st_size
+    if size != engine.bytes:
+        return f"{size} bytes, expected {engine.bytes}"
+    if sha256(path) != engine.sha256:
+        return "SHA-256 differs from the manifest's"
+    return None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()

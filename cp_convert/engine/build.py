@@ -1,0 +1,221 @@
+"""One rank's program to one TensorRT engine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..backends import Backend
+from ..converters import active, register
+from ..errors import BackendMissing, BuildFailed
+from ..program import Lowered
+from .offline import has_driver
+from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
+
+
+@dataclass(frozen=True)
+class NetworkCollective:
+    """One ``IDistCollectiveLayer`` as it stands in a network.
+
+    Attributes:
+        name: the layer's.
+        kind: name of the ``CollectiveOperation``.
+        root: the root rank, or -1.
+        group: the ranks that take part.
+        payload: bytes of the input tensor on one rank.
+    """
+
+    name: str
+    kind: str
+    root: int
+    group: tuple[int, ...]
+    payload: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine that was written.
+
+    Attributes:
+        rank: whose it is.
+        path: the file.
+        size: in bytes.
+        sha256: of the file.
+        collectives: what its network communicates.
+    """
+
+    rank: int
+    path: Path
+    size: int
+    sha256: str
+    collectives: tuple[NetworkCollective, ...]
+
+
+def prepare(backend: Backend) -> list[str]:
+    """Register the converters for ``backend``; returns the reasons of the workarounds in use.
+
+    Raises:
+        BackendMissing: the backend needs a GPU and there is none.
+    """
+    if backend.needs_gpu and not has_driver():
+        raise BackendMissing(
+            f"the {backend.name} backend builds for the GPU it runs on, and there is none here.",
+            hint="run on a machine with the target GPU, or use --backend tensorrt-rtx.",
+        )
+    assert is_rtx() == (backend.name == "tensorrt-rtx")
+    workarounds = active(backend.name, backend.version)
+    register(workarounds)
+    return [f"{row.operator} as {row.instead}: {row.reason}" for row in workarounds.values()]
+
+
+def network_of(program: Lowered) -> TRTInterpreter:
+    """The TensorRT network of one rank's program, held by the interpreter that made it.
+
+    Raises:
+        BuildFailed: a converter or TensorRT refused a layer.
+    """
+    embedded = _with_parameters(program)
+    with _last_error() as errors, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        interpreter = TRTInterpreter(
+            embedded,
+            [_input_spec(b.dtype, b.shape) for b in program.inputs],
+            output_dtypes=[_plain(b.dtype) for b in program.outputs],
+            compilation_settings=settings(),
+            input_binding_names=[b.name for b in program.inputs],
+            output_binding_names=[b.name for b in program.outputs],
+        )
+        try:
+            interpreter._construct_trt_network_def()
+        # Converters signal a refused layer by whatever the attribute access on None raises.
+        except Exception as error:
+            raise BuildFailed(
+                f"the network could not be made: {type(error).__name__}: {error}"
+                + _quoted(errors),
+                where=str(interpreter._cur_node_name),
+            ) from error
+    return interpreter
+
+
+def build(program: Lowered, rank: int, path: Path, targets: Sequence[str]) -> Engine:
+    """Build ``program`` and write the engine to ``path``.
+
+    Args:
+        program: of this rank, see :func:`.lower.specialise`.
+        rank: for the report.
+        path: where to write.
+        targets: compute capabilities such as ``"8.9"``; empty for the backend's own choice.
+
+    Raises:
+        BuildFailed: TensorRT returned no engine.
+    """
+    interpreter = network_of(program)
+    config = interpreter._populate_trt_builder_config()
+    _set_targets(config, targets)
+    with _last_error() as errors:
+        plan = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
+    if plan is None:
+        raise BuildFailed(f"no engine for rank {rank}.{_quoted(errors)}")
+    with path.open("wb") as file:
+        file.write(plan)
+    return Engine(
+        rank=rank,
+        path=path,
+        size=plan.nbytes,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        collectives=tuple(collectives_of(interpreter.ctx.net)),
+    )
+
+
+def _with_parameters(program: Lowered) -> fx.GraphModule:
+    """Parameters as attributes, which Torch-TensorRT turns into constants."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph_module.graph, {}))
+    module = fx.GraphModule(program.graph_module, graph)
+    for node in list(graph.find_nodes(op="placeholder")):
+        if node.name in program.state:
+            name = f"_parameter_{node.name}"
+            module.register_parameter(
+                name, torch.nn.Parameter(program.state[node.name].detach(), requires_grad=False)
+            )
+            with graph.inserting_before(node):
+                attribute = graph.get_attr(name)
+            attribute.meta = dict(node.meta)
+            node.replace_all_uses_with(attribute)
+            graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _plain(dtype: torch.dtype) -> torch.dtype:
+    """TensorRT has no float64; see ``truncate_double``."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _input_spec(dtype: torch.dtype, shape: Sequence[int]) -> Any:
+    # An expanded tensor: Input would otherwise allocate and fill a sample of the full shape.
+    sample = torch.zeros((), dtype=_plain(dtype)).expand(tuple(shape))
+    return Input(shape=tuple(shape), dtype=_plain(dtype), torch_tensor=sample)
+
+
+def _set_targets(config: Any, targets: Sequence[str]) -> None:
+    if not targets:
+        return
+    config.num_compute_capabilities = len(targets)
+    for index, target in enumerate(targets):
+        capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}")
+        if not config.set_compute_capability(capability, index):
+            raise BuildFailed(f"TensorRT does not accept the compute capability {target}.")
+
+
+def collectives_of(network: Any) -> Iterator[NetworkCollective]:
+    """Every ``IDistCollectiveLayer`` of a network, in order."""
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        if layer.type == trt.LayerType.DIST_COLLECTIVE:
+            told: Mapping[str, Any] = json.loads(layer.metadata)
+            tensor = layer.get_input(0)
+            yield NetworkCollective(
+                name=layer.name,
+                kind=told["kind"],
+                root=told["root"],
+                group=tuple(told["group"]),
+                payload=trt.volume(tensor.shape) * tensor.dtype.itemsize,
+            )
+
+
+class _Errors(logging.Handler):
+    """Remembers what TensorRT complained about."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the message."""
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def _last_error() -> Iterator[list[str]]:
+    handler = _Errors()
+    propagate, TENSORRT_LOG.propagate = TENSORRT_LOG.propagate, False
+    TENSORRT_LOG.addHandler(handler)
+    try:
+        yield handler.messages
+    finally:
+        TENSORRT_LOG.removeHandler(handler)
+        TENSORRT_LOG.propagate = propagate
+
+
+def _quoted(errors: Sequence[str]) -> str:
+    return f' TensorRT said: "{errors[-1]}"' if errors else ""

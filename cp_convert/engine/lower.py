@@ -1,0 +1,135 @@
+"""A program in TensorRT's operators, once for all ranks; then each rank's own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from .. import ops
+from ..errors import CannotLower
+from ..mesh import split_groups
+from ..program import Binding, Lowered, Program, module_path, source_line, state_of, tensor_of
+from .runtime import DYNAMO_CONVERTERS, exclude_from_folding, get_decompositions, post_lowering, settings
+
+_SHARD = torch.ops.cp.shard.default
+
+
+def lower(program: Program) -> Lowered:
+    """Decompose ``program`` and apply Torch-TensorRT's lowering passes; still SPMD.
+
+    Parameters stay placeholders, so that they are neither copied nor folded; buffers and
+    constants become attributes, which Torch-TensorRT may fold.
+
+    Raises:
+        CannotLower: an operator has no converter.
+    """
+    with _quiet():
+        exported = program.exported.run_decompositions(get_decompositions())
+        signature = exported.graph_signature
+        state = state_of(exported)
+        graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+        inputs = {binding.node for binding in program.inputs}
+        for node in list(graph_module.graph.find_nodes(op="placeholder")):
+            if node.name in inputs or node.name in signature.inputs_to_parameters:
+                continue
+            if node.name in state:
+                _as_attribute(graph_module, node, state[node.name])
+            else:
+                graph_module.graph.erase_node(node)
+        for node in graph_module.graph.nodes:
+            if node.target is _SHARD or node.target in ops.COLLECTIVES:
+                exclude_from_folding(node)
+        graph_module.recompile()
+        graph_module = post_lowering(graph_module, settings())
+    parameters = {n: state[n] for n in signature.inputs_to_parameters}
+    lowered = Lowered(graph_module, parameters, program.inputs, _outputs(program, graph_module))
+    _check_converters(lowered)
+    return lowered
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _as_attribute(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    name = f"_{node.name}"
+    graph_module.register_buffer(name, value.detach(), persistent=False)
+    with graph_module.graph.inserting_before(node):
+        attribute = graph_module.graph.get_attr(name)
+    attribute.meta = dict(node.meta)
+    node.replace_all_uses_with(attribute)
+    graph_module.graph.erase_node(node)
+
+
+def _outputs(program: Program, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
+    """Rename the returned nodes in the bindings, and return tensors only."""
+    node = graph_module.graph.output_node()
+    returned = [value for value in node.args[0] if isinstance(value, fx.Node)]
+    node.args = (tuple(returned),)
+    graph_module.recompile()
+    return tuple(
+        replace(binding, node=value.name)
+        for binding, value in zip(program.outputs, returned, strict=True)
+    )
+
+
+def _check_converters(lowered: Lowered) -> None:
+    for node in lowered.graph_module.graph.nodes:
+        if node.op != "call_function" or node.target is _SHARD:
+            continue
+        if DYNAMO_CONVERTERS.get(node) is None:
+            raise CannotLower(
+                f"TensorRT has no converter for {node.target}"
+                f"({', '.join(_shape(n) for n in node.all_input_nodes)}).",
+                where=f"{module_path(node)} ({source_line(node) or 'source unknown'})",
+                hint="replace the operation in the model, or move it out of forward.",
+            )
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else str(node)
+
+
+def specialise(lowered: Lowered, rank: int) -> Lowered:
+    """The program of one rank: shards become slices, and collectives name the rank's own group.
+
+    ``lowered`` stays as it is; parameters are shared.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(lowered.graph_module.graph, {}))
+    for node in list(graph.nodes):
+        if node.target is _SHARD:
+            _slice(node, rank)
+        elif node.target in ops.COLLECTIVES:
+            *rest, flat, size = node.args
+            node.args = (*rest, list(_own_group(flat, size, rank)), size)
+    graph.lint()
+    return Lowered(
+        fx.GraphModule(lowered.graph_module, graph),
+        lowered.state,
+        lowered.inputs,
+        lowered.outputs,
+    )
+
+
+def _slice(node: fx.Node, rank: int) -> None:
+    x, dim, flat, size = node.args
+    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    length = tensor_of(node).shape[dim]
+    start = _own_group(flat, size, rank).index(rank) * length
+    node.target = torch.ops.aten.slice.Tensor
+    node.args = (x, dim, start, start + length)
+
+
+def _own_group(flat: object, size: object, rank: int) -> tuple[int, ...]:
+    assert isinstance(flat, Sequence) and isinstance(size, int)
+    return next(group for group in split_groups(list(flat), size) if rank in group)

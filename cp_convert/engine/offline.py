@@ -1,0 +1,41 @@
+"""``torch_tensorrt`` on a machine without an NVIDIA driver.
+
+Importing it asks the driver for the current device and its compute capability, although building
+for TensorRT-RTX needs neither: the targets are named in the builder's configuration. Without a
+driver the two questions are answered here, for the duration of a ``with`` block only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+
+_CAPABILITY: Final = (8, 9)
+
+
+def has_driver() -> bool:
+    """Whether this machine has a usable NVIDIA GPU."""
+    return torch.cuda.is_available()
+
+
+@contextmanager
+def driverless() -> Iterator[None]:
+    """Answer for the missing driver: device 0, of compute capability 8.9."""
+    if has_driver():
+        yield
+        return
+    answers: dict[str, Any] = {
+        "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: _CAPABILITY,
+    }
+    asked = {name: getattr(torch.cuda, name) for name in answers}
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    try:
+        yield
+    finally:
+        for name, original in asked.items():
+            setattr(torch.cuda, name, original)

@@ -1,0 +1,77 @@
+"""What the user asked for, frozen and checked. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from .errors import UsageError
+
+STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses")
+PRECISIONS: Final = ("fp16", "bf16", "fp32")
+BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion.
+
+    Attributes:
+        model: path of the Python file that defines the model.
+        strategy: one of :data:`STRATEGY_NAMES`.
+        world: the world size, at least 1.
+        out: directory of the bundle.
+        precision: floating-point type of parameters and floating inputs.
+        backend: one of :data:`BACKEND_NAMES`.
+        weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
+        compute_capabilities: RTX targets such as ``"8.9"``; empty means the backend's default.
+        proof: whether the conversion is proven.
+        rtol: replaces the proof's own bound on the relative error.
+        force: replace an existing bundle.
+        command: the command line, as recorded in the manifest.
+    """
+
+    model: Path
+    strategy: str
+    world: int
+    out: Path
+    precision: str = "fp16"
+    backend: str = "auto"
+    weights: Path | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    proof: bool = True
+    rtol: float | None = None
+    force: bool = False
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, STRATEGY_NAMES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _one_of("backend", self.backend, BACKEND_NAMES)
+        if self.world < 1:
+            raise UsageError(
+                f"--world {self.world}: a world has at least one rank.",
+                hint="--world 1 builds one plain engine; 2 and more distribute the attention.",
+            )
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise UsageError(
+                f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
+                hint="leave it out to use the bound derived from the precision.",
+            )
+        if not self.model.is_file():
+            raise UsageError(
+                f"there is no file {self.model}.",
+                hint="name a Python file that defines build_model() and example_inputs(); "
+                "examples/flux.py is one.",
+            )
+
+    @property
+    def name(self) -> str:
+        """The model's name: its file's stem."""
+        return self.model.stem
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"--{option} {value}: not one of {', '.join(known)}.")

@@ -1,0 +1,199 @@
+"""The manifest: what a bundle holds and how it came to be. No torch, no tensorrt.
+
+The structs below are the schema; ``manifest.schema.json`` beside this file is generated from
+them (``python -m cp_convert.manifest``) and published with the package. Decoding is strict:
+unknown fields, wrong types and missing fields are errors. Sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+SCHEMA_VERSION: Final = 1
+SCHEMA_ID: Final = "urn:cp-convert:manifest:1"
+SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
+
+
+class _Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Common options of every part of the manifest."""
+
+
+class Tool(_Struct):
+    """The program that wrote the manifest."""
+
+    name: str
+    version: str
+
+
+class Model(_Struct):
+    """The model that was converted."""
+
+    name: str
+    source: str
+    source_sha256: Sha256
+    parameters: Count
+    weights: str | None
+
+
+class Backend(_Struct):
+    """The TensorRT that built the engines, and what was worked around in it."""
+
+    name: Literal["tensorrt-rtx", "tensorrt"]
+    version: str
+    compute_capabilities: list[str]
+    workarounds: list[str]
+
+
+class Io(_Struct):
+    """One binding of every engine; all ranks have the same."""
+
+    name: str
+    mode: Literal["input", "output"]
+    dtype: str
+    shape: list[Count]
+
+
+class Frozen(_Struct):
+    """An argument of ``forward`` that is no tensor and is therefore part of the engine."""
+
+    name: str
+    value: str
+
+
+class PlanEntry(_Struct):
+    """One split or gather, as it was met while tracing."""
+
+    kind: Literal["split", "gather"]
+    module: str
+    tensor: str
+    dim: int
+    applied: bool
+    reason: str | None
+    global_size: Count | None
+    local_size: Count | None
+
+
+class Attention(_Struct):
+    """One scaled_dot_product_attention of the model."""
+
+    module: str
+    source: str | None
+    batch: Positive
+    heads: Positive
+    head_dim: Positive
+    local_query: Positive
+    global_query: Positive
+    local_key: Positive
+    global_key: Positive
+    rewritten: bool
+    reason: str | None
+
+
+class Collective(_Struct):
+    """All collectives of one kind in one rank's network, per forward.
+
+    ``bytes_sent`` is what one rank puts on the wire, averaged over ranks (a broadcast is sent by
+    its root alone, and every rank is root equally often).
+    """
+
+    kind: str
+    count: Positive
+    bytes_sent: Count
+
+
+class Engine(_Struct):
+    """One rank's engine file."""
+
+    rank: Count
+    file: FileName
+    bytes: Positive
+    sha256: Sha256
+
+
+class Error(_Struct):
+    """Relative errors: largest, and root mean square, each over that of the reference."""
+
+    max: float
+    rms: float
+
+
+class Proof(_Struct):
+    """What was compared with what, and how far apart it was.
+
+    ``dense`` is what the unsharded model loses in the same precision, ``bound`` what the ranks
+    may lose, ``control`` what they lose when every rank attends to its own keys alone: a proof
+    whose control stays within the bound would prove nothing and is not accepted.
+    """
+
+    status: Literal["passed", "skipped"]
+    level: Literal["program", "none"]
+    reference: str | None
+    ranks: list[Error]
+    dense: Error | None
+    bound: Error | None
+    control: Error | None
+    seconds: Seconds
+
+
+class Manifest(_Struct):
+    """A bundle's manifest."""
+
+    schema_version: Literal[1]
+    tool: Tool
+    created: str
+    model: Model
+    strategy: str
+    world: Positive
+    precision: Literal["fp16", "bf16", "fp32"]
+    backend: Backend
+    torch: str
+    torch_tensorrt: str
+    io: list[Io]
+    frozen: list[Frozen]
+    plan: list[PlanEntry]
+    attention: list[Attention]
+    collectives: list[Collective]
+    engines: list[Engine]
+    proof: Proof
+    timings: dict[str, Seconds]
+    command: str
+
+
+def decode(data: bytes) -> Manifest:
+    """Parse and validate a manifest.
+
+    Raises:
+        msgspec.ValidationError: valid JSON that does not follow the schema.
+        msgspec.DecodeError: no valid JSON.
+    """
+    return msgspec.json.decode(data, type=Manifest)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The manifest as indented JSON with a final newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of :class:`Manifest`."""
+    schema = msgspec.json.schema(Manifest)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": SCHEMA_ID,
+        "title": "cp-convert bundle manifest",
+        **schema,
+    }
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(json.dumps(json_schema(), indent=2) + "\n")

@@ -1,0 +1,81 @@
+"""Ranks, axes and groups: pure arithmetic, no torch, no environment.
+
+Ranks are numbered row-major over the axes, the last axis varying fastest, as in
+``torch.distributed.DeviceMesh``. A mesh of one axis is what a plain ``--world N`` means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis, seen by all ranks at once.
+
+    Attributes:
+        name: what the axis is called, such as ``"cp"``.
+        groups: disjoint groups of ranks that communicate along this axis; together every rank.
+    """
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """How many ranks communicate with one another along the axis."""
+        return len(self.groups[0])
+
+    @property
+    def flat(self) -> list[int]:
+        """All groups one after another: the form in which ``cp::*`` ops carry them."""
+        return [rank for group in self.groups for rank in group]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Named axes and their sizes, for example ``(("cp", 8),)``."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def line(cls, world: int) -> Mesh:
+        """A mesh of one axis called ``cp``."""
+        return cls((("cp", world),))
+
+    @property
+    def world(self) -> int:
+        """The world size: how many ranks there are."""
+        return prod(size for _, size in self.axes)
+
+    @property
+    def ranks(self) -> range:
+        """All ranks, ascending."""
+        return range(self.world)
+
+    def axis(self, name: str) -> Axis:
+        """The axis called ``name`` with its groups.
+
+        Raises:
+            KeyError: there is no such axis.
+        """
+        names = [axis for axis, _ in self.axes]
+        if name not in names:
+            raise KeyError(f"no axis {name!r} in mesh {names}")
+        position = names.index(name)
+        size = self.axes[position][1]
+        stride = prod(s for _, s in self.axes[position + 1 :])
+        starts = [r for r in self.ranks if (r // stride) % size == 0]
+        return Axis(name, tuple(tuple(s + i * stride for i in range(size)) for s in starts))
+
+    @property
+    def whole(self) -> Axis:
+        """All axes taken together as one: every rank in a single group."""
+        return Axis("+".join(name for name, _ in self.axes), (tuple(self.ranks),))
+
+
+def split_groups(flat: Sequence[int], size: int) -> list[tuple[int, ...]]:
+    """The inverse of :attr:`Axis.flat`: ``size`` ranks to a group."""
+    return [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]

@@ -1,0 +1,174 @@
+"""The ``cp::*`` custom operators: signatures, shapes, and their meaning on all ranks at once.
+
+A program that contains them is the same for every rank (SPMD). They cannot be run on one rank
+alone; :data:`MEANINGS` computes each from the list of all ranks' values, which is what the proof
+does, and ``cp_convert.converters`` lowers each to TensorRT.
+
+Every collective carries its groups: ``groups`` lists all ranks, ``size`` to a group
+(:attr:`cp_convert.mesh.Axis.flat`). As in TensorRT's ``IDistCollectiveLayer``, collectives act on
+dimension 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from .mesh import Axis, split_groups
+
+_LIBRARY: Final = torch.library.Library("cp", "DEF")
+
+_GROUPS = "int[] groups, int size"
+_SCHEMAS: Final = (
+    f"shard(Tensor x, int dim, {_GROUPS}) -> Tensor",
+    f"all_gather(Tensor x, {_GROUPS}) -> Tensor",
+    f"all_to_all(Tensor x, {_GROUPS}) -> Tensor",
+    f"broadcast(Tensor x, int root, {_GROUPS}) -> Tensor",
+    # aten.scaled_dot_product_attention's own signature, under a name that no decomposition
+    # table knows: decompositions were seen to tear the aten operator apart (FACTS, ADR 5).
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
+    "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, "
+    "bool enable_gqa=False) -> Tensor",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
+
+
+def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        torch.library.register_fake(f"cp::{name}", function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+@_fake("shard")
+def _shard_fake(x: Tensor, dim: int, groups: Sequence[int], size: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] //= size
+    return x.new_empty(shape)
+
+
+@_fake("all_gather")
+def _all_gather_fake(x: Tensor, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty([x.shape[0] * size, *x.shape[1:]])
+
+
+@_fake("all_to_all")
+def _all_to_all_fake(x: Tensor, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("broadcast")
+def _broadcast_fake(x: Tensor, root: int, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("attention")
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return query.new_empty([*query.shape[:-1], value.shape[-1]])
+
+
+_LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CPU")
+_LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CUDA")
+
+
+def shard(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This rank's equal part of ``x`` along ``dim``: ``[..., n, ...] -> [..., n / size, ...]``."""
+    return torch.ops.cp.shard(x, dim % x.dim(), axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """All ranks' ``x`` joined in rank order on dimension 0: ``[n, ...] -> [size * n, ...]``."""
+    return torch.ops.cp.all_gather(x, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def all_to_all(x: Tensor, axis: Axis) -> Tensor:
+    """Block ``j`` of rank ``i`` becomes block ``i`` of rank ``j``; dimension 0 holds the blocks."""
+    return torch.ops.cp.all_to_all(x, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def broadcast(x: Tensor, root: int, axis: Axis) -> Tensor:
+    """The ``x`` of the group's member number ``root``, on every rank; the shape is unchanged."""
+    return torch.ops.cp.broadcast(x, root, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
+    """``softmax(q @ k^T * scale) @ v`` over ``[B, H, S, D]``; lowered to TensorRT's attention."""
+    return torch.ops.cp.attention(q, k, v, scale=scale)  # type: ignore[no-any-return]
+
+
+COLLECTIVES: Final = (
+    torch.ops.cp.all_gather.default,
+    torch.ops.cp.all_to_all.default,
+    torch.ops.cp.broadcast.default,
+)
+"""The operators that communicate; each becomes one ``IDistCollectiveLayer``."""
+
+
+def bytes_sent(target: Any, payload: int, size: int) -> int:
+    """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
+
+    A broadcast is averaged over ranks: its root sends ``payload`` to ``size - 1`` others.
+
+    Raises:
+        KeyError: ``target`` is no collective.
+    """
+    factor = {
+        torch.ops.cp.all_gather.default: (size - 1, 1),
+        torch.ops.cp.all_to_all.default: (size - 1, size),
+        torch.ops.cp.broadcast.default: (size - 1, size),
+    }[target]
+    return payload * factor[0] // factor[1]
+
+
+Group = list[Tensor]
+
+
+def _meaning_shard(group: Group, dim: int) -> Group:
+    return [x.chunk(len(group), dim)[i] for i, x in enumerate(group)]
+
+
+def _meaning_all_gather(group: Group) -> Group:
+    return [torch.cat(group)] * len(group)
+
+
+def _meaning_all_to_all(group: Group) -> Group:
+    blocks = [x.chunk(len(group)) for x in group]
+    return [torch.cat([blocks[i][j] for i in range(len(group))]) for j in range(len(group))]
+
+
+def _meaning_broadcast(group: Group, root: int) -> Group:
+    return [group[root]] * len(group)
+
+
+_ON_A_GROUP: Final[dict[Any, Callable[..., Group]]] = {
+    torch.ops.cp.shard.default: _meaning_shard,
+    torch.ops.cp.all_gather.default: _meaning_all_gather,
+    torch.ops.cp.all_to_all.default: _meaning_all_to_all,
+    torch.ops.cp.broadcast.default: _meaning_broadcast,
+}
+
+
+def is_spmd(target: Any) -> bool:
+    """Whether ``target`` means something only on all ranks together."""
+    return target in _ON_A_GROUP
+
+
+def on_all_ranks(target: Any, values: Sequence[Tensor], args: Sequence[Any]) -> list[Tensor]:
+    """Compute ``target`` on every rank from every rank's first argument.
+
+    Args:
+        target: a ``cp::*`` operator for which :func:`is_spmd` holds.
+        values: the first argument, one tensor a rank.
+        args: the remaining arguments, ending in ``groups, size``.
+    """
+    *rest, flat, size = args
+    results: dict[int, Tensor] = {}
+    for group in split_groups(flat, size):
+        parts = _ON_A_GROUP[target]([values[rank] for rank in group], *rest)
+        results.update(zip(group, parts, strict=True))
+    return [results[rank] for rank in range(len(values))]

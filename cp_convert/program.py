@@ -1,0 +1,139 @@
+"""The programs that pass from stage to stage.
+
+:class:`Program` wraps what ``torch.export`` made; :class:`Lowered` what is handed to TensorRT's
+converters. Both are SPMD: the same for every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A tensor that goes into or comes out of the model.
+
+    Attributes:
+        name: argument or field name; nested containers are joined with dots.
+        node: name of the graph's placeholder, or of the node that is returned.
+        dtype: of the tensor.
+        shape: the full, unsharded shape.
+    """
+
+    name: str
+    node: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """An argument of ``forward`` that is no tensor, and is frozen into the program."""
+
+    name: str
+    value: Any
+
+
+class Executable(Protocol):
+    """What a program must have to be run by the proof."""
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph; its placeholders are state or inputs, its output a flat tuple."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Parameters, buffers and constants by placeholder name."""
+
+    @property
+    def inputs(self) -> tuple[Binding, ...]:
+        """The tensors the user passes."""
+
+    @property
+    def outputs(self) -> tuple[Binding, ...]:
+        """The tensors the model returns."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model, before decomposition.
+
+    Attributes:
+        exported: the program; its graph may contain ``cp::*`` operators.
+        inputs, outputs: the tensors of its signature.
+        frozen: arguments that are no tensors.
+    """
+
+    exported: torch.export.ExportedProgram
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+    frozen: tuple[Constant, ...]
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph, parameters and buffers lifted to placeholders."""
+        return self.exported.graph_module
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Parameters, buffers and constants by placeholder name."""
+        return state_of(self.exported)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program in the operators that have TensorRT converters.
+
+    Attributes:
+        graph_module: buffers and constants are attributes, parameters are placeholders.
+        state: the parameters by placeholder name.
+        inputs, outputs: the tensors of its signature.
+    """
+
+    graph_module: fx.GraphModule
+    state: Mapping[str, Tensor]
+    inputs: tuple[Binding, ...]
+    outputs: tuple[Binding, ...]
+
+
+def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
+    """Parameters, buffers and lifted constants of an exported program, by placeholder name."""
+    signature = exported.graph_signature
+    state: dict[str, Tensor] = {}
+    for node, name in {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }.items():
+        held = exported.state_dict if name in exported.state_dict else exported.constants
+        state[node] = held[name]
+    return state
+
+
+def tensor_of(node: fx.Node) -> Tensor:
+    """The fake tensor that tells a node's shape and dtype."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor), f"{node} is no tensor"
+    return value
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward made the node; the model itself is ``model``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return (paths[-1] if paths else "") or "model"
+
+
+def source_line(node: fx.Node) -> str | None:
+    """``file:line`` of the model's code that made the node, when it was recorded."""
+    for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
+        text = line.strip()
+        if text.startswith('File "') and "/torch/" not in text:
+            file, number = text.split('"')[1], text.split("line ")[1].split(",")[0]
+            return f"{file}:{number}"
+    return None

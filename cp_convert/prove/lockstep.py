@@ -1,0 +1,187 @@
+"""All ranks of an SPMD program, run in one process, one operator at a time.
+
+A value that is the same on every rank is computed once and held once; the weights are shared. A
+``cp::*`` operator is computed from all ranks' values together (:func:`cp_convert.ops.on_all_ranks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .. import ops
+from ..program import Executable
+
+Watch = Callable[[fx.Node, "PerRank"], None]
+
+
+@dataclass(frozen=True)
+class PerRank:
+    """One value of each rank, or a single one that all ranks have in common."""
+
+    values: tuple[Any, ...]
+
+    def __getitem__(self, rank: int) -> Any:
+        return self.values[rank if len(self.values) > 1 else 0]
+
+    @property
+    def is_common(self) -> bool:
+        """Whether all ranks hold the very same value."""
+        return len(self.values) == 1
+
+
+def run(
+    program: Executable,
+    inputs: Mapping[str, Tensor],
+    world: int,
+    *,
+    widen: bool = False,
+    watch: Watch | None = None,
+) -> list[list[Tensor]]:
+    """Run every rank of ``program`` on the same full inputs.
+
+    Args:
+        program: what to run.
+        inputs: the full input tensors by binding name.
+        world: how many ranks there are.
+        widen: compute in float32 wherever the program says float16 or bfloat16.
+        watch: called with every node and its values, as they are computed.
+
+    Returns:
+        Every rank's outputs, in the order of ``program.outputs``.
+    """
+    env: dict[fx.Node, PerRank] = {}
+    bound = {b.node: inputs[b.name] for b in program.inputs}
+    graph = program.graph_module.graph
+    dying = _last_uses(graph)
+    results: list[list[Tensor]] = []
+    with torch.no_grad(), HalfMatmulsInFloat32():
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
+                env[node] = PerRank((_up(value) if widen else value,))
+            elif node.op == "get_attr":
+                value = _attribute(program.graph_module, str(node.target))
+                env[node] = PerRank((_up(value) if widen else value,))
+            elif node.op == "output":
+                results = _outputs(node, env, program, world)
+            else:
+                assert node.op == "call_function", node.format_node()
+                env[node] = _call(node, env, world, widen=widen)
+            if watch is not None and node in env:
+                watch(node, env[node])
+            for dead in dying.get(node, ()):
+                env.pop(dead, None)
+    return results
+
+
+def _call(
+    node: fx.Node, env: Mapping[fx.Node, PerRank], world: int, *, widen: bool
+) -> PerRank:
+    if ops.is_spmd(node.target):
+        first, *rest = _all_arguments(node)
+        values = ops.on_all_ranks(node.target, [env[first][rank] for rank in range(world)], rest)
+        return _merged(values)
+    count = world if any(not env[n].is_common for n in node.all_input_nodes) else 1
+    function: Any = node.target
+    args = _widened(node.args) if widen else node.args
+    kwargs = _widened(node.kwargs) if widen else node.kwargs
+    return PerRank(
+        tuple(
+            function(
+                *fx.map_arg(args, lambda n, r=rank: env[n][r]),
+                **fx.map_arg(kwargs, lambda n, r=rank: env[n][r]),
+            )
+            for rank in range(count)
+        )
+    )
+
+
+def _widened(arguments: Any) -> Any:
+    return fx.node.map_aggregate(
+        arguments, lambda a: torch.float32 if isinstance(a, torch.dtype) and a in _HALF else a
+    )
+
+
+def _all_arguments(node: fx.Node) -> list[Any]:
+    target: Any = node.target
+    names = [argument.name for argument in target._schema.arguments]
+    return [*node.args, *(node.kwargs[name] for name in names[len(node.args) :])]
+
+
+def _merged(values: list[Tensor]) -> PerRank:
+    """One value when a collective left the same tensor everywhere."""
+    same = all(value is values[0] for value in values)
+    return PerRank((values[0],) if same else tuple(values))
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Tensor:
+    *parents, name = path.split(".")
+    value: Tensor = getattr(module.get_submodule(".".join(parents)), name)
+    return value
+
+
+def _outputs(
+    node: fx.Node, env: Mapping[fx.Node, PerRank], program: Executable, world: int
+) -> list[list[Tensor]]:
+    by_name = {n.name: n for n in node.all_input_nodes}
+    wanted = [by_name[binding.node] for binding in program.outputs]
+    return [[env[n][rank] for n in wanted] for rank in range(world)]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For every node, the nodes whose values are not needed after it."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for node, user in last.items():
+        dying.setdefault(user, []).append(node)
+    return dying
+
+
+_HALF: Final = (torch.float16, torch.bfloat16)
+_MATMULS: Final = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+class HalfMatmulsInFloat32(TorchDispatchMode):
+    """Half-precision products accumulated in float32 and rounded once, as tensor cores do.
+
+    A CPU without half-precision units is several times faster this way, and nearer to a GPU.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func``; products of half-precision CPU tensors in float32."""
+        kwargs = kwargs or {}
+        first = next((a for a in args if isinstance(a, Tensor)), None)
+        if func not in _MATMULS or first is None or first.dtype not in _HALF or first.is_cuda:
+            return func(*args, **kwargs)
+        half = first.dtype
+        result = func(*pytree.tree_map(_up, args), **kwargs)
+        return pytree.tree_map(lambda t: _down(t, half), result)
+
+
+def _up(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf
+
+
+def _down(leaf: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(leaf, Tensor) and leaf.dtype == torch.float32
+    return leaf.to(dtype) if is_float else leaf

@@ -1,0 +1,294 @@
+"""The proof at program level: all ranks on one CPU against the dense model.
+
+The *reference* is the dense model in float32, with the same inputs and the same (rounded)
+weights. Errors are relative to it, in two norms. Two runs of all ranks in lockstep are held
+against it:
+
+- *algebra*: the rewritten program with float32 arithmetic, which must agree to ``1e-5``. Half
+  precision cannot hide a mistake here.
+- *ranks*: the lowered program, as it will be built, in the job's precision. What the dense model
+  itself loses in that precision is the measure of what the ranks may lose.
+
+In float32 the two are one. A proof must be able to fail, so there is a *control*: the traced
+program without the strategy, every rank attending to its own keys alone. If that agrees too,
+attention does not matter in this model (a gate of zero, an output layer of zeros) and nothing
+would have been proven.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import ProofFailed
+from ..program import Executable
+from ..strategies import Site
+from .lockstep import HalfMatmulsInFloat32, PerRank, run
+
+FLOOR: Final = 1e-5
+"""The error that is always allowed: a few hundred roundings of float32."""
+MARGIN: Final = 2.0
+"""How many times the dense model's own loss the ranks may lose."""
+CONTROL: Final = 10.0
+"""How many times the floor the control must exceed."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative error: the largest and the root mean square deviation, over the reference's."""
+
+    max: float
+    rms: float
+
+    def within(self, bound: Error) -> bool:
+        """Whether both norms are; a NaN never is."""
+        return self.max <= bound.max and self.rms <= bound.rms
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A proof that was carried out and passed.
+
+    Attributes:
+        algebra: every rank's error with float32 arithmetic, at most :data:`FLOOR`.
+        ranks: every rank's error in the job's precision.
+        dense: what the dense model loses in that precision.
+        bound: what the ranks may lose in it.
+        control: what is lost when every rank sees its own keys alone; ``None`` when there is
+            nothing to lose, in a world of 1 or without attention over sharded keys.
+        seconds: how long it took.
+    """
+
+    algebra: tuple[Error, ...]
+    ranks: tuple[Error, ...]
+    dense: Error
+    bound: Error
+    control: Error | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The same program at three stages, all for ``world`` ranks.
+
+    Attributes:
+        local: as traced; every rank attends to its own keys alone.
+        rewritten: with the strategy in it.
+        lowered: as it will be built.
+        sites: the attentions, and the nodes of ``rewritten`` that hold their results.
+        world: how many ranks there are.
+    """
+
+    local: Executable
+    rewritten: Executable
+    lowered: Executable
+    sites: Sequence[tuple[Site, str]]
+    world: int
+
+
+def prove(
+    module: nn.Module, inputs: Mapping[str, Any], stages: Stages, *, rtol: float | None = None
+) -> Proof:
+    """Compare all ranks with the dense ``module``.
+
+    Args:
+        module: the dense model, in the job's precision.
+        inputs: keyword arguments of its forward.
+        stages: what is to be proven.
+        rtol: replaces the derived bound of the job's precision.
+
+    Raises:
+        ProofFailed: an error is beyond its bound, or the control is not.
+    """
+    start = time.perf_counter()
+    wide_module, wide_inputs = _in_float32(module, inputs)
+    reference = dense_outputs(wide_module, wide_inputs)
+    is_wide = wide_module is module
+    loss = Error(0.0, 0.0) if is_wide else worst(dense_outputs(module, inputs), reference)
+    if not math.isfinite(loss.max + sum(float(t.double().sum()) for t in reference)):
+        raise ProofFailed(
+            "the dense model itself returns infinities or NaN with these inputs and weights.",
+            hint="try --precision bf16 or fp32, or other example inputs.",
+        )
+    bound = _bound(loss, rtol)
+    ranks = _errors(stages.lowered, inputs, stages.world, reference)
+    algebra = ranks
+    if not is_wide:
+        algebra = _errors(stages.rewritten, inputs, stages.world, reference, widen=True)
+    for errors, limit, what in (
+        (algebra, Error(FLOOR, FLOOR) if rtol is None or not is_wide else bound, "float32"),
+        (ranks, bound, "the job's precision"),
+    ):
+        if not all(error.within(limit) for error in errors):
+            astray = _first_astray(wide_module, wide_inputs, stages)
+            raise _failure(errors, limit, what, astray)
+    control = _control(stages, inputs, reference)
+    return Proof(algebra, ranks, loss, bound, control, time.perf_counter() - start)
+
+
+def _errors(
+    program: Executable,
+    inputs: Mapping[str, Any],
+    world: int,
+    reference: Sequence[Tensor],
+    *,
+    widen: bool = False,
+) -> tuple[Error, ...]:
+    outputs = run(program, flat_inputs(program, inputs), world, widen=widen)
+    return tuple(worst(of_rank, reference) for of_rank in outputs)
+
+
+def _bound(loss: Error, rtol: float | None) -> Error:
+    if rtol is not None:
+        return Error(rtol, rtol)
+    return Error(max(FLOOR, MARGIN * loss.max), max(FLOOR, MARGIN * loss.rms))
+
+
+def _control(
+    stages: Stages, inputs: Mapping[str, Any], reference: Sequence[Tensor]
+) -> Error | None:
+    if stages.world == 1 or not any(site.keys_sharded for site, _ in stages.sites):
+        return None
+    # One rank is enough to look at: the plan's gathers have put all ranks' tokens there.
+    control = _errors(stages.local, inputs, stages.world, reference, widen=True)[0]
+    if control.max <= CONTROL * FLOOR:
+        raise ProofFailed(
+            "nothing was proven: the output is the same even when every rank attends to its own "
+            f"keys alone (relative error {control.max:.1e}), so attention does not reach the "
+            "output with these weights.",
+            hint="give the real weights (--weights), initialise gates and output layers with "
+            "numbers other than zero, or convert with --no-proof.",
+        )
+    return control
+
+
+def dense_outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """All tensors that ``module(**inputs)`` returns, flat."""
+    with torch.no_grad(), HalfMatmulsInFloat32():
+        leaves = pytree.tree_leaves(module(**inputs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def flat_inputs(program: Executable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of ``inputs`` by binding name."""
+    tensors = [leaf for leaf in pytree.tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
+    return {b.name: t for b, t in zip(program.inputs, tensors, strict=True)}
+
+
+def _in_float32(
+    module: nn.Module, inputs: Mapping[str, Any]
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The same rounded numbers in float32; float64 tables stay float64."""
+
+    def up(leaf: Any) -> Any:
+        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+        return leaf.float() if half else leaf
+
+    tensors = [*module.parameters(), *module.buffers()]
+    if not any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors):
+        return module, inputs
+    twin = copy.deepcopy(module)
+    for tensor in [*twin.parameters(), *twin.buffers()]:
+        tensor.data = up(tensor.data)
+    return twin, pytree.tree_map(up, dict(inputs))
+
+
+def worst(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Error:
+    """The largest errors over all output tensors."""
+    errors = [error_of(x, r) for x, r in zip(outputs, reference, strict=True)]
+    return Error(max((e.max for e in errors), default=0), max((e.rms for e in errors), default=0))
+
+
+def error_of(x: Tensor, reference: Tensor) -> Error:
+    """Both relative errors of ``x``; infinite where ``x`` is not finite or of another shape."""
+    if x.shape != reference.shape:
+        return Error(math.inf, math.inf)
+    x, reference = x.double(), reference.double()
+    difference = x - reference
+    if not bool(torch.isfinite(difference).all()):
+        return Error(math.inf, math.inf)
+    top, mean = reference.abs().amax().item(), reference.square().mean().sqrt().item()
+    tiny = torch.finfo(torch.float64).tiny
+    return Error(
+        difference.abs().amax().item() / max(top, tiny),
+        difference.square().mean().sqrt().item() / max(mean, tiny),
+    )
+
+
+def _failure(
+    errors: Sequence[Error], bound: Error, what: str, astray: Site | None
+) -> ProofFailed:
+    bad = {rank: error for rank, error in enumerate(errors) if not error.within(bound)}
+    worst_rank = max(bad, key=lambda rank: bad[rank].max)
+    which = "every rank" if len(bad) == len(errors) else f"rank {', '.join(map(str, bad))}"
+    message = (
+        f"{which} went astray in {what}: rank {worst_rank} has a relative error of "
+        f"{bad[worst_rank].max:.1e} (rms {bad[worst_rank].rms:.1e}), the bound is "
+        f"{bound.max:.1e} (rms {bound.rms:.1e})."
+    )
+    if astray is None:
+        hint = "every attention agrees with the dense model, so look at what follows the last one."
+        return ProofFailed(message, hint=hint)
+    return ProofFailed(
+        f"{message} The first attention to differ is number {astray.index}.",
+        where=astray.where,
+        hint="every tensor that holds the sequence must be split by the plan, and what mixes "
+        "tokens outside attention must see all of them; look at what feeds this attention.",
+    )
+
+
+def _first_astray(module: nn.Module, inputs: Mapping[str, Any], stages: Stages) -> Site | None:
+    """The first attention whose tokens are not those of the dense model, in whatever order."""
+    dense: list[Tensor] = []
+    with _Attentions(dense):
+        dense_outputs(module, inputs)
+    seen: dict[str, Tensor] = {}
+    wanted = {node: site for site, node in stages.sites}
+
+    def watch(node: fx.Node, values: PerRank) -> None:
+        if site := wanted.get(node.name):
+            parts = [values[rank] for rank in range(stages.world)]
+            whole = torch.cat(parts, dim=2) if site.queries_sharded else parts[0]
+            seen[node.name] = _fingerprint(whole)
+
+    program = stages.rewritten
+    run(program, flat_inputs(program, inputs), stages.world, widen=True, watch=watch)
+    for (site, node), truth in zip(stages.sites, dense, strict=False):
+        if error_of(seen[node], truth).rms > _SAME_TOKENS:
+            return site
+    return None
+
+
+_SAME_TOKENS: Final = 1e-3
+
+
+def _fingerprint(out_BHSD: Tensor) -> Tensor:
+    """Every token's projection onto one fixed direction, sorted, so that order does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(out_BHSD.shape[-1], generator=generator, dtype=torch.float64)
+    return (out_BHSD.double().cpu() @ direction).sort(dim=-1).values
+
+
+class _Attentions(torch.overrides.TorchFunctionMode):
+    """Collects the fingerprint of every scaled_dot_product_attention, in order."""
+
+    def __init__(self, found: list[Tensor]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run ``func`` and remember attention."""
+        result = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.found.append(_fingerprint(result))
+        return result

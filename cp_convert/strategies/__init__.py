@@ -1,0 +1,42 @@
+"""The context-parallel strategies, by name.
+
+A strategy is a module of its own with
+
+- ``why_not(site, axis)``: the reason why the attention cannot be split this way, and a hint, or
+  ``None``; it never changes anything;
+- ``attend(q, k, v, scale=..., axis=...)``: the attention of this rank's queries over all ranks'
+  keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of attention and
+  put in the place of the model's own.
+
+Shape suffixes: B batch, H heads, h = H / W heads of one rank, S this rank's sequence, D head
+dimension, W world (the axis' size).
+"""
+
+from typing import Final, Protocol
+
+from torch import Tensor
+
+from ..mesh import Axis
+from . import allgather_kv, ring, ulysses
+from .site import Refusal, Site
+
+
+class Strategy(Protocol):
+    """What a strategy module provides; see the package's docstring."""
+
+    def why_not(self, site: Site, axis: Axis) -> Refusal | None:
+        """Why the attention cannot be split this way, or ``None``."""
+
+    def attend(
+        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, scale: float | None, axis: Axis
+    ) -> Tensor:
+        """This rank's queries over all ranks' keys, ``[B, H, S, D]``."""
+
+
+STRATEGIES: Final[dict[str, Strategy]] = {
+    "allgather-kv": allgather_kv,
+    "ring": ring,
+    "ulysses": ulysses,
+}
+
+__all__ = ["STRATEGIES", "Refusal", "Site", "Strategy"]

@@ -1,0 +1,275 @@
+"""``torch.export``, once for all ranks, the plan's splits and gathers present as ``cp::*`` ops."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import ops
+from .errors import CannotConvert, CannotShard, CannotTrace, ConvertError
+from .mesh import Axis
+from .plan import Cut, normalise
+from .program import Binding, Constant, Program, tensor_of
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one cut of the plan while tracing.
+
+    Attributes:
+        cut: the line of the plan.
+        global_size, local_size: along the cut dimension; ``None`` when it was not applied.
+        reason: why it was not applied.
+    """
+
+    cut: Cut
+    global_size: int | None
+    local_size: int | None
+    reason: str | None
+
+
+def trace(
+    module: nn.Module, inputs: Mapping[str, Any], plan: Mapping[str, Any], axis: Axis
+) -> tuple[Program, tuple[Applied, ...]]:
+    """Capture ``module(**inputs)`` with the sequence split and gathered as ``plan`` says.
+
+    Args:
+        module: the model, in eval mode.
+        inputs: keyword arguments of its forward; their shapes are the program's shapes.
+        plan: see :mod:`cp_convert.plan`.
+        axis: among whose ranks the sequence is split.
+
+    Raises:
+        CannotTrace: forward fails with these inputs, or torch.export cannot capture it.
+        CannotShard: the plan does not fit the model, or a length does not divide.
+    """
+    _check_arguments(module, inputs)
+    applied: list[Applied] = []
+    cuts = normalise(plan, [name for name, _ in module.named_modules()]) if axis.size > 1 else ()
+    with torch.no_grad(), _planned(module, cuts, axis, applied):
+        exported = _export(module, inputs)
+    if cuts and not any(a.cut.kind == "split" and a.reason is None for a in applied):
+        raise CannotShard(
+            "no split of the plan met a tensor, so nothing would be sharded.",
+            hint="; ".join(sorted({a.reason for a in applied if a.reason})) or None,
+        )
+    _hide_attention(exported)
+    return _program(exported), tuple(applied)
+
+
+def _check_arguments(module: nn.Module, inputs: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(module.forward).bind(**inputs)
+    except TypeError as error:
+        raise CannotTrace(
+            f"example_inputs() does not fit {type(module).__name__}.forward: {error}.",
+            hint=f"forward{inspect.signature(module.forward)}",
+        ) from error
+
+
+def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+    try:
+        return torch.export.export(module, args=(), kwargs=dict(inputs))
+    except ConvertError:
+        raise
+    # torch.export re-raises whatever the model's forward raises, of any type.
+    except Exception as error:
+        if isinstance(error.__cause__, ConvertError):
+            raise error.__cause__ from None
+        raise CannotTrace(
+            f"{type(error).__name__}: {_first_lines(str(error))}",
+            where=_model_line(error),
+            hint="the forward must run with example_inputs() and be free of data-dependent "
+            "branches; try build_model()(**example_inputs()) by itself.",
+        ) from error
+
+
+def _first_lines(text: str, count: int = 4) -> str:
+    return "\n".join(text.strip().splitlines()[:count])
+
+
+def _model_line(error: BaseException) -> str | None:
+    """The innermost frame outside torch: the model's own line."""
+    frame = error.__traceback__
+    where = None
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not any(part in file for part in ("/torch/", "/cp_convert/", "<")):
+            where = f"{file}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    return where
+
+
+@contextmanager
+def _planned(
+    module: nn.Module, cuts: Iterable[Cut], axis: Axis, applied: list[Applied]
+) -> Iterator[None]:
+    """Put every cut in place as a forward hook, and take them away again."""
+    by_module: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        by_module.setdefault(cut.module, []).append(cut)
+    handles = []
+    for name, own in by_module.items():
+        target = module.get_submodule(name)
+        before = [cut for cut in own if not cut.on_output]
+        after = [cut for cut in own if cut.on_output]
+        if before:
+            hook = _input_hook(before, axis, applied)
+            handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
+        if after:
+            handles.append(target.register_forward_hook(_output_hook(after, axis, applied)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        for cut in cuts:
+            if cut.argument not in inspect.signature(module.forward).parameters:
+                raise CannotShard(
+                    f"the plan splits {cut.tensor}, but forward has no such argument.",
+                    where=cut.module or "model",
+                )
+            value = bound.arguments.get(str(cut.argument))
+            if cut.element is None:
+                bound.arguments[str(cut.argument)] = _cut(value, cut, axis, applied)
+            elif value is not None:
+                parts = list(value)
+                parts[cut.element] = _cut(parts[cut.element], cut, axis, applied)
+                bound.arguments[str(cut.argument)] = type(value)(parts)
+        return bound.args, bound.kwargs
+
+    return hook
+
+
+def _output_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        single = isinstance(output, Tensor)
+        values = [output] if single else list(output)
+        for cut in cuts:
+            index = int(cut.argument)
+            if index >= len(values):
+                raise CannotShard(
+                    f"the plan {cut.kind}s {cut.tensor}, but there are {len(values)} outputs.",
+                    where=cut.module or "model",
+                )
+            values[index] = _cut(values[index], cut, axis, applied)
+        return values[0] if single else type(output)(values)
+
+    return hook
+
+
+def _cut(value: Any, cut: Cut, axis: Axis, applied: list[Applied]) -> Any:
+    reason = None
+    if not isinstance(value, Tensor):
+        reason = "not passed" if value is None else f"a {type(value).__name__}, no tensor"
+    elif cut.expected_dims is not None and value.dim() != cut.expected_dims:
+        reason = f"has {value.dim()} dimensions, the plan expects {cut.expected_dims}"
+    if reason is not None:
+        applied.append(Applied(cut, None, None, reason))
+        return value
+    result = _split(value, cut, axis) if cut.kind == "split" else _gather(value, cut, axis)
+    lengths = sorted((value.shape[cut.dim], result.shape[cut.dim]))
+    applied.append(Applied(cut, lengths[1], lengths[0], None))
+    return result
+
+
+def _split(value: Tensor, cut: Cut, axis: Axis) -> Tensor:
+    length = value.shape[cut.dim]
+    if length % axis.size:
+        raise CannotShard(
+            f"{cut.tensor} has {length} tokens along dimension {cut.dim}, "
+            f"which do not divide among {axis.size} ranks.",
+            where=f"module {cut.module or 'model'}",
+            hint=f"choose a world that divides {length}, or example inputs whose length "
+            f"{axis.size} divides.",
+        )
+    return ops.shard(value, cut.dim, axis)
+
+
+def _gather(value: Tensor, cut: Cut, axis: Axis) -> Tensor:
+    return ops.all_gather(value.movedim(cut.dim, 0), axis).movedim(0, cut.dim)
+
+
+def _hide_attention(exported: torch.export.ExportedProgram) -> None:
+    """Give attention a name that decompositions leave alone; its arguments stay as they are."""
+    for node in exported.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            node.target = torch.ops.cp.attention.default
+    exported.graph_module.recompile()
+
+
+def _program(exported: torch.export.ExportedProgram) -> Program:
+    signature = exported.graph_signature
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if mutated:
+        raise CannotConvert(
+            f"forward writes to {', '.join(sorted(set(mutated.values())))}, "
+            "which an engine cannot do.",
+            hint="return the new value instead of assigning it.",
+        )
+    nodes = {node.name: node for node in exported.graph.nodes}
+    assert exported.call_spec.in_spec is not None and exported.call_spec.out_spec is not None
+    inputs: list[Binding] = []
+    frozen: list[Constant] = []
+    for name, node in zip(
+        _names(exported.call_spec.in_spec), signature.user_inputs, strict=True
+    ):
+        if isinstance(node, str) and node in nodes and isinstance(nodes[node].meta["val"], Tensor):
+            inputs.append(_binding(name, nodes[node]))
+        else:
+            value = nodes[node].meta["val"] if isinstance(node, str) and node in nodes else node
+            frozen.append(Constant(name, value))
+    outputs = [
+        _binding(name, nodes[node])
+        for name, node in zip(
+            _names(exported.call_spec.out_spec), signature.user_outputs, strict=True
+        )
+        if isinstance(node, str)
+    ]
+    return Program(exported, tuple(inputs), tuple(outputs), tuple(frozen))
+
+
+def _binding(name: str, node: torch.fx.Node) -> Binding:
+    value = tensor_of(node)
+    return Binding(name, node.name, value.dtype, tuple(value.shape))
+
+
+def _names(spec: pytree.TreeSpec) -> list[str]:
+    """A name for every leaf: keys, fields and indices on the way to it, joined with dots."""
+    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    if isinstance(tree, tuple) and len(tree) == 2 and tree[0] == ():
+        tree = tree[1]  # (args, kwargs), of which only the second is used
+    names = dict(_paths(tree, ()))
+    return [_join(names.get(leaf, ("output", str(leaf)))) for leaf in range(spec.num_leaves)]
+
+
+def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    if isinstance(tree, int):
+        yield tree, path
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _paths(value, (*path, str(key)))
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from _paths(getattr(tree, field.name), (*path, field.name))
+    elif isinstance(tree, tuple | list):
+        keys = getattr(tree, "_fields", range(len(tree)))
+        for key, value in zip(keys, tree, strict=True):
+            yield from _paths(value, (*path, str(key)))
+
+
+def _join(path: tuple[str, ...]) -> str:
+    first = "output" if not path else f"output{path[0]}" if path[0].isdigit() else path[0]
+    return ".".join((first, *path[1:]))
