@@ -55,7 +55,8 @@ def _convert(
 def _all_gather(
     ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
 ) -> Tensor:
-    return _collective(ctx, name, x, trt.CollectiveOperation.ALL_GATHER, groups, size)
+    kind = trt.CollectiveOperation.ALL_GATHER
+    return _collective(ctx, name, x, "all_gather", kind, groups, size)
 
 
 def _all_gather_by_all_to_all(
@@ -66,27 +67,29 @@ def _all_gather_by_all_to_all(
     slots = ctx.net.add_concatenation([block] * size)
     slots.axis = 0
     slots.name = f"{name}_slots"
-    exchanged = slots.get_output(0)
-    return _collective(ctx, name, exchanged, trt.CollectiveOperation.ALL_TO_ALL, groups, size)
+    kind = trt.CollectiveOperation.ALL_TO_ALL
+    return _collective(ctx, name, slots.get_output(0), "all_gather", kind, groups, size)
 
 
 def _all_to_all(
     ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
 ) -> Tensor:
-    return _collective(ctx, name, x, trt.CollectiveOperation.ALL_TO_ALL, groups, size)
+    kind = trt.CollectiveOperation.ALL_TO_ALL
+    return _collective(ctx, name, x, "all_to_all", kind, groups, size)
 
 
 def _broadcast(
     ctx: ConversionContext, name: str, x: Any, root: int, groups: Sequence[int], size: int
 ) -> Tensor:
     kind = trt.CollectiveOperation.BROADCAST
-    return _collective(ctx, name, x, kind, groups, size, root=root)
+    return _collective(ctx, name, x, "broadcast", kind, groups, size, root=root)
 
 
 def _collective(
     ctx: ConversionContext,
     name: str,
     x: Any,
+    operator: str,
     kind: trt.CollectiveOperation,
     groups: Sequence[int],
     size: int,
@@ -107,7 +110,9 @@ def _collective(
     assert layer is not None, f"TensorRT refused a {kind.name} of shape {tensor.shape}"
     layer.num_ranks = size
     layer.name = f"{kind.name.lower()} {name}"
-    layer.metadata = json.dumps({"kind": kind.name, "root": root, "group": list(members[0])})
+    layer.metadata = json.dumps(
+        {"operator": operator, "kind": kind.name, "root": root, "group": list(members[0])}
+    )
     return layer.get_output(0)
 
 

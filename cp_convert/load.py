@@ -35,6 +35,7 @@ class Source:
         plan: where the sequence is split and gathered; empty when the world is 1.
         sha256: of the model file.
         parameters: how many numbers the model has learned.
+        bytes: their size in memory.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Source:
     plan: Mapping[str, Any]
     sha256: str
     parameters: int
+    bytes: int
 
 
 def load(job: Job) -> Source:
@@ -70,6 +72,7 @@ def load(job: Job) -> Source:
         plan=_plan(python, module, job),
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in module.parameters()),
+        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
     )
 
 

@@ -102,11 +102,13 @@ class Attention(_Struct):
 class Collective(_Struct):
     """All collectives of one kind in one rank's network, per forward.
 
-    ``bytes_sent`` is what one rank puts on the wire, averaged over ranks (a broadcast is sent by
+    ``kind`` is what the program asks for, ``layer`` the ``CollectiveOperation`` that does it in
+    the network (another one where a release needs a workaround). ``bytes_sent`` is what one rank puts on the wire, averaged over ranks (a broadcast is sent by
     its root alone, and every rank is root equally often).
     """
 
     kind: str
+    layer: str
     count: Positive
     bytes_sent: Count
 
@@ -130,14 +132,16 @@ class Error(_Struct):
 class Proof(_Struct):
     """What was compared with what, and how far apart it was.
 
-    ``dense`` is what the unsharded model loses in the same precision, ``bound`` what the ranks
-    may lose, ``control`` what they lose when every rank attends to its own keys alone: a proof
-    whose control stays within the bound would prove nothing and is not accepted.
+    All errors are relative to ``reference``. ``algebra`` is every rank's error with float32
+    arithmetic, ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses
+    in that precision and ``bound`` what the ranks may lose. ``control`` is what is lost when
+    every rank attends to its own keys alone: it must be large, or nothing would be proven.
     """
 
     status: Literal["passed", "skipped"]
     level: Literal["program", "none"]
     reference: str | None
+    algebra: list[Error]
     ranks: list[Error]
     dense: Error | None
     bound: Error | None

@@ -109,22 +109,6 @@ COLLECTIVES: Final = (
 """The operators that communicate; each becomes one ``IDistCollectiveLayer``."""
 
 
-def bytes_sent(target: Any, payload: int, size: int) -> int:
-    """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
-
-    A broadcast is averaged over ranks: its root sends ``payload`` to ``size - 1`` others.
-
-    Raises:
-        KeyError: ``target`` is no collective.
-    """
-    factor = {
-        torch.ops.cp.all_gather.default: (size - 1, 1),
-        torch.ops.cp.all_to_all.default: (size - 1, size),
-        torch.ops.cp.broadcast.default: (size - 1, size),
-    }[target]
-    return payload * factor[0] // factor[1]
-
-
 Group = list[Tensor]
 
 

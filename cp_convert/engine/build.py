@@ -29,6 +29,7 @@ class NetworkCollective:
 
     Attributes:
         name: the layer's.
+        operator: the ``cp::`` operator it stands for.
         kind: name of the ``CollectiveOperation``.
         root: the root rank, or -1.
         group: the ranks that take part.
@@ -36,6 +37,7 @@ class NetworkCollective:
     """
 
     name: str
+    operator: str
     kind: str
     root: int
     group: tuple[int, ...]
@@ -186,6 +188,7 @@ def collectives_of(network: Any) -> Iterator[NetworkCollective]:
             tensor = layer.get_input(0)
             yield NetworkCollective(
                 name=layer.name,
+                operator=told["operator"],
                 kind=told["kind"],
                 root=told["root"],
                 group=tuple(told["group"]),

@@ -7,6 +7,8 @@ driver the two questions are answered here, for the duration of a ``with`` block
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -35,7 +37,22 @@ def driverless() -> Iterator[None]:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     try:
-        yield
+        with _hushed():
+            yield
     finally:
         for name, original in asked.items():
             setattr(torch.cuda, name, original)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Drop what native code writes to stderr: that there is no driver is known."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -14,6 +14,8 @@ from typing import Any
 from .offline import driverless
 
 logging.getLogger("torch_tensorrt").setLevel(logging.ERROR)
+for _name in ("torch._opaque_base", "torch._library.opaque_object"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 with driverless(), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch_tensorrt

@@ -1,0 +1,233 @@
+"""The command line: click parses, the library works, ``render`` shows; the only exit."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import signal
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from . import __version__
+from .errors import ConvertError, DamagedBundle, UsageError
+from .job import BACKEND_NAMES, PRECISIONS, STRATEGY_NAMES, Job
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_DEFAULT = "convert"
+
+
+class _DefaultsToConvert(click.Group):
+    """``cp-convert model.py`` means ``cp-convert convert model.py``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the default command in front when none is named."""
+        own = {"-h", "--help", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = [_DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_DefaultsToConvert, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="cp-convert")
+def cli() -> None:
+    """Context-parallel TensorRT engines from a PyTorch diffusion transformer.
+
+    \b
+      cp-convert model.py --strategy ulysses --world 8
+      cp-convert inspect model-ulysses-w8
+      cp-convert verify model-ulysses-w8
+
+    The first form is short for `cp-convert convert`; see `cp-convert convert --help`.
+
+    \b
+    Exit codes: 0 done, 2 usage, 3 the model or strategy cannot be converted, 4 the proof failed,
+    5 TensorRT could not build, 6 a bundle is damaged.
+    """
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command has."""
+    for option in (
+        click.option("-v", "--verbose", count=True, help="Say more; twice: tracebacks as well."),
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+        click.option(
+            "--json", "as_json", is_flag=True,
+            help="One JSON document on stdout, everything else on stderr.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of the other options."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
+    names = {
+        spelling.lstrip("-").replace("-", "_"): p.name
+        for p in ctx.command.params
+        for spelling in (*p.opts, *p.secondary_opts)
+        if p is not parameter and len(spelling) > 2
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}."
+            raise UsageError(f"--config {path}: there is no option {key!r}.", hint=hint)
+        is_negation = name.startswith("no_") and isinstance(value, bool)
+        defaults[str(names[name])] = not value if is_negation else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-s", "--strategy", type=click.Choice(STRATEGY_NAMES), required=True,
+    help="How attention is distributed.",
+)  # fmt: skip
+@click.option("-w", "--world", type=int, required=True, help="The number of ranks (GPUs).")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path),
+    help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
+)  # fmt: skip
+@click.option(
+    "-p", "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True,
+    help="Of parameters and floating inputs.",
+)  # fmt: skip
+@click.option(
+    "--backend", type=click.Choice(BACKEND_NAMES), default="auto", show_default=True,
+    help="Which TensorRT builds; auto takes the installed one.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path),
+    help="A .safetensors file, a .safetensors.index.json, or a folder holding either.",
+)  # fmt: skip
+@click.option(
+    "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
+    help="Build for this GPU generation; repeatable, tensorrt-rtx only.",
+)  # fmt: skip
+@click.option(
+    "--proof/--no-proof", default=True, show_default=True,
+    help="Whether all ranks together are compared with the dense model.",
+)  # fmt: skip
+@click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), callback=_read_config, is_eager=True,
+    expose_value=False, help="A TOML file with any of these options; flags win.",
+)  # fmt: skip
+@_common
+def convert(
+    *, as_json: bool, quiet: bool, verbose: int, out: Path | None, model: Path, **options: Any
+) -> None:
+    """Convert MODEL, a Python file, into one TensorRT engine per rank.
+
+    MODEL defines build_model() -> torch.nn.Module, example_inputs() -> dict of forward's keyword
+    arguments (their shapes become the engines'), and optionally cp_plan: which module inputs are
+    split along the sequence and which outputs are gathered, in diffusers' _cp_plan vocabulary.
+    Without cp_plan the model's own _cp_plan is used.
+    """
+    from .render import Screen
+
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    if not model.is_file() and (near := difflib.get_close_matches(str(model), cli.commands, 1)):
+        raise UsageError(f"there is no file {model}.", hint=f"did you mean `cp-convert {near[0]}`?")
+    out = out or Path(f"{model.stem}-{options['strategy']}-w{options['world']}")
+    job = Job(model=model, out=out, command=shlex.join(["cp-convert", *sys.argv[1:]]), **options)
+    manifest = _run(job, screen)
+    screen.converted(manifest, job.out)
+
+
+def _run(job: Job, screen: Any) -> Any:
+    """Check what needs no torch, then import it and convert."""
+    from .backends import select
+    from .bundle import check_target
+
+    backend = select(job.backend, job.compute_capabilities)
+    check_target(job.out, force=job.force)
+    with screen.progress() as progress:
+        from .pipeline import convert as run
+
+        return run(job, backend, progress)
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_common
+def inspect(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Show what a BUNDLE (its folder or its manifest.json) holds and how it was made."""
+    from .bundle import read
+    from .render import Screen
+
+    manifest, folder = read(bundle)
+    Screen(as_json=as_json, verbosity=-1 if quiet else verbose).inspected(manifest, folder)
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_common
+def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Check a BUNDLE: every file present, sizes and SHA-256 right, schema valid.
+
+    Exits with 6 when something is wrong.
+    """
+    from .bundle import verify as check
+    from .render import Screen
+
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    checks = list(check(bundle))
+    screen.verified(checks)
+    damaged = [c for c in checks if c.problem]
+    if damaged and as_json:
+        sys.exit(DamagedBundle.exit_code)
+    if damaged:
+        raise DamagedBundle(
+            f"{bundle}: {'; '.join(f'{c.subject} {c.problem}' for c in damaged)}.",
+            hint="copy the bundle again, or convert again with --force.",
+        )
+    screen.note(f"{bundle} is whole.") if not as_json else None
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; every :class:`ConvertError` becomes a message and a code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupted)
+    try:
+        sys.exit(cli.main(args, prog_name="cp-convert", standalone_mode=False) or 0)
+    except click.ClickException as error:
+        _show(UsageError(error.format_message().rstrip(), hint=_help_hint(error)), args)
+    except ConvertError as error:
+        _show(error, args)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was written.", err=True)
+        sys.exit(130)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _help_hint(error: click.ClickException) -> str | None:
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path} --help" if context is not None else None
+
+
+def _show(error: ConvertError, args: Sequence[str]) -> NoReturn:
+    from .render import Screen
+
+    verbosity = sum(a.count("v") for a in args if a.startswith("-v")) + args.count("--verbose")
+    Screen(as_json="--json" in args, verbosity=verbosity).error(error)
+    sys.exit(error.exit_code)

@@ -1,0 +1,169 @@
+"""What the stages found, as a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+import torch
+
+from . import __version__
+from . import manifest as m
+from .backends import Backend
+from .engine.build import Engine
+from .job import Job
+from .load import Source
+from .program import Binding, Program
+from .prove import Error, Proof
+from .rewrite import Outcome
+from .trace import Applied
+
+REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
+
+
+def describe(
+    job: Job,
+    source: Source,
+    program: Program,
+    applied: Sequence[Applied],
+    outcomes: Sequence[Outcome],
+    proof: Proof | None,
+    engines: Sequence[Engine],
+    backend: Backend,
+    workarounds: Sequence[str],
+    timings: Mapping[str, float],
+) -> m.Manifest:
+    """The manifest of a conversion that has come to its end."""
+    targets = job.compute_capabilities or backend.default_targets
+    return m.Manifest(
+        schema_version=m.SCHEMA_VERSION,
+        tool=m.Tool(name="cp-convert", version=__version__),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=m.Model(
+            name=job.name,
+            source=str(job.model),
+            source_sha256=source.sha256,
+            parameters=source.parameters,
+            weights=None if job.weights is None else str(job.weights),
+        ),
+        strategy=job.strategy,
+        world=job.world,
+        precision=job.precision,  # type: ignore[arg-type]
+        backend=m.Backend(
+            name=backend.name,  # type: ignore[arg-type]
+            version=backend.version,
+            compute_capabilities=list(targets),
+            workarounds=list(workarounds) if job.world > 1 else [],
+        ),
+        torch=str(torch.__version__),
+        torch_tensorrt=backend.torch_tensorrt_version,
+        io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
+        frozen=[m.Frozen(name=c.name, value=repr(c.value)) for c in program.frozen],
+        plan=[_plan_entry(a) for a in applied],
+        attention=[_attention(outcome) for outcome in outcomes],
+        collectives=_collectives(engines[0], job.world),
+        engines=[
+            m.Engine(rank=e.rank, file=e.path.name, bytes=e.size, sha256=e.sha256) for e in engines
+        ],
+        proof=_proof(proof),
+        timings=dict(timings),
+        command=job.command,
+    )
+
+
+def _io(binding: Binding, mode: str) -> m.Io:
+    return m.Io(
+        name=binding.name,
+        mode=mode,  # type: ignore[arg-type]
+        dtype=str(binding.dtype).removeprefix("torch."),
+        shape=list(binding.shape),
+    )
+
+
+def _plan_entry(applied: Applied) -> m.PlanEntry:
+    cut = applied.cut
+    return m.PlanEntry(
+        kind=cut.kind,  # type: ignore[arg-type]
+        module=cut.module,
+        tensor=cut.tensor,
+        dim=cut.dim,
+        applied=applied.reason is None,
+        reason=applied.reason,
+        global_size=applied.global_size,
+        local_size=applied.local_size,
+    )
+
+
+def _attention(outcome: Outcome) -> m.Attention:
+    site = outcome.site
+    return m.Attention(
+        module=site.module,
+        source=site.source,
+        batch=site.batch,
+        heads=site.heads,
+        head_dim=site.head_dim,
+        local_query=site.queries,
+        global_query=site.global_queries,
+        local_key=site.keys,
+        global_key=site.global_keys,
+        rewritten=outcome.kept is None,
+        reason=outcome.kept,
+    )
+
+
+def _collectives(engine: Engine, world: int) -> list[m.Collective]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for one in engine.collectives:
+        groups.setdefault((one.operator, one.kind), []).append(bytes_sent(one.kind, one.payload, world))
+    return [
+        m.Collective(kind=operator, layer=layer, count=len(sent), bytes_sent=sum(sent))
+        for (operator, layer), sent in groups.items()
+    ]
+
+
+def bytes_sent(kind: str, payload: int, size: int) -> int:
+    """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
+
+    Averaged over ranks: a broadcast's root sends ``payload`` to ``size - 1`` others, and every
+    rank is root as often as the others are.
+
+    Raises:
+        KeyError: ``kind`` is no collective that the strategies use.
+    """
+    numerator, denominator = {
+        "ALL_GATHER": (size - 1, 1),
+        "ALL_TO_ALL": (size - 1, size),
+        "BROADCAST": (size - 1, size),
+    }[kind]
+    return payload * numerator // denominator
+
+
+def _proof(proof: Proof | None) -> m.Proof:
+    if proof is None:
+        return m.Proof(
+            status="skipped",
+            level="none",
+            reference=None,
+            algebra=[],
+            ranks=[],
+            dense=None,
+            bound=None,
+            control=None,
+            seconds=0,
+        )
+    return m.Proof(
+        status="passed",
+        level="program",
+        reference=REFERENCE,
+        algebra=[_error(e) for e in proof.algebra],
+        ranks=[_error(e) for e in proof.ranks],
+        dense=_error(proof.dense),
+        bound=_error(proof.bound),
+        control=None if proof.control is None else _error(proof.control),
+        seconds=round(proof.seconds, 3),
+    )
+
+
+def _error(error: Error) -> m.Error:
+    return m.Error(max=error.max, rms=error.rms)

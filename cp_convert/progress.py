@@ -1,0 +1,43 @@
+"""What a long conversion tells about itself. No rich here: ``render`` draws it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+class Progress:
+    """Receives the conversion's stages; this one keeps silent."""
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage of ``total`` steps begins."""
+
+    def step(self, stage: str) -> None:
+        """One step of the stage is done."""
+
+    def finish(self, stage: str, seconds: float) -> None:
+        """The stage is done."""
+
+
+@dataclass
+class Clock:
+    """Times the stages and passes them on.
+
+    Attributes:
+        progress: who is told.
+        seconds: how long every finished stage took, in order.
+    """
+
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, total: int = 1) -> Iterator[None]:
+        """Time a stage; nothing is recorded when it fails."""
+        self.progress.start(name, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.progress.finish(name, self.seconds[name])

@@ -1,0 +1,312 @@
+"""Everything a person sees: tables, progress and errors. The only place that knows rich."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .bundle import Check
+from .errors import ConvertError
+from .manifest import Attention, Manifest, Proof
+from .progress import Progress
+
+
+class Screen:
+    """Where things are shown: results on stdout, errors and progress on stderr.
+
+    Args:
+        as_json: print one JSON document on stdout and everything else on stderr.
+        verbosity: -1 quiet, 0 normal, 1 and 2 more.
+    """
+
+    def __init__(self, *, as_json: bool = False, verbosity: int = 0) -> None:
+        self.as_json = as_json
+        self.verbosity = verbosity
+        self.out = Console(highlight=False)
+        self.err = Console(stderr=True, highlight=False)
+
+    def document(self, value: object) -> None:
+        """Print ``value`` as the one JSON document."""
+        print(json.dumps(value, indent=2))  # noqa: T201
+
+    def error(self, error: ConvertError) -> None:
+        """Show an error: what, where, why, what to try; its traceback with ``-vv``."""
+        if self.as_json:
+            self.document({"status": "error", "exit_code": error.exit_code, "error": error.as_dict()})
+        if self.verbosity >= 2:
+            self.err.print(escape("".join(traceback.format_exception(error))))
+        self.err.print(f"[bold red]{error.title}[/]: {escape(error.message)}", soft_wrap=True)
+        if error.where:
+            self.err.print(f"  [bold]where[/]  {escape(error.where)}", soft_wrap=True)
+        if error.hint:
+            self.err.print(f"  [bold]try[/]    {escape(error.hint)}", soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line for a person, unless quiet."""
+        if self.verbosity >= 0:
+            (self.err if self.as_json else self.out).print(escape(text), soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Progress bars on stderr; silent when stdout is no terminal, plain lines with ``-v``."""
+        if self.verbosity > 0 or (self.as_json and self.verbosity > 0):
+            yield _Lines(self.err)
+        elif self.verbosity < 0 or not self.out.is_terminal:
+            yield Progress()
+        else:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description:10}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            with Bars(*columns, console=self.err, transient=True) as bars:
+                yield _Bars(bars)
+
+    def converted(self, manifest: Manifest, out: Path) -> None:
+        """The end of a conversion."""
+        if self.as_json:
+            self.document({"status": "ok", "bundle": str(out), "manifest": _builtins(manifest)})
+        if self.verbosity < 0:
+            return
+        console = self.err if self.as_json else self.out
+        total = sum(engine.bytes for engine in manifest.engines)
+        console.print(
+            f"[bold green]{len(manifest.engines)} engines[/] of {escape(manifest.model.name)} "
+            f"({_count(manifest.model.parameters)} parameters, {manifest.precision}, "
+            f"{manifest.strategy} over {manifest.world} ranks), {_size(total)} in "
+            f"[bold]{escape(str(out))}[/]",
+            soft_wrap=True,
+        )
+        for row in (
+            ("proof", _proof_line(manifest.proof)),
+            ("attention", _attention_line(manifest.attention)),
+            ("collectives", _collectives_line(manifest)),
+            ("built by", _backend_line(manifest)),
+            ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
+        ):
+            console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
+
+    def inspected(self, manifest: Manifest, folder: Path) -> None:
+        """A manifest as tables."""
+        if self.as_json:
+            self.document(_builtins(manifest))
+            return
+        print_ = self.out.print
+        print_(f"[bold]{escape(str(folder))}[/]")
+        print_(_facts(manifest))
+        print_(_engines_table(manifest))
+        if manifest.collectives:
+            print_(_collectives_table(manifest))
+        if manifest.attention:
+            print_(_attention_table(manifest.attention))
+        print_(_io_table(manifest))
+        if manifest.plan:
+            print_(_plan_table(manifest))
+
+    def verified(self, checks: Sequence[Check]) -> None:
+        """What ``verify`` looked at."""
+        damaged = [check for check in checks if check.problem]
+        if self.as_json:
+            self.document(
+                {
+                    "status": "damaged" if damaged else "ok",
+                    "checks": [{"subject": c.subject, "problem": c.problem} for c in checks],
+                }
+            )
+            return
+        for check in checks:
+            mark = f"[red]{escape(check.problem)}[/]" if check.problem else "[green]ok[/]"
+            if check.problem or self.verbosity >= 0:
+                self.out.print(f"  {check.subject:16} {mark}", soft_wrap=True)
+
+
+class _Lines(Progress):
+    """One plain line a stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def start(self, stage: str, total: int) -> None:
+        self.console.print(f"{stage} ...")
+
+    def finish(self, stage: str, seconds: float) -> None:
+        self.console.print(f"{stage} done in {seconds:.1f} s")
+
+
+class _Bars(Progress):
+    """One bar a stage."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def start(self, stage: str, total: int) -> None:
+        self.tasks[stage] = self.bars.add_task(stage, total=total)
+
+    def step(self, stage: str) -> None:
+        self.bars.advance(self.tasks[stage])
+
+    def finish(self, stage: str, seconds: float) -> None:
+        task = self.bars.tasks[self.tasks[stage]]
+        self.bars.update(self.tasks[stage], completed=task.total)
+        self.bars.stop_task(self.tasks[stage])
+
+
+def _builtins(manifest: Manifest) -> object:
+    import msgspec
+
+    return msgspec.to_builtins(manifest)
+
+
+def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="right" if column in set(right) else "left")
+    return table
+
+
+def _facts(manifest: Manifest) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    model = manifest.model
+    for name, value in (
+        ("model", f"{model.name}, {_count(model.parameters)} parameters ({model.source})"),
+        ("strategy", f"{manifest.strategy} over {manifest.world} ranks, {manifest.precision}"),
+        ("backend", _backend_line(manifest)),
+        ("proof", _proof_line(manifest.proof)),
+        ("created", f"{manifest.created} by {manifest.tool.name} {manifest.tool.version}, "
+         f"torch {manifest.torch}, Torch-TensorRT {manifest.torch_tensorrt}"),
+        ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
+        ("command", manifest.command),
+    ):
+        table.add_row(name, escape(value))
+    for text in manifest.backend.workarounds:
+        table.add_row("workaround", escape(text))
+    for frozen in manifest.frozen:
+        table.add_row("frozen", escape(f"{frozen.name} = {frozen.value}"))
+    return table
+
+
+def _engines_table(manifest: Manifest) -> Table:
+    table = _table("Engines", "rank", "file", "size", "sha256", right=("rank", "size"))
+    for engine in manifest.engines:
+        table.add_row(
+            str(engine.rank), escape(engine.file), _size(engine.bytes), engine.sha256[:16] + "..."
+        )
+    return table
+
+
+def _collectives_table(manifest: Manifest) -> Table:
+    table = _table(
+        "Collectives of one rank, per forward",
+        "kind", "TensorRT layer", "count", "sent",
+        right=("count", "sent"),
+    )  # fmt: skip
+    for one in manifest.collectives:
+        table.add_row(one.kind, one.layer, str(one.count), _size(one.bytes_sent))
+    return table
+
+
+def _attention_table(sites: Sequence[Attention]) -> Table:
+    numbers = ("count", "heads", "head_dim", "queries", "keys")
+    table = _table("Attention", "module", *numbers, "what was done", right=numbers)
+    rows = Counter(
+        (
+            _starred(s.module), s.heads, s.head_dim,
+            _local_of(s.local_query, s.global_query), _local_of(s.local_key, s.global_key),
+            "rewritten" if s.rewritten else f"left alone: {s.reason}",
+        )
+        for s in sites
+    )  # fmt: skip
+    for (module, heads, head_dim, queries, keys, what), count in rows.items():
+        table.add_row(
+            escape(module), str(count), str(heads), str(head_dim), queries, keys, escape(what)
+        )
+    return table
+
+
+def _io_table(manifest: Manifest) -> Table:
+    table = _table("Bindings of every engine", "mode", "name", "dtype", "shape")
+    for io in manifest.io:
+        table.add_row(io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar")
+    return table
+
+
+def _plan_table(manifest: Manifest) -> Table:
+    table = _table("Plan", "kind", "module", "tensor", "dim", "length", right=("dim",))
+    for entry in manifest.plan:
+        length = (
+            _local_of(entry.local_size or 0, entry.global_size or 0)
+            if entry.applied
+            else f"not applied: {entry.reason}"
+        )
+        module = escape(entry.module or "(model)")
+        table.add_row(entry.kind, module, escape(entry.tensor), str(entry.dim), escape(length))
+    return table
+
+
+def _starred(module: str) -> str:
+    """``blocks.7.attn`` as ``blocks.*.attn``, so that equal blocks share a row."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", module)
+
+
+def _local_of(local: int, whole: int) -> str:
+    return str(whole) if local == whole else f"{local} of {whole}"
+
+
+def _proof_line(proof: Proof) -> str:
+    if proof.status == "skipped":
+        return "skipped (--no-proof): nothing is known about these engines' numbers"
+    assert proof.bound is not None
+    line = (
+        f"passed: relative error {max(e.max for e in proof.ranks):.1e} (bound "
+        f"{proof.bound.max:.1e}), in float32 arithmetic {max(e.max for e in proof.algebra):.1e}"
+    )
+    return line + (f"; without communication {proof.control.max:.1e}" if proof.control else "")
+
+
+def _attention_line(sites: Sequence[Attention]) -> str:
+    done = sum(site.rewritten for site in sites)
+    kept = Counter(site.reason for site in sites if not site.rewritten)
+    return f"{done} rewritten" + "".join(f", {n} left alone ({why})" for why, n in kept.items())
+
+
+def _collectives_line(manifest: Manifest) -> str:
+    parts = [f"{c.count} {c.kind}, {_size(c.bytes_sent)} sent" for c in manifest.collectives]
+    return ("; ".join(parts) + " by each rank per forward") if parts else "none"
+
+
+def _backend_line(manifest: Manifest) -> str:
+    backend = manifest.backend
+    targets = ", ".join(backend.compute_capabilities) or "this machine's GPU"
+    return f"{backend.name} {backend.version} for compute capability {targets}"
+
+
+def _count(number: float) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def _size(number: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} B"
