@@ -22,19 +22,23 @@ from .mesh import Axis, split_groups
 _LIBRARY: Final = torch.library.Library("cp", "DEF")
 
 _GROUPS = "int[] groups, int size"
-_SCHEMAS: Final = (
+_SPMD_SCHEMAS: Final = (
     f"shard(Tensor x, int dim, {_GROUPS}) -> Tensor",
     f"all_gather(Tensor x, {_GROUPS}) -> Tensor",
     f"all_to_all(Tensor x, {_GROUPS}) -> Tensor",
     f"broadcast(Tensor x, int root, {_GROUPS}) -> Tensor",
-    # aten.scaled_dot_product_attention's own signature, under a name that no decomposition
-    # table knows: decompositions were seen to tear the aten operator apart (FACTS, ADR 5).
+)
+for _schema in _SPMD_SCHEMAS:
+    # The tag keeps constant folding away: the value depends on the rank, not on the arguments
+    # alone, and torch's folder evaluates whatever is not tagged.
+    _LIBRARY.define(_schema, tags=(torch.Tag.nondeterministic_seeded,))
+# aten.scaled_dot_product_attention's own signature, under a name that no decomposition table
+# knows: decompositions were seen to tear the aten operator apart (ADR 5).
+_LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, "
-    "bool enable_gqa=False) -> Tensor",
+    "bool enable_gqa=False) -> Tensor"
 )
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)
 
 
 def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:

@@ -86,9 +86,9 @@ class Screen:
         console = self.err if self.as_json else self.out
         total = sum(engine.bytes for engine in manifest.engines)
         console.print(
-            f"[bold green]{len(manifest.engines)} engines[/] of {escape(manifest.model.name)} "
+            f"[bold green]{_plural(len(manifest.engines), 'engine')}[/] of {escape(manifest.model.name)} "
             f"({_count(manifest.model.parameters)} parameters, {manifest.precision}, "
-            f"{manifest.strategy} over {manifest.world} ranks), {_size(total)} in "
+            f"{manifest.strategy} over {_plural(manifest.world, 'rank')}), {_size(total)} in "
             f"[bold]{escape(str(out))}[/]",
             soft_wrap=True,
         )
@@ -176,7 +176,8 @@ def _builtins(manifest: Manifest) -> object:
 def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in columns:
-        table.add_column(column, justify="right" if column in set(right) else "left")
+        justify: Any = "right" if column in right else "left"
+        table.add_column(column, justify=justify, overflow="fold")
     return table
 
 
@@ -187,7 +188,7 @@ def _facts(manifest: Manifest) -> Table:
     model = manifest.model
     for name, value in (
         ("model", f"{model.name}, {_count(model.parameters)} parameters ({model.source})"),
-        ("strategy", f"{manifest.strategy} over {manifest.world} ranks, {manifest.precision}"),
+        ("strategy", f"{manifest.strategy} over {_plural(manifest.world, 'rank')}, {manifest.precision}"),
         ("backend", _backend_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
         ("created", f"{manifest.created} by {manifest.tool.name} {manifest.tool.version}, "
@@ -303,6 +304,10 @@ def _count(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.3g} {unit}"
     return f"{number:.0f}"
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(number: float) -> str:

@@ -191,7 +191,7 @@ def _split(value: Tensor, cut: Cut, axis: Axis) -> Tensor:
         raise CannotShard(
             f"{cut.tensor} has {length} tokens along dimension {cut.dim}, "
             f"which do not divide among {axis.size} ranks.",
-            where=f"module {cut.module or 'model'}",
+            where=cut.module or "model",
             hint=f"choose a world that divides {length}, or example inputs whose length "
             f"{axis.size} divides.",
         )

@@ -14,7 +14,8 @@ from .. import ops
 from ..errors import CannotLower
 from ..mesh import split_groups
 from ..program import Binding, Lowered, Program, module_path, source_line, state_of, tensor_of
-from .runtime import DYNAMO_CONVERTERS, exclude_from_folding, get_decompositions, post_lowering, settings
+from .passes import interleave_strided_writes
+from .runtime import DYNAMO_CONVERTERS, decompositions, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default
 
@@ -29,7 +30,7 @@ def lower(program: Program) -> Lowered:
         CannotLower: an operator has no converter.
     """
     with _quiet():
-        exported = program.exported.run_decompositions(get_decompositions())
+        exported = program.exported.run_decompositions(decompositions())
         signature = exported.graph_signature
         state = state_of(exported)
         graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
@@ -41,9 +42,7 @@ def lower(program: Program) -> Lowered:
                 _as_attribute(graph_module, node, state[node.name])
             else:
                 graph_module.graph.erase_node(node)
-        for node in graph_module.graph.nodes:
-            if node.target is _SHARD or node.target in ops.COLLECTIVES:
-                exclude_from_folding(node)
+        interleave_strided_writes(graph_module.graph)
         graph_module.recompile()
         graph_module = post_lowering(graph_module, settings())
     parameters = {n: state[n] for n in signature.inputs_to_parameters}

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from .offline import driverless
 
@@ -32,9 +35,6 @@ from torch_tensorrt.dynamo.conversion._ConverterRegistry import (
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
 from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering
-from torch_tensorrt.dynamo.lowering.constant_fold_exclusions import (
-    CONSTANT_FOLD_EXCLUSION_META_KEY,
-)
 from torch_tensorrt.logging import _LOGGER as TENSORRT_LOG
 
 __all__ = [
@@ -45,9 +45,8 @@ __all__ = [
     "Input",
     "SourceIR",
     "TRTInterpreter",
+    "decompositions",
     "dynamo_tensorrt_converter",
-    "exclude_from_folding",
-    "get_decompositions",
     "get_trt_tensor",
     "impl",
     "is_rtx",
@@ -74,9 +73,28 @@ def settings() -> CompilationSettings:
     )
 
 
-def exclude_from_folding(node: Any) -> None:
-    """Keep Torch-TensorRT from evaluating a node whose arguments are constants."""
-    node.meta.setdefault(CONSTANT_FOLD_EXCLUSION_META_KEY, set()).add("cp_convert")
+def decompositions() -> dict[Any, Any]:
+    """Torch-TensorRT's decompositions, those that allocate on ``cuda:0`` replaced.
+
+    Uninitialised memory becomes zeros on the tensor's own device, so that a program means the
+    same wherever it is run; what is fully overwritten disappears in :mod:`.passes`.
+    """
+    table = dict(get_decompositions())
+
+    def permuted(size: Sequence[int], order: Sequence[int], **kwargs: Any) -> torch.Tensor:
+        return _zeros(size, **kwargs)
+
+    def strided(size: Sequence[int], stride: Sequence[int], **kwargs: Any) -> torch.Tensor:
+        return _zeros(size, **kwargs)
+
+    table[torch.ops.aten.empty_permuted.default] = permuted
+    table[torch.ops.aten.empty_strided.default] = strided
+    table[torch.ops.aten.empty.memory_format] = _zeros
+    return table
+
+
+def _zeros(size: Sequence[int], **kwargs: Any) -> torch.Tensor:
+    return torch.full(size, 0, dtype=kwargs.get("dtype"), device=kwargs.get("device"))
 
 
 def is_rtx() -> bool:
