@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import ops
-from .errors import CannotConvert, CannotShard, CannotTrace, ConvertError
+from .errors import CannotShard, CannotTrace, ConvertError
 from .mesh import Axis
 from .plan import Cut, normalise
 from .program import Binding, Constant, Program, tensor_of
@@ -212,13 +212,6 @@ def _hide_attention(exported: torch.export.ExportedProgram) -> None:
 
 def _program(exported: torch.export.ExportedProgram) -> Program:
     signature = exported.graph_signature
-    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if mutated:
-        raise CannotConvert(
-            f"forward writes to {', '.join(sorted(set(mutated.values())))}, "
-            "which an engine cannot do.",
-            hint="return the new value instead of assigning it.",
-        )
     nodes = {node.name: node for node in exported.graph.nodes}
     assert exported.call_spec.in_spec is not None and exported.call_spec.out_spec is not None
     inputs: list[Binding] = []

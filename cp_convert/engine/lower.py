@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
+from torch.export.graph_signature import ExportGraphSignature
 
 from .. import ops
 from ..errors import CannotLower
@@ -27,11 +28,12 @@ def lower(program: Program) -> Lowered:
     constants become attributes, which Torch-TensorRT may fold.
 
     Raises:
-        CannotLower: an operator has no converter.
+        CannotLower: an operator has no converter, or forward writes to its own state.
     """
     with _quiet():
         exported = program.exported.run_decompositions(decompositions())
         signature = exported.graph_signature
+        _check_mutation(signature)
         state = state_of(exported)
         graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
         inputs = {binding.node for binding in program.inputs}
@@ -49,6 +51,16 @@ def lower(program: Program) -> Lowered:
     lowered = Lowered(graph_module, parameters, program.inputs, _outputs(program, graph_module))
     _check_converters(lowered)
     return lowered
+
+
+def _check_mutation(signature: ExportGraphSignature) -> None:
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if mutated:
+        raise CannotLower(
+            f"forward writes to {', '.join(sorted(set(mutated.values())))}, "
+            "which an engine cannot do.",
+            hint="return the new value instead of assigning it.",
+        )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ A value that is the same on every rank is computed once and held once; the weigh
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -59,7 +60,7 @@ def run(
     env: dict[fx.Node, PerRank] = {}
     bound = {b.node: inputs[b.name] for b in program.inputs}
     graph = program.graph_module.graph
-    dying = _last_uses(graph)
+    dying, own = _last_uses(graph), _written_in_place(graph)
     results: list[list[Tensor]] = []
     with torch.no_grad(), HalfMatmulsInFloat32():
         for node in graph.nodes:
@@ -73,7 +74,7 @@ def run(
                 results = _outputs(node, env, program, world)
             else:
                 assert node.op == "call_function", node.format_node()
-                env[node] = _call(node, env, world, widen=widen)
+                env[node] = _call(node, env, world, widen=widen, own=node in own)
             if watch is not None and node in env:
                 watch(node, env[node])
             for dead in dying.get(node, ()):
@@ -82,13 +83,14 @@ def run(
 
 
 def _call(
-    node: fx.Node, env: Mapping[fx.Node, PerRank], world: int, *, widen: bool
+    node: fx.Node, env: Mapping[fx.Node, PerRank], world: int, *, widen: bool, own: bool
 ) -> PerRank:
     if ops.is_spmd(node.target):
         first, *rest = _all_arguments(node)
         values = ops.on_all_ranks(node.target, [env[first][rank] for rank in range(world)], rest)
         return _merged(values)
-    count = world if any(not env[n].is_common for n in node.all_input_nodes) else 1
+    differs = own or any(not env[n].is_common for n in node.all_input_nodes)
+    count = world if differs else 1
     function: Any = node.target
     args = _widened(node.args) if widen else node.args
     kwargs = _widened(node.kwargs) if widen else node.kwargs
@@ -133,6 +135,28 @@ def _outputs(
     by_name = {n.name: n for n in node.all_input_nodes}
     wanted = [by_name[binding.node] for binding in program.outputs]
     return [[env[n][rank] for n in wanted] for rank in range(world)]
+
+
+def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that a later operator writes into, and what they are views of.
+
+    Every rank needs its own: ranks that shared one would see one another's writes.
+    """
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+            if argument.is_write:
+                _add_with_base(value, written)
+    return written
+
+
+def _add_with_base(node: Any, written: set[fx.Node]) -> None:
+    while isinstance(node, fx.Node) and node not in written:
+        written.add(node)
+        schema = getattr(node.target, "_schema", None)
+        is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        node = node.args[0] if is_view or node.target is operator.getitem else None
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

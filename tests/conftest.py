@@ -1,0 +1,138 @@
+"""Models, traced programs and helpers that tests share; what is slow is made once a worker."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert.mesh import Axis, Mesh
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+torch.set_num_threads(1)
+
+
+def axis_of(world: int) -> Axis:
+    """The one axis of a plain world."""
+    return Mesh.line(world).whole
+
+
+@cache
+def example(name: str) -> ModuleType:
+    """An example file as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(EXAMPLES))
+    spec.loader.exec_module(module)
+    sys.path.remove(str(EXAMPLES))
+    return module
+
+
+class TinyAttention(nn.Module):
+    """Self-attention over 24 tokens, then cross-attention to 5 whole ones; no more than that."""
+
+    def __init__(self, heads: int = 12, width: int = 96, channels: int = 8) -> None:
+        super().__init__()
+        self.heads = heads
+        self.enter = nn.Linear(channels, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(channels, 2 * width)
+        self.leave = nn.Linear(width, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """``[B, S, 8]`` and ``[B, T, 8]`` to ``[B, S, 8]``."""
+        x = self.enter(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.to_kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.leave(x)
+
+
+TINY_PLAN: Mapping[str, Any] = {
+    "": {"x": ContextParallelInput(split_dim=1, expected_dims=3)},
+    "leave": ContextParallelOutput(gather_dim=1, expected_dims=3),
+}
+
+
+def sharpened(module: nn.Module, factor: float = 3.0) -> nn.Module:
+    """Larger weights, so that attention is far from uniform and matters."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(factor if parameter.dim() > 1 else 1.0)
+    return module.eval()
+
+
+def tiny(**options: int) -> nn.Module:
+    """A :class:`TinyAttention` with fixed random weights."""
+    torch.manual_seed(0)
+    return sharpened(TinyAttention(**options))
+
+
+def tiny_inputs(batch: int = 2) -> dict[str, Tensor]:
+    """Inputs of :func:`tiny`; 24 tokens divide among 2, 3, 4, 6 and 8 ranks."""
+    torch.manual_seed(1)
+    return {"x": torch.randn(batch, 24, 8), "text": torch.randn(batch, 5, 8)}
+
+
+MODEL_FILE = '''
+import torch
+from torch import nn
+from torch.nn import functional
+from cp_convert import ContextParallelInput, ContextParallelOutput
+
+cp_plan = {
+    "enter": {"input": ContextParallelInput(split_dim=1)},
+    "leave": ContextParallelOutput(gather_dim=1),
+}
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.qkv, self.leave = nn.Linear(8, 64), nn.Linear(64, 192), nn.Linear(64, 8)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.enter(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(8 * q, k, v)
+        return self.leave(mixed.transpose(1, 2).flatten(2))
+
+def build_model():
+    torch.manual_seed(0)
+    return Model()
+
+def example_inputs():
+    torch.manual_seed(1)
+    return {"x": torch.randn(1, 16, 8)}
+'''
+
+
+@pytest.fixture
+def model_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small model file, with replacements, and returns its path."""
+
+    def write(*replacements: tuple[str, str], name: str = "model.py") -> Path:
+        text = MODEL_FILE
+        for old, new in replacements:
+            assert old in text, old
+            text = text.replace(old, new)
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write

@@ -1,0 +1,255 @@
+"""The proof passes what is right, and fails for every planted fault."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+import pytest
+from conftest import TINY_PLAN, TinyAttention, axis_of, sharpened, tiny, tiny_inputs
+
+from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert.errors import ProofFailed
+from cp_convert.job import STRATEGY_NAMES
+from cp_convert.load import cast_inputs, cast_module
+from cp_convert.prove import Proof, Stages, prove
+from cp_convert.prove.lockstep import run
+from cp_convert.prove.program import FLOOR
+from cp_convert.rewrite import rewrite
+from cp_convert.strategies import STRATEGIES
+from cp_convert.trace import trace
+
+Sabotage = Callable[[fx.Graph], None]
+
+
+def proven(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    name: str = "ulysses",
+    world: int = 2,
+    *,
+    plan: Mapping[str, Any] = TINY_PLAN,
+    sabotage: Sabotage | None = None,
+    rtol: float | None = None,
+) -> Proof:
+    """Prove the rewritten program, after ``sabotage`` has edited its graph."""
+    local, _ = trace(module, inputs, plan, axis_of(world))
+    rewritten, outcomes = rewrite(local, STRATEGIES[name], name, axis_of(world))
+    if sabotage is not None:
+        sabotage(rewritten.graph_module.graph)
+    sites = [(o.site, o.node) for o in outcomes]
+    return prove(module, inputs, Stages(local, rewritten, rewritten, sites, world), rtol=rtol)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_what_is_right_passes_in_float32(name: str, world: int) -> None:
+    proof = proven(tiny(), tiny_inputs(), name, world)
+    assert len(proof.ranks) == world
+    assert all(error.max < FLOOR for error in proof.ranks)
+    assert (proof.control is None) == (world == 1)
+    assert proof.control is None or proof.control.max > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_half_precision_is_measured_by_the_dense_models_own_loss(
+    name: str, dtype: torch.dtype
+) -> None:
+    module = tiny()
+    cast_module(module, dtype)
+    proof = proven(module, cast_inputs(tiny_inputs(), dtype), name, 4)
+    assert all(error.max < FLOOR for error in proof.algebra)
+    assert proof.dense.max > 100 * FLOOR or dtype == torch.float16
+    assert proof.bound.max == pytest.approx(2 * proof.dense.max)
+    assert all(error.within(proof.bound) for error in proof.ranks)
+
+
+def nodes(graph: fx.Graph, name: str) -> list[fx.Node]:
+    target = getattr(torch.ops.cp, name).default
+    return list(graph.find_nodes(op="call_function", target=target))
+
+
+def drop_the_exchange(graph: fx.Graph) -> None:
+    """The first collective hands back what it was given."""
+    node = nodes(graph, "all_to_all")[0]
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    graph.erase_node(node)
+
+
+def wrong_order_of_ranks(graph: fx.Graph) -> None:
+    node = nodes(graph, "all_gather")[-1]
+    node.args = (node.args[0], [1, 0], 2)
+
+
+def swap_keys_and_values(graph: fx.Graph) -> None:
+    node = graph.find_nodes(op="call_function", target=torch.ops.cp.attention.default)[0]
+    q, k, v = node.args[:3]
+    node.args = (q, v, k, *node.args[3:])
+
+
+def slice_of_another_rank(graph: fx.Graph) -> None:
+    node = nodes(graph, "shard")[0]
+    node.args = (node.args[0], node.args[1], [1, 0], 2)
+
+
+def forget_the_scale(graph: fx.Graph) -> None:
+    node = graph.find_nodes(op="call_function", target=torch.ops.cp.attention.default)[0]
+    node.kwargs = {**node.kwargs, "scale": 1.0}
+
+
+@pytest.mark.parametrize(
+    "sabotage",
+    [
+        drop_the_exchange,
+        wrong_order_of_ranks,
+        swap_keys_and_values,
+        slice_of_another_rank,
+        forget_the_scale,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planted_faults_are_caught(sabotage: Sabotage, dtype: torch.dtype) -> None:
+    module = tiny()
+    cast_module(module, dtype)
+    with pytest.raises(ProofFailed, match="went astray"):
+        proven(module, cast_inputs(tiny_inputs(), dtype), sabotage=sabotage)
+
+
+def test_a_fault_below_half_precision_is_caught_all_the_same() -> None:
+    """1 % on one value: far below what bfloat16 loses, far above what float32 does."""
+
+    def nudge(graph: fx.Graph) -> None:
+        node = graph.find_nodes(op="call_function", target=torch.ops.cp.attention.default)[0]
+        with graph.inserting_after(node):
+            scaled = graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.001))
+        node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+    module = tiny()
+    cast_module(module, torch.bfloat16)
+    inputs = cast_inputs(tiny_inputs(), torch.bfloat16)
+    loss = proven(module, inputs).dense
+    assert loss.max > 0.002
+    with pytest.raises(ProofFailed, match="went astray in float32"):
+        proven(module, inputs, sabotage=nudge)
+
+
+def test_the_first_attention_that_differs_is_named() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = TinyAttention(), TinyAttention()
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return self.second(self.first(x, text), text)
+
+    torch.manual_seed(0)
+    module = sharpened(Two())
+    plan = {
+        "": {"x": ContextParallelInput(1)},
+        "second.leave": ContextParallelOutput(1),
+    }
+
+    def second_only(graph: fx.Graph) -> None:
+        late = [n for n in nodes(graph, "all_to_all") if n.name.startswith("ulysses_2")]
+        late[0].replace_all_uses_with(late[0].args[0])  # type: ignore[arg-type]
+        graph.erase_node(late[0])
+
+    with pytest.raises(ProofFailed, match="first attention to differ is number 2") as caught:
+        proven(module, tiny_inputs(), plan=plan, sabotage=second_only)
+    assert (caught.value.where or "").startswith("second ")
+    assert "conftest.py" in (caught.value.where or "")
+
+
+def test_a_plan_that_misses_a_mean_over_tokens_fails() -> None:
+    class Mean(TinyAttention):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x - x.mean(dim=1, keepdim=True), text)
+
+    torch.manual_seed(0)
+    with pytest.raises(ProofFailed, match="every rank went astray"):
+        proven(sharpened(Mean()), tiny_inputs())
+
+
+def test_text_that_is_whole_but_joined_with_sharded_tokens_fails() -> None:
+    """The replicated part would enter the attention once for every rank."""
+
+    class Joint(TinyAttention):
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            joined = torch.cat((self.enter(text), self.enter(x)), dim=1)
+            q, k, v = self.qkv(joined).unflatten(-1, (3, 12, -1)).permute(2, 0, 3, 1, 4)
+            out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            return self.leave(out[:, text.shape[1] :])
+
+    torch.manual_seed(0)
+    for name in STRATEGY_NAMES:
+        with pytest.raises(ProofFailed, match="went astray"):
+            proven(sharpened(Joint()), tiny_inputs(), name)
+
+
+def test_a_model_whose_attention_does_not_matter_proves_nothing() -> None:
+    module = tiny()
+    with torch.no_grad():
+        # Values of zero: attention adds nothing, so no fault in it could be seen.
+        module.qkv.weight[2 * 96 :] = 0  # type: ignore[operator, index]
+        module.qkv.bias[2 * 96 :] = 0  # type: ignore[operator, index]
+    with pytest.raises(ProofFailed, match="nothing was proven") as caught:
+        proven(module, tiny_inputs())
+    assert "--weights" in (caught.value.hint or "")
+
+
+def test_a_model_that_overflows_is_told_so() -> None:
+    module = tiny()
+    with torch.no_grad():
+        module.leave.weight.mul_(1e38)  # type: ignore[operator, union-attr]
+    with pytest.raises(ProofFailed, match="infinities or NaN"):
+        proven(module, tiny_inputs())
+
+
+def test_rtol_replaces_the_bound() -> None:
+    assert proven(tiny(), tiny_inputs(), rtol=1e-3).bound.max == 1e-3
+    with pytest.raises(ProofFailed, match=r"the bound is 1\.0e-12"):
+        proven(tiny(), tiny_inputs(), "ring", rtol=1e-12)
+
+
+def test_an_error_that_is_not_finite_is_never_within_a_bound() -> None:
+    from cp_convert.prove.program import Error, error_of
+
+    x = torch.tensor([1.0, math.nan])
+    assert not error_of(x, torch.ones(2)).within(Error(1e9, 1e9))
+    assert not error_of(torch.ones(3), torch.ones(2)).within(Error(1e9, 1e9))
+
+
+def test_ranks_do_not_see_one_anothers_writes() -> None:
+    """Strided writes into a tensor that all ranks created alike (Wan's rotary embedding)."""
+
+    class Interleaved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            out = torch.zeros(2, 4)
+            out[..., 0::2] = x[..., :2]
+            out[..., 1::2] = x[..., 2:]
+            return out
+
+    x = torch.randn(4, 4)
+    plan = {"": {"x": ContextParallelInput(0)}}
+    program, _ = trace(Interleaved(), {"x": x}, plan, axis_of(2))
+    parts = torch.cat([out for (out,) in run(program, {"x": x}, 2)])
+    torch.testing.assert_close(parts, x.unflatten(-1, (2, 2)).transpose(1, 2).flatten(1))
+
+
+def test_what_all_ranks_have_in_common_is_computed_once() -> None:
+    program, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(4))
+    common: dict[str, bool] = {}
+    run(program, tiny_inputs(), 4, watch=lambda n, v: common.update({n.name: v.is_common}))
+    sharded = {"shard", "scaled_dot_product_attention"}
+    assert all(not common[name] for name in sharded)
+    assert common["linear_3"], "the text's projection does not depend on the rank"
+
+
+def test_stages_are_plain_data() -> None:
+    local, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(2))
+    stages = Stages(local, local, local, [], 2)
+    assert replace(stages, world=3).world == 3

@@ -1,0 +1,171 @@
+"""Every strategy by itself: numerics, dependence on other ranks, collectives, memory."""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import pytest
+from conftest import axis_of
+
+from cp_convert import ops
+from cp_convert.job import STRATEGY_NAMES
+from cp_convert.program import Binding, Lowered
+from cp_convert.prove.lockstep import PerRank, run
+from cp_convert.strategies import STRATEGIES, Site
+
+WORLDS = (2, 3, 4)
+HEADS, DIM, SEQUENCE = 12, 16, 24
+
+
+def sdpa_inputs(batch: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scales = (3.0, 1.0, 1.0)  # peaked attention, so that every key matters somewhere
+    return [torch.randn(batch, HEADS, SEQUENCE, DIM, generator=generator) * s for s in scales]
+
+
+def program(name: str, world: int, like: list[Tensor], scale: float | None = None) -> Lowered:
+    """The strategy alone: shards its three inputs, attends, gathers the output."""
+    axis = axis_of(world)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = [ops.shard(x, 2, axis) for x in (q, k, v)]
+        out = STRATEGIES[name].attend(*parts, scale=scale, axis=axis)
+        return ops.all_gather(out.movedim(2, 0), axis).movedim(0, 2)
+
+    with torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
+        graph_module = make_fx(forward)(*[mode.from_tensor(x) for x in like])
+    nodes = [n.name for n in graph_module.graph.find_nodes(op="placeholder")]
+    inputs = [
+        Binding(b, n, x.dtype, tuple(x.shape)) for b, n, x in zip("qkv", nodes, like, strict=True)
+    ]
+    result = graph_module.graph.output_node().all_input_nodes[0].name
+    output = Binding("out", result, like[0].dtype, tuple(like[0].shape))
+    return Lowered(graph_module, {}, tuple(inputs), (output,))
+
+
+def outputs(lowered: Lowered, world: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    return [out for (out,) in run(lowered, {"q": q, "k": k, "v": v}, world)]
+
+
+def collectives(lowered: Lowered) -> list[torch.fx.Node]:
+    """Those of the attention itself, without the final gather."""
+    nodes = [n for n in lowered.graph_module.graph.nodes if n.target in ops.COLLECTIVES]
+    return nodes[:-1]
+
+
+def test_the_command_line_offers_exactly_these() -> None:
+    assert tuple(sorted(STRATEGIES)) == STRATEGY_NAMES
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_equals_the_dense_attention(name: str, world: int, scale: float | None) -> None:
+    q, k, v = sdpa_inputs()
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    for out in outputs(program(name, world, [q, k, v], scale), world, q, k, v):
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5 * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+@pytest.mark.parametrize("which", [1, 2], ids=["keys", "values"])
+def test_every_rank_sees_every_other_ranks_keys_and_values(
+    name: str, world: int, which: int
+) -> None:
+    qkv = sdpa_inputs()
+    lowered = program(name, world, qkv)
+    before = outputs(lowered, world, *qkv)[0].chunk(world, dim=2)
+    for changed in range(world):
+        altered = [x.clone() for x in qkv]
+        altered[which].chunk(world, dim=2)[changed].mul_(-1)
+        after = outputs(lowered, world, *altered)[0].chunk(world, dim=2)
+        moved = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
+        assert min(moved) > 1e-3, f"changing rank {changed} moved the ranks by {moved}"
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "count", "sent"),
+    [
+        # bytes that one rank sends, as a multiple of one full Q
+        ("ulysses", lambda w: 2, lambda w: 4 * (w - 1) / w**2),
+        ("allgather-kv", lambda w: 1, lambda w: 2 * (w - 1) / w),
+        ("ring", lambda w: w, lambda w: 2 * (w - 1) / w),
+    ],
+)
+def test_collectives_are_at_the_lower_bound(name, count, sent, world: int) -> None:  # type: ignore[no-untyped-def]
+    from cp_convert.describe import bytes_sent
+
+    qkv = sdpa_inputs()
+    nodes = collectives(program(name, world, qkv))
+    assert len(nodes) == count(world)
+    payload = [n.args[0].meta["val"] for n in nodes]  # type: ignore[union-attr]
+    total = sum(
+        bytes_sent(str(n.target).split(".")[1].upper(), x.numel() * x.element_size(), world)
+        for n, x in zip(nodes, payload, strict=True)
+    )
+    assert total == pytest.approx(sent(world) * qkv[0].numel() * qkv[0].element_size())
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_ring_holds_its_own_and_one_other_ranks_keys(world: int) -> None:
+    """When the next chunk arrives, nothing of the chunks before it is alive any more."""
+    half = [x.half() for x in sdpa_inputs()]
+    lowered = program("ring", world, half)
+    arrived: list[StorageWeakRef] = []
+    alive_at_arrival: list[int] = []
+
+    def watch(node: torch.fx.Node, values: PerRank) -> None:
+        if node.target is torch.ops.cp.broadcast.default:
+            alive_at_arrival.append(sum(not storage.expired() for storage in arrived))
+        elif any(n.target is torch.ops.cp.broadcast.default for n in node.all_input_nodes):
+            # In lockstep a broadcast is the root's own tensor; its float32 copy is the chunk.
+            arrived.append(StorageWeakRef(values[0].untyped_storage()))
+
+    run(lowered, dict(zip("qkv", half, strict=True)), world, watch=watch)
+    assert len(arrived) == world
+    assert alive_at_arrival == [0] * world
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_half_precision_loses_no_more_than_the_dense_attention(
+    name: str, dtype: torch.dtype
+) -> None:
+    exact = [x.to(dtype) for x in sdpa_inputs()]
+    truth = torch.nn.functional.scaled_dot_product_attention(*[x.double() for x in exact])
+    dense = torch.nn.functional.scaled_dot_product_attention(*exact)
+    loss = (dense - truth).norm() / truth.norm()
+    for out in outputs(program(name, 4, exact), 4, *exact):
+        assert out.dtype == dtype
+        assert (out - truth).norm() / truth.norm() <= 1.5 * loss
+
+
+def site(**changes: object) -> Site:
+    values: dict[str, object] = {
+        "index": 0, "module": "blocks.0.attn", "source": None, "batch": 1, "heads": 12,
+        "kv_heads": 12, "head_dim": 16, "queries": 6, "keys": 6, "queries_sharded": True,
+        "keys_sharded": True, "world": 4, "mask": False, "causal": False,
+    }  # fmt: skip
+    return Site(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_only_ulysses_is_limited() -> None:
+    for name in STRATEGY_NAMES:
+        assert STRATEGIES[name].why_not(site(), axis_of(4)) is None
+    for name in ("ring", "allgather-kv"):
+        assert STRATEGIES[name].why_not(site(heads=5, queries_sharded=False), axis_of(4)) is None
+
+
+def test_ulysses_says_why_not() -> None:
+    refusal = STRATEGIES["ulysses"].why_not(site(heads=6), axis_of(4))
+    assert refusal is not None
+    assert refusal.reason == "6 heads do not divide among 4 ranks."
+    assert refusal.hint is not None
+    assert "ring" in refusal.hint
+    assert "allgather-kv" in refusal.hint
+    refusal = STRATEGIES["ulysses"].why_not(site(queries_sharded=False), axis_of(4))
+    assert refusal is not None
+    assert "whole on every rank" in refusal.reason
