@@ -24,8 +24,8 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
     The base, a constant as large as the activation, and the scatters disappear.
     """
     done = 0
-    for node in list(graph.nodes):
-        parts = _parts(node)
+    for node in reversed(list(graph.nodes)):
+        parts = _parts(node) if node.users else None
         if parts is None:
             continue
         dim = node.args[2] % tensor_of(node).dim()
@@ -39,10 +39,24 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
             stacked = _call(graph, torch.ops.aten.cat.default, columns, dim + 1)
             result = _call(graph, torch.ops.aten.reshape.default, stacked, list(like.shape))
         node.replace_all_uses_with(result)
+        _erase_chain(node)
         done += 1
-    if done:
-        graph.eliminate_dead_code()
     return done
+
+
+def _erase_chain(node: fx.Node) -> None:
+    """Remove the writes that nothing reads any more, last to first."""
+    while node.target is _SLICE_SCATTER and not node.users:
+        base, source = node.args[0], node.args[1]
+        node.graph.erase_node(node)
+        for dead in (source, base):
+            if isinstance(dead, fx.Node) and dead.target is _COPY and not dead.users:
+                destination = dead.args[0]
+                node.graph.erase_node(dead)
+                if isinstance(destination, fx.Node) and not destination.users:
+                    node.graph.erase_node(destination)
+        assert isinstance(base, fx.Node)
+        node = base
 
 
 def _parts(last: fx.Node) -> list[fx.Node] | None:

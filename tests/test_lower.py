@@ -1,0 +1,166 @@
+"""Decomposition, our passes, and what becomes of one rank."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pytest
+from conftest import TINY_PLAN, axis_of, example, tiny, tiny_inputs
+
+from cp_convert import ops
+from cp_convert.backends import BACKENDS
+from cp_convert.engine.build import prepare
+from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.passes import interleave_strided_writes
+from cp_convert.errors import CannotLower
+from cp_convert.job import STRATEGY_NAMES
+from cp_convert.load import cast_module
+from cp_convert.mesh import Mesh
+from cp_convert.program import Lowered
+from cp_convert.prove.lockstep import run
+from cp_convert.rewrite import rewrite
+from cp_convert.strategies import STRATEGIES
+from cp_convert.trace import trace
+
+prepare(BACKENDS["tensorrt-rtx"])
+
+SCATTER = torch.ops.aten.slice_scatter.default
+
+
+def lowered(name: str = "ulysses", world: int = 2) -> Lowered:
+    program, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(world))
+    return lower(rewrite(program, STRATEGIES[name], name, axis_of(world))[0])
+
+
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_the_lowered_program_computes_the_same(name: str) -> None:
+    dense = tiny()(**tiny_inputs())
+    for (out,) in run(lowered(name, 3), tiny_inputs(), 3):
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5 * dense.abs().max().item())
+
+
+def test_attention_stays_whole_and_parameters_stay_outside() -> None:
+    program = lowered()
+    targets = [n.target for n in program.graph_module.graph.nodes]
+    assert targets.count(torch.ops.cp.attention.default) == 2
+    assert not any("softmax" in str(target) for target in targets)
+    assert len(program.state) == len(list(tiny().parameters()))
+    assert not list(program.graph_module.parameters())
+
+
+def test_the_shard_of_a_constant_is_not_folded_away() -> None:
+    """Wan splits rotary tables that depend on constants alone."""
+    wan = example("wan")
+    module = wan.build_model().eval()
+    cast_module(module, torch.float16)
+    inputs = {
+        k: v.half() if v.is_floating_point() else v for k, v in wan.example_inputs().items()
+    }
+    program, _ = trace(module, inputs, module._cp_plan, axis_of(2))
+    graph = lower(program).graph_module.graph
+    shards = graph.find_nodes(op="call_function", target=torch.ops.cp.shard.default)
+    assert sum(node.args[0].op == "get_attr" for node in shards) == 2
+    assert not graph.find_nodes(op="call_function", target=SCATTER)
+
+
+def test_a_ranks_program_slices_what_is_its_own() -> None:
+    program = lowered(world=4)
+    for rank in range(4):
+        own = specialise(program, rank).graph_module.graph
+        assert not own.find_nodes(op="call_function", target=torch.ops.cp.shard.default)
+        slices = [n for n in own.nodes if n.target is torch.ops.aten.slice.Tensor]
+        assert [n.args[1:] for n in slices] == [(1, 6 * rank, 6 * rank + 6)]
+    shards = program.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.cp.shard.default
+    )
+    assert len(shards) == 1, "the shared program is left as it is"
+
+
+def test_a_ranks_program_names_its_own_group_only() -> None:
+    axis = Mesh((("ring", 2), ("ulysses", 2))).axis("ring")
+
+    def forward(x: Tensor) -> Tensor:
+        return ops.all_gather(ops.shard(x, 0, axis), axis)
+
+    with torch._subclasses.FakeTensorMode() as mode:
+        graph_module = make_fx(forward)(mode.from_tensor(torch.ones(4, 2)))
+    program = Lowered(graph_module, {}, (), ())
+    graph = specialise(program, 3).graph_module.graph
+    gather = next(n for n in graph.nodes if n.target in ops.COLLECTIVES)
+    assert gather.args[1:] == ([1, 3], 2)
+    part = next(n for n in graph.nodes if n.target is torch.ops.aten.slice.Tensor)
+    assert part.args[1:] == (0, 2, 4)
+
+
+def test_an_operator_without_a_converter_is_named_with_its_line() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.qr(x).R
+
+    program, _ = trace(Odd(), {"x": torch.ones(3, 3)}, {}, axis_of(1))
+    with pytest.raises(CannotLower, match="no converter for aten.linalg_qr") as caught:
+        lower(program)
+    assert "test_lower.py" in (caught.value.where or "")
+
+
+def test_a_forward_that_writes_to_its_state_is_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    program, _ = trace(Counter(), {"x": torch.ones(1)}, {}, axis_of(1))
+    with pytest.raises(CannotLower, match="writes to calls"):
+        lower(program)
+
+
+def scatter(base: Tensor, part: Tensor, start: int, end: int, step: int) -> Tensor:
+    return torch.ops.aten.slice_scatter.default(base, part, 1, start, end, step)
+
+
+def graph_of(forward: Callable[..., Tensor], *inputs: Tensor) -> fx.GraphModule:
+    with torch._subclasses.FakeTensorMode() as mode:
+        return make_fx(forward)(*[mode.from_tensor(x) for x in inputs])
+
+
+HIT = [
+    lambda a, b: scatter(scatter(torch.zeros(2, 6), a, 0, 6, 2), b, 1, 2**63 - 1, 2),
+    lambda a, b: scatter(scatter(torch.zeros(2, 6), b, 1, 6, 2), a, 0, 6, 2),
+    lambda a, b: scatter(
+        scatter(torch.zeros(2, 6), torch.ops.aten.copy.default(torch.zeros(2, 3), a[:1]), 0, 6, 2),
+        torch.ops.aten.copy.default(torch.zeros(2, 3), b.double()), 1, 6, 2,
+    ),
+    lambda a, b: scatter(
+        scatter(scatter(torch.zeros(2, 6), b, 0, 6, 2), b, 1, 6, 2), a, 0, 6, 2
+    ),
+]  # fmt: skip
+NO_HIT = [
+    lambda a, b: scatter(torch.zeros(2, 6), a, 0, 6, 2),
+    lambda a, b: scatter(scatter(torch.zeros(2, 6), a, 0, 6, 2), b, 0, 6, 2),
+    lambda a, b: scatter(scatter(torch.zeros(2, 7), a, 0, 6, 2), b, 1, 7, 2),
+    lambda a, b: scatter(scatter(torch.zeros(2, 6), a, 0, 3, 1), b, 3, 6, 1),
+]
+
+
+@pytest.mark.parametrize("forward", HIT)
+def test_writes_that_fill_a_tensor_become_one_stack(forward: Callable[..., Tensor]) -> None:
+    a, b = torch.randn(2, 3), torch.randn(2, 3)
+    module = graph_of(forward, a, b)
+    assert interleave_strided_writes(module.graph) == 1
+    module.recompile()
+    assert not module.graph.find_nodes(op="call_function", target=SCATTER)
+    torch.testing.assert_close(module(a, b), forward(a, b), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("forward", NO_HIT)
+def test_other_writes_are_left_alone(forward: Callable[..., Tensor]) -> None:
+    module = graph_of(forward, torch.randn(2, 3), torch.randn(2, 3))
+    before = [n.target for n in module.graph.nodes]
+    assert interleave_strided_writes(module.graph) == 0
+    assert [n.target for n in module.graph.nodes] == before

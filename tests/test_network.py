@@ -1,0 +1,156 @@
+"""What reaches the TensorRT network, counted layer by layer."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pytest
+from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+
+from cp_convert import ops
+from cp_convert.backends import BACKENDS
+from cp_convert.converters import WORKAROUNDS, active, register
+from cp_convert.engine.build import build, collectives_of, network_of, prepare
+from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.runtime import trt
+from cp_convert.errors import BuildFailed
+from cp_convert.load import cast_inputs, cast_module
+from cp_convert.program import Binding, Lowered
+from cp_convert.rewrite import rewrite
+from cp_convert.strategies import STRATEGIES
+from cp_convert.trace import trace
+
+pytestmark = pytest.mark.engine
+
+MALFORMED = 1 << 5
+"""TensorRT's diagnostic bit for bytes that are no engine (documentation, EngineValidity)."""
+
+
+def program(name: str, world: int, dtype: torch.dtype = torch.float16) -> Lowered:
+    prepare(BACKENDS["tensorrt-rtx"])
+    module = tiny()
+    cast_module(module, dtype)
+    traced, _ = trace(module, cast_inputs(tiny_inputs(), dtype), TINY_PLAN, axis_of(world))
+    return lower(rewrite(traced, STRATEGIES[name], name, axis_of(world))[0])
+
+
+def layers(network: Any) -> Counter[str]:
+    return Counter(network.get_layer(i).type.name for i in range(network.num_layers))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ulysses", lambda w: [("all_to_all", "ALL_TO_ALL", -1)] * 2),
+        ("allgather-kv", lambda w: [("all_gather", "ALL_TO_ALL", -1)]),
+        ("ring", lambda w: [("broadcast", "BROADCAST", root) for root in range(w)]),
+    ],
+)
+def test_each_collective_is_one_layer_with_the_operators_group(  # type: ignore[no-untyped-def]
+    name: str, world: int, expected
+) -> None:
+    network = network_of(specialise(program(name, world), 1)).ctx.net
+    found = list(collectives_of(network))
+    assert layers(network)["DIST_COLLECTIVE"] == len(found)
+    attention, gather = found[:-1], found[-1]
+    assert [(c.operator, c.kind, c.root) for c in attention] == expected(world)
+    assert gather.operator == "all_gather"
+    assert all(c.group == tuple(range(world)) for c in found)
+
+
+@pytest.mark.parametrize(("name", "count"), [("ulysses", 2), ("allgather-kv", 2), ("ring", 1)])
+def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
+    """Ring has one: of the attention it splits TensorRT's layer has no log-sum-exp."""
+    network = network_of(specialise(program(name, 2), 0)).ctx.net
+    assert layers(network)["ATTENTION_OUTPUT"] == count
+
+
+def test_the_environment_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    network = network_of(specialise(program("ulysses", 2), 0)).ctx.net
+    ranks = [
+        network.get_layer(i).num_ranks
+        for i in range(network.num_layers)
+        if network.get_layer(i).type == trt.LayerType.DIST_COLLECTIVE
+        if setattr(network.get_layer(i), "__class__", trt.IDistCollectiveLayer) is None
+    ]
+    assert all(c.group == (0, 1) for c in collectives_of(network))
+    assert set(ranks) <= {2}
+
+
+def test_bindings_carry_names_full_shapes_and_dtypes() -> None:
+    network = network_of(specialise(program("ulysses", 2), 1)).ctx.net
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    output = network.get_output(0)
+    assert [(t.name, tuple(t.shape)) for t in inputs] == [("x", (2, 24, 8)), ("text", (2, 5, 8))]
+    assert (output.name, tuple(output.shape)) == ("output", (2, 24, 8))
+    assert {t.dtype for t in [*inputs, output]} == {trt.float16}
+
+
+@pytest.fixture
+def without_workarounds() -> Iterator[None]:
+    """Converters as they would be for a release without defects."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    register({})
+    yield
+    prepare(BACKENDS["tensorrt-rtx"])
+
+
+def bare_gather_and_attention(world: int = 2) -> Lowered:
+    """Keys that are gathered as they come in, the case in which the defect was found."""
+    axis = axis_of(world)
+    local, whole = torch.randn(1, 8, 64, 64).half(), torch.randn(world, 8, 64, 64).half()
+
+    def forward(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        gathered = ops.all_gather(k, axis)
+        return ops.attention(q, gathered, gathered, scale=None)
+
+    with torch._subclasses.FakeTensorMode() as mode:
+        graph_module = make_fx(forward)(mode.from_tensor(whole), mode.from_tensor(local))
+    q, k = graph_module.graph.find_nodes(op="placeholder")
+    out = graph_module.graph.output_node().all_input_nodes[0]
+    graph_module.graph.output_node().args = ((out,),)
+    return Lowered(
+        graph_module,
+        {},
+        (
+            Binding("q", q.name, torch.float16, tuple(whole.shape)),
+            Binding("k", k.name, torch.float16, tuple(local.shape)),
+        ),
+        (Binding("out", out.name, torch.float16, tuple(whole.shape)),),
+    )
+
+
+def test_the_table_applies_to_the_releases_that_have_the_defect() -> None:
+    (row,) = WORKAROUNDS
+    assert active("tensorrt-rtx", "1.6.1.120") == {"all_gather": row}
+    assert active("tensorrt-rtx", "1.7.1") == {}
+    assert active("tensorrt", "11.1.0.106") == {}
+
+
+def test_the_all_gather_defect_is_worked_around(tmp_path: Path) -> None:
+    prepare(BACKENDS["tensorrt-rtx"])
+    engine = build(bare_gather_and_attention(), 0, tmp_path / "x.engine", [])
+    assert [(c.operator, c.kind) for c in engine.collectives] == [("all_gather", "ALL_TO_ALL")]
+
+
+@pytest.mark.usefixtures("without_workarounds")
+def test_without_the_workaround_this_release_refuses_and_is_quoted(tmp_path: Path) -> None:
+    with pytest.raises(BuildFailed, match=r"(?s)TensorRT said: .*requires world_size"):
+        build(bare_gather_and_attention(), 0, tmp_path / "x.engine", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compute_capability_can_be_named(tmp_path: Path) -> None:
+    engine = build(specialise(program("ulysses", 2), 0), 0, tmp_path / "x.engine", ["8.9", "12.0"])
+    runtime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))
+    _, diagnostics = runtime.get_engine_validity(engine.path.read_bytes())
+    _, garbage = runtime.get_engine_validity(b"no engine" * 1000)
+    assert garbage & MALFORMED
+    assert not diagnostics & MALFORMED
