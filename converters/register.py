@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ from ..engine.runtime import (
 from ..mesh import split_groups
 from .workarounds import Workaround
 
-Tensor = trt.ITensor
+# trt.ITensor; tensorrt ships no types.
+Tensor: TypeAlias = Any
 Lowering = Callable[..., Tensor]
 
 

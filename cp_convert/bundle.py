@@ -65,7 +65,8 @@ def check_target(out: Path, *, force: bool) -> None:
             )
         if holds_bundle and not force:
             raise OutputError(
-                f"{out} already holds a bundle.", hint="--force replaces it; --out writes elsewhere."
+                f"{out} already holds a bundle.",
+                hint="--force replaces it; --out writes elsewhere.",
             )
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -8,6 +8,7 @@ import signal
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -158,7 +159,9 @@ def _run(job: Job, screen: Any) -> Any:
 
     backend = select(job.backend, job.compute_capabilities)
     check_target(job.out, force=job.force)
-    with screen.progress() as progress:
+    # What the model's own code prints is not the JSON document.
+    elsewhere = redirect_stdout(sys.stderr) if screen.as_json else nullcontext()
+    with elsewhere, screen.progress() as progress:
         from .pipeline import convert as run
 
         return run(job, backend, progress)

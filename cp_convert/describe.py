@@ -115,7 +115,9 @@ def _attention(outcome: Outcome) -> m.Attention:
 def _collectives(engine: Engine, world: int) -> list[m.Collective]:
     groups: dict[tuple[str, str], list[int]] = {}
     for one in engine.collectives:
-        groups.setdefault((one.operator, one.kind), []).append(bytes_sent(one.kind, one.payload, world))
+        groups.setdefault((one.operator, one.kind), []).append(
+            bytes_sent(one.kind, one.payload, world)
+        )
     return [
         m.Collective(kind=operator, layer=layer, count=len(sent), bytes_sent=sum(sent))
         for (operator, layer), sent in groups.items()

@@ -28,14 +28,14 @@ class _Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=T
     """Common options of every part of the manifest."""
 
 
-class Tool(_Struct):
+class Tool(_Struct, frozen=True):
     """The program that wrote the manifest."""
 
     name: str
     version: str
 
 
-class Model(_Struct):
+class Model(_Struct, frozen=True):
     """The model that was converted."""
 
     name: str
@@ -45,7 +45,7 @@ class Model(_Struct):
     weights: str | None
 
 
-class Backend(_Struct):
+class Backend(_Struct, frozen=True):
     """The TensorRT that built the engines, and what was worked around in it."""
 
     name: Literal["tensorrt-rtx", "tensorrt"]
@@ -54,7 +54,7 @@ class Backend(_Struct):
     workarounds: list[str]
 
 
-class Io(_Struct):
+class Io(_Struct, frozen=True):
     """One binding of every engine; all ranks have the same."""
 
     name: str
@@ -63,14 +63,14 @@ class Io(_Struct):
     shape: list[Count]
 
 
-class Frozen(_Struct):
+class Frozen(_Struct, frozen=True):
     """An argument of ``forward`` that is no tensor and is therefore part of the engine."""
 
     name: str
     value: str
 
 
-class PlanEntry(_Struct):
+class PlanEntry(_Struct, frozen=True):
     """One split or gather, as it was met while tracing."""
 
     kind: Literal["split", "gather"]
@@ -83,7 +83,7 @@ class PlanEntry(_Struct):
     local_size: Count | None
 
 
-class Attention(_Struct):
+class Attention(_Struct, frozen=True):
     """One scaled_dot_product_attention of the model."""
 
     module: str
@@ -99,12 +99,13 @@ class Attention(_Struct):
     reason: str | None
 
 
-class Collective(_Struct):
+class Collective(_Struct, frozen=True):
     """All collectives of one kind in one rank's network, per forward.
 
     ``kind`` is what the program asks for, ``layer`` the ``CollectiveOperation`` that does it in
-    the network (another one where a release needs a workaround). ``bytes_sent`` is what one rank puts on the wire, averaged over ranks (a broadcast is sent by
-    its root alone, and every rank is root equally often).
+    the network (another one where a release needs a workaround). ``bytes_sent`` is what one rank
+    puts on the wire, averaged over ranks (a broadcast is sent by its root alone, and every rank
+    is root equally often).
     """
 
     kind: str
@@ -113,7 +114,7 @@ class Collective(_Struct):
     bytes_sent: Count
 
 
-class Engine(_Struct):
+class Engine(_Struct, frozen=True):
     """One rank's engine file."""
 
     rank: Count
@@ -122,14 +123,14 @@ class Engine(_Struct):
     sha256: Sha256
 
 
-class Error(_Struct):
+class Error(_Struct, frozen=True):
     """Relative errors: largest, and root mean square, each over that of the reference."""
 
     max: float
     rms: float
 
 
-class Proof(_Struct):
+class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
     All errors are relative to ``reference``. ``algebra`` is every rank's error with float32
@@ -149,7 +150,7 @@ class Proof(_Struct):
     seconds: Seconds
 
 
-class Manifest(_Struct):
+class Manifest(_Struct, frozen=True):
     """A bundle's manifest."""
 
     schema_version: Literal[1]

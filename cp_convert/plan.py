@@ -135,8 +135,7 @@ def _attribute(value: Any, name: str, module: str) -> int:
     found = getattr(value, name, None)
     if not isinstance(found, int):
         raise CannotShard(
-            f"the plan's entry for module {module!r} is {value!r}, "
-            f"which has no integer {name}.",
+            f"the plan's entry for module {module!r} is {value!r}, which has no integer {name}.",
             hint="use ContextParallelInput and ContextParallelOutput of cp_convert or diffusers.",
         )
     return found

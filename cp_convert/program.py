@@ -77,7 +77,8 @@ class Program:
     @property
     def graph_module(self) -> fx.GraphModule:
         """The graph, parameters and buffers lifted to placeholders."""
-        return self.exported.graph_module
+        graph_module: fx.GraphModule = self.exported.graph_module
+        return graph_module
 
     @property
     def state(self) -> Mapping[str, Tensor]:

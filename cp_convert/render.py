@@ -14,7 +14,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 
@@ -45,7 +51,9 @@ class Screen:
     def error(self, error: ConvertError) -> None:
         """Show an error: what, where, why, what to try; its traceback with ``-vv``."""
         if self.as_json:
-            self.document({"status": "error", "exit_code": error.exit_code, "error": error.as_dict()})
+            self.document(
+                {"status": "error", "exit_code": error.exit_code, "error": error.as_dict()}
+            )
         if self.verbosity >= 2:
             self.err.print(escape("".join(traceback.format_exception(error))))
         self.err.print(f"[bold red]{error.title}[/]: {escape(error.message)}", soft_wrap=True)
@@ -86,7 +94,8 @@ class Screen:
         console = self.err if self.as_json else self.out
         total = sum(engine.bytes for engine in manifest.engines)
         console.print(
-            f"[bold green]{_plural(len(manifest.engines), 'engine')}[/] of {escape(manifest.model.name)} "
+            f"[bold green]{_plural(len(manifest.engines), 'engine')}[/] of "
+            f"{escape(manifest.model.name)} "
             f"({_count(manifest.model.parameters)} parameters, {manifest.precision}, "
             f"{manifest.strategy} over {_plural(manifest.world, 'rank')}), {_size(total)} in "
             f"[bold]{escape(str(out))}[/]",
@@ -188,11 +197,19 @@ def _facts(manifest: Manifest) -> Table:
     model = manifest.model
     for name, value in (
         ("model", f"{model.name}, {_count(model.parameters)} parameters ({model.source})"),
-        ("strategy", f"{manifest.strategy} over {_plural(manifest.world, 'rank')}, {manifest.precision}"),
+        (
+            "strategy",
+            f"{manifest.strategy} over {_plural(manifest.world, 'rank')}, {manifest.precision}",
+        ),
         ("backend", _backend_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
-        ("created", f"{manifest.created} by {manifest.tool.name} {manifest.tool.version}, "
-         f"torch {manifest.torch}, Torch-TensorRT {manifest.torch_tensorrt}"),
+        (
+            "created",
+            (
+                f"{manifest.created} by {manifest.tool.name} {manifest.tool.version}, "
+                f"torch {manifest.torch}, Torch-TensorRT {manifest.torch_tensorrt}"
+            ),
+        ),
         ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
         ("command", manifest.command),
     ):
@@ -245,7 +262,9 @@ def _attention_table(sites: Sequence[Attention]) -> Table:
 def _io_table(manifest: Manifest) -> Table:
     table = _table("Bindings of every engine", "mode", "name", "dtype", "shape")
     for io in manifest.io:
-        table.add_row(io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar")
+        table.add_row(
+            io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar"
+        )
     return table
 
 

@@ -88,11 +88,9 @@ def sharded_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose values differ between ranks: what depends on a split and is not gathered."""
     sharded: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.target is torch.ops.cp.shard.default:
-            sharded.add(node)
-        elif node.target is not torch.ops.cp.all_gather.default and any(
-            source in sharded for source in node.all_input_nodes
-        ):
+        depends = any(source in sharded for source in node.all_input_nodes)
+        is_gather = node.target is torch.ops.cp.all_gather.default
+        if node.target is torch.ops.cp.shard.default or (depends and not is_gather):
             sharded.add(node)
     return sharded
 
@@ -190,9 +188,7 @@ def _traced(attend: Callable[..., Tensor], values: list[Tensor]) -> fx.GraphModu
         return make_fx(attend, pre_dispatch=True)(*values)
 
 
-def _inline(
-    template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: str
-) -> fx.Node:
+def _inline(template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: str) -> fx.Node:
     graph = node.graph
     copies: dict[fx.Node, Any] = {}
     remaining = list(operands)
@@ -223,7 +219,8 @@ def _copy(program: Program) -> Program:
     """The program with a graph and a signature of its own; weights are shared."""
     exported = program.exported
     graph = fx.Graph()
-    output = graph.graph_copy(exported.graph, copies := {})
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(exported.graph, copies)
     graph.output(output)
     graph.set_codegen(exported.graph._codegen)
     last = next(iter(reversed(graph.nodes)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -76,7 +78,8 @@ def _check_arguments(module: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     try:
-        return torch.export.export(module, args=(), kwargs=dict(inputs))
+        with _hushed():
+            return torch.export.export(module, args=(), kwargs=dict(inputs))
     except ConvertError:
         raise
     # torch.export re-raises whatever the model's forward raises, of any type.
@@ -84,11 +87,32 @@ def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.Export
         if isinstance(error.__cause__, ConvertError):
             raise error.__cause__ from None
         raise CannotTrace(
-            f"{type(error).__name__}: {_first_lines(str(error))}",
+            _reason(error),
             where=_model_line(error),
-            hint="the forward must run with example_inputs() and be free of data-dependent "
-            "branches; try build_model()(**example_inputs()) by itself.",
+            hint="forward must run with example_inputs() and must not branch on the values of "
+            "tensors; build_model()(**example_inputs()) should work by itself.",
         ) from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """torch.export logs and prints what it then raises; the exception is told once, by us."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _reason(error: Exception) -> str:
+    if "DataDependent" in type(error).__name__:
+        return (
+            "forward decides by the value of a tensor, which a program of fixed shapes cannot "
+            f"({_first_lines(str(error), 1)})."
+        )
+    return f"{type(error).__name__}: {_first_lines(str(error))}"
 
 
 def _first_lines(text: str, count: int = 4) -> str:
@@ -216,9 +240,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
     assert exported.call_spec.in_spec is not None and exported.call_spec.out_spec is not None
     inputs: list[Binding] = []
     frozen: list[Constant] = []
-    for name, node in zip(
-        _names(exported.call_spec.in_spec), signature.user_inputs, strict=True
-    ):
+    for name, node in zip(_names(exported.call_spec.in_spec), signature.user_inputs, strict=True):
         if isinstance(node, str) and node in nodes and isinstance(nodes[node].meta["val"], Tensor):
             inputs.append(_binding(name, nodes[node]))
         else:

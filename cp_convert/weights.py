@@ -129,7 +129,9 @@ def _compare(wanted: dict[str, Tensor], places: dict[str, Path], path: Path) -> 
     ]
     if complaints:
         raise WeightsError(
-            f"the tensors of {path.name} are not those of the model. " + ". ".join(complaints) + ".",
+            f"the tensors of {path.name} are not those of the model. "
+            + ". ".join(complaints)
+            + ".",
             where=str(path),
             hint="check that the file belongs to this model and build_model() to this file.",
         )

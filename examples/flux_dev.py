@@ -19,9 +19,7 @@ BLOCKS = int(os.environ.get("FLUX_DEV_BLOCKS", "1"))
 
 def build_model() -> torch.nn.Module:
     torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        num_layers=BLOCKS, num_single_layers=BLOCKS, guidance_embeds=True
-    )
+    return FluxTransformer2DModel(num_layers=BLOCKS, num_single_layers=BLOCKS, guidance_embeds=True)
 
 
 def example_inputs() -> dict[str, object]:

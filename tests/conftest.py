@@ -91,7 +91,7 @@ def tiny_inputs(batch: int = 2) -> dict[str, Tensor]:
     return {"x": torch.randn(batch, 24, 8), "text": torch.randn(batch, 5, 8)}
 
 
-MODEL_FILE = '''
+MODEL_FILE = """
 import torch
 from torch import nn
 from torch.nn import functional
@@ -119,7 +119,7 @@ def build_model():
 def example_inputs():
     torch.manual_seed(1)
     return {"x": torch.randn(1, 16, 8)}
-'''
+"""
 
 
 @pytest.fixture

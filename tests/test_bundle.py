@@ -78,7 +78,11 @@ def problems(path: Path) -> dict[str, str]:
 
 def test_a_bundle_is_written_whole_and_reads_back(tmp_path: Path) -> None:
     out = written(tmp_path / "deep" / "out")
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "rank0.engine", "rank1.engine"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "manifest.json",
+        "rank0.engine",
+        "rank1.engine",
+    ]
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert bundle.read(out) == bundle.read(out / "manifest.json")
     assert problems(out) == {}
@@ -93,9 +97,14 @@ def test_a_bundle_is_replaced_whole(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
     out = written(tmp_path / "out")
-    with pytest.raises(RuntimeError), bundle.staged(out) as folder:
-        (folder / "rank0.engine").write_bytes(b"half")
-        raise RuntimeError
+
+    def fail_half_way() -> None:
+        with bundle.staged(out) as folder:
+            (folder / "rank0.engine").write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert problems(out) == {}
 

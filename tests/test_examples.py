@@ -5,11 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 import jsonschema
-import torch
-from safetensors.torch import save_file
-
 import pytest
+import torch
 from conftest import EXAMPLES, example
+from safetensors.torch import save_file
 
 from cp_convert import bundle, cli
 from cp_convert import manifest as m

@@ -1,10 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
-
-import pytest
 
 from cp_convert.errors import CannotShard, ModelFileError, UsageError
 from cp_convert.job import Job
@@ -45,10 +44,20 @@ def test_a_neighbour_of_the_model_file_can_be_imported(model_file: Write, tmp_pa
         ("def build_model():", "def build_model(:", "not valid Python", ":22"),
         ("import torch\n", "import torch, absent_module\n", "needs the module absent_module", ":2"),
         ("def build_model", "def make_model", r"does not define build_model\(\)", ""),
-        ("def example_inputs", "example_inputs = None\ndef _", "does not define example_inputs", ""),
+        (
+            "def example_inputs",
+            "example_inputs = None\ndef _",
+            "does not define example_inputs",
+            "",
+        ),
         ("    return Model()", "    return 3", "returned int, not a torch.nn.Module", ""),
         ('    return {"x"', '    return 1 or {"x"', "returned int, not a dict", ""),
-        ("    return Model()", "    return 1 / 0", r"build_model\(\) failed with ZeroDivision", ":24"),
+        (
+            "    return Model()",
+            "    return 1 / 0",
+            r"build_model\(\) failed with ZeroDivision",
+            ":24",
+        ),
         ("class Model", "raise RuntimeError('no')\nclass Model", "importing it failed", ":12"),
     ],
 )
@@ -68,7 +77,10 @@ def test_a_model_without_a_plan_is_refused(model_file: Write) -> None:
 
 
 def test_the_modules_own_plan_is_used(model_file: Write) -> None:
-    path = model_file(("cp_plan = {", "plan = {"), ("class Model(nn.Module):\n", "class Model(nn.Module):\n    _cp_plan = plan\n"))
+    path = model_file(
+        ("cp_plan = {", "plan = {"),
+        ("class Model(nn.Module):\n", "class Model(nn.Module):\n    _cp_plan = plan\n"),
+    )
     assert set(load(job(path)).plan) == {"enter", "leave"}
 
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.fx.experimental.proxy_tensor import make_fx
-
 import pytest
+import torch
 from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert import ops
 from cp_convert.backends import BACKENDS

@@ -1,10 +1,9 @@
 """The meaning of every cp:: operator against definitions written another way."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import pytest
 
 from cp_convert import ops
 from cp_convert.mesh import Mesh

@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-
 import pytest
+import torch
 from conftest import TINY_PLAN, TinyAttention, axis_of, sharpened, tiny, tiny_inputs
+from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed

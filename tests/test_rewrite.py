@@ -1,11 +1,10 @@
 """What is left alone, what is rewritten, what is refused."""
 
+import pytest
 import torch
+from conftest import TINY_PLAN, TinyAttention, axis_of, tiny, tiny_inputs
 from torch import nn
 from torch.nn import functional
-
-import pytest
-from conftest import TINY_PLAN, TinyAttention, axis_of, tiny, tiny_inputs
 
 from cp_convert.errors import CannotShard
 from cp_convert.job import STRATEGY_NAMES

@@ -1,12 +1,11 @@
 """Every strategy by itself: numerics, dependence on other ranks, collectives, memory."""
 
+import pytest
 import torch
+from conftest import axis_of
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
-
-import pytest
-from conftest import axis_of
 
 from cp_convert import ops
 from cp_convert.job import STRATEGY_NAMES

@@ -2,11 +2,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import pytest
+import torch
 from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import CannotShard, CannotTrace

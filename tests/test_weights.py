@@ -1,11 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-
-import pytest
 
 from cp_convert.errors import WeightsError
 from cp_convert.weights import load_weights
@@ -77,7 +76,11 @@ def test_every_difference_is_listed_by_name_and_nothing_is_copied(tmp_path: Path
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises(WeightsError) as caught:
         load_weights(module, tmp_path / "one.safetensors")
-    for part in ("1 missing: a.bias", "1 unexpected: c.weight", "b.bias: [5] in the file, [2] in the"):
+    for part in (
+        "1 missing: a.bias",
+        "1 unexpected: c.weight",
+        "b.bias: [5] in the file, [2] in the",
+    ):
         assert part in caught.value.message
     assert_loaded(module, before)
 

@@ -102,8 +102,7 @@ def network_of(program: Lowered) -> TRTInterpreter:
         # Converters signal a refused layer by whatever the attribute access on None raises.
         except Exception as error:
             raise BuildFailed(
-                f"the network could not be made: {type(error).__name__}: {error}"
-                + _quoted(errors),
+                f"the network could not be made: {type(error).__name__}: {error}" + _quoted(errors),
                 where=str(interpreter._cur_node_name),
             ) from error
     return interpreter

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -83,13 +84,17 @@ def _as_attribute(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) ->
 def _outputs(program: Program, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
     """Rename the returned nodes in the bindings, and return tensors only."""
     node = graph_module.graph.output_node()
-    returned = [value for value in node.args[0] if isinstance(value, fx.Node)]
+    returned = [value for value in _flat(node.args[0]) if isinstance(value, fx.Node)]
     node.args = (tuple(returned),)
     graph_module.recompile()
     return tuple(
         replace(binding, node=value.name)
         for binding, value in zip(program.outputs, returned, strict=True)
     )
+
+
+def _flat(returned: Any) -> list[Any]:
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
 def _check_converters(lowered: Lowered) -> None:

@@ -28,7 +28,7 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
         parts = _parts(node) if node.users else None
         if parts is None:
             continue
-        dim = node.args[2] % tensor_of(node).dim()
+        dim = _slice_arguments(node)[2]
         with graph.inserting_before(node):
             like = tensor_of(node)
             sources = [_source(graph, part, like.dtype) for part in parts]
@@ -80,7 +80,7 @@ def _parts(last: fx.Node) -> list[fx.Node] | None:
 
 def _slice_arguments(node: fx.Node) -> tuple[Any, Any, int, int, int, int]:
     names = ("self", "src", "dim", "start", "end", "step")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     size = tensor_of(node).shape[given.get("dim", 0)]
     return (
         given["self"],

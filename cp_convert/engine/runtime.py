@@ -4,7 +4,7 @@
 comes first.
 """
 
-# ruff: noqa: E402, I001
+# ruff: noqa: E402
 from __future__ import annotations
 
 import logging

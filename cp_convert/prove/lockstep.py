@@ -1,7 +1,7 @@
 """All ranks of an SPMD program, run in one process, one operator at a time.
 
 A value that is the same on every rank is computed once and held once; the weights are shared. A
-``cp::*`` operator is computed from all ranks' values together (:func:`cp_convert.ops.on_all_ranks`).
+``cp::*`` operator is computed from all ranks' values together, by ``ops.on_all_ranks``.
 """
 
 from __future__ import annotations
@@ -94,15 +94,14 @@ def _call(
     function: Any = node.target
     args = _widened(node.args) if widen else node.args
     kwargs = _widened(node.kwargs) if widen else node.kwargs
-    return PerRank(
-        tuple(
-            function(
-                *fx.map_arg(args, lambda n, r=rank: env[n][r]),
-                **fx.map_arg(kwargs, lambda n, r=rank: env[n][r]),
-            )
-            for rank in range(count)
+
+    def on(rank: int) -> Any:
+        values = {n: env[n][rank] for n in node.all_input_nodes}
+        return function(
+            *fx.map_arg(args, values.__getitem__), **fx.map_arg(kwargs, values.__getitem__)
         )
-    )
+
+    return PerRank(tuple(on(rank) for rank in range(count)))
 
 
 def _widened(arguments: Any) -> Any:
@@ -188,6 +187,9 @@ class HalfMatmulsInFloat32(TorchDispatchMode):
 
     A CPU without half-precision units is several times faster this way, and nearer to a GPU.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None

@@ -223,9 +223,7 @@ def error_of(x: Tensor, reference: Tensor) -> Error:
     )
 
 
-def _failure(
-    errors: Sequence[Error], bound: Error, what: str, astray: Site | None
-) -> ProofFailed:
+def _failure(errors: Sequence[Error], bound: Error, what: str, astray: Site | None) -> ProofFailed:
     bad = {rank: error for rank, error in enumerate(errors) if not error.within(bound)}
     worst_rank = max(bad, key=lambda rank: bad[rank].max)
     which = "every rank" if len(bad) == len(errors) else f"rank {', '.join(map(str, bad))}"
@@ -284,9 +282,7 @@ class _Attentions(torch.overrides.TorchFunctionMode):
         super().__init__()
         self.found = found
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run ``func`` and remember attention."""
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.scaled_dot_product_attention:

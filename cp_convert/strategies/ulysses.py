@@ -57,7 +57,8 @@ def attend(
 
 def _by_head_group(x_BHSD: Tensor, size: int) -> Tensor:
     """``[B, H, S, D] -> [W, S, B, h, D]``."""
-    return x_BHSD.unflatten(1, (size, -1)).permute(1, 3, 0, 2, 4)
+    x_BWhSD: Tensor = x_BHSD.unflatten(1, (size, -1))
+    return x_BWhSD.permute(1, 3, 0, 2, 4)
 
 
 def _all_tokens(x_WSBhD: Tensor) -> Tensor:
