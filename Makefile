@@ -1,0 +1,35 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint check bench clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[rtx,models,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/cp-convert examples/flux.py --strategy ulysses --world 8 --force
+	$(BIN)/cp-convert inspect flux-ulysses-w8
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --durations 10
+
+test: lint check
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.stages
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

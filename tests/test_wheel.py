@@ -1,0 +1,71 @@
+"""The wheel, installed where nothing else is: reading bundles, then converting."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLES, ROOT
+
+pytestmark = pytest.mark.engine
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    words = [str(a) for a in args]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ROOT)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_linked_folders_and_nothing_at_top_level(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"cp_convert"}
+    for part in ("converters/register.py", "configs/README.md", "manifest.schema.json", "py.typed"):
+        assert f"cp_convert/{part}" in names
+
+
+def test_the_wheel_reads_without_torch_and_converts_with_it(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # python -m would find the checkout in the current folder
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", wheel)
+    script = "import importlib.util as u; assert not u.find_spec('torch'); import cp_convert.bundle"
+    run(python, "-c", script)
+    help_text = run(tmp_path / "venv" / "bin" / "cp-convert", "--help").stdout
+    assert "cp-convert model.py --strategy ulysses --world 8" in help_text
+    refused = subprocess.run(
+        [python, "-m", "cp_convert", EXAMPLES / "plain_dit.py", "-s", "ring", "-w", "2", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 2
+    assert "pip install 'cp-convert[rtx]'" in json.loads(refused.stdout)["error"]["hint"]
+
+    # Torch and TensorRT are 6 GB: they are lent by the environment that runs the tests.
+    site = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    )
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
+    origin = run(python, "-c", "import cp_convert.converters as c; print(c.__file__)").stdout
+    assert origin.startswith(str(site))
+    out = tmp_path / "bundle"
+    run(python, "-m", "cp_convert", EXAMPLES / "plain_dit.py", "-s", "ulysses", "-w", 2, "-o", out)
+    (site / "lent.pth").unlink()
+    run(python, "-m", "cp_convert", "verify", out)
+    assert (
+        json.loads(run(python, "-m", "cp_convert", "inspect", "--json", out).stdout)["world"] == 2
+    )
