@@ -143,12 +143,15 @@ def _with_parameters(program: Lowered) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(program.graph_module.graph, {}))
     module = fx.GraphModule(program.graph_module, graph)
+    for node in graph.nodes:
+        # Torch-TensorRT empties the module stack while it names layers; other ranks need theirs.
+        if "nn_module_stack" in node.meta:
+            node.meta["nn_module_stack"] = dict(node.meta["nn_module_stack"])
     for node in list(graph.find_nodes(op="placeholder")):
         if node.name in program.state:
             name = f"_parameter_{node.name}"
-            module.register_parameter(
-                name, torch.nn.Parameter(program.state[node.name].detach(), requires_grad=False)
-            )
+            value = program.state[node.name].detach().contiguous()
+            module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
             with graph.inserting_before(node):
                 attribute = graph.get_attr(name)
             attribute.meta = dict(node.meta)

@@ -48,10 +48,17 @@ def lower(program: Program) -> Lowered:
         interleave_strided_writes(graph_module.graph)
         graph_module.recompile()
         graph_module = post_lowering(graph_module, settings())
+        _make_contiguous(graph_module)
     parameters = {n: state[n] for n in signature.inputs_to_parameters}
     lowered = Lowered(graph_module, parameters, program.inputs, _outputs(program, graph_module))
     _check_converters(lowered)
     return lowered
+
+
+def _make_contiguous(graph_module: fx.GraphModule) -> None:
+    """Torch-TensorRT copies other layouts and forgets the copy before TensorRT has read it."""
+    for tensor in [*graph_module.parameters(), *graph_module.buffers()]:
+        tensor.data = tensor.data.contiguous()
 
 
 def _check_mutation(signature: ExportGraphSignature) -> None:
