@@ -5,7 +5,7 @@ Imported as ``cp_convert.converters``. Every collective becomes exactly one
 ``cp::shard`` has become a slice before conversion (:func:`cp_convert.engine.lower.specialise`).
 """
 
-from .register import register
+from .lowerings import register
 from .workarounds import WORKAROUNDS, Workaround, active
 
 __all__ = ["WORKAROUNDS", "Workaround", "active", "register"]

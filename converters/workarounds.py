@@ -21,7 +21,7 @@ class Workaround:
         backend: the backend's name.
         versions: the releases that have the defect.
         operator: the ``cp::`` operator's name.
-        instead: name of the lowering to use, a key of ``register.LOWERINGS``.
+        instead: name of the lowering to use, a key of ``lowerings.LOWERINGS``.
         reason: what goes wrong otherwise.
     """
 

@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
-from .job import BACKEND_NAMES, PRECISIONS, STRATEGY_NAMES, Job
+from .job import BACKEND_NAMES, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _DEFAULT = "convert"
@@ -88,8 +88,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
             near = difflib.get_close_matches(name, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}."
             raise UsageError(f"--config {path}: there is no option {key!r}.", hint=hint)
-        is_negation = name.startswith("no_") and isinstance(value, bool)
-        defaults[str(names[name])] = not value if is_negation else value
+        defaults[str(names[name])] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
 
 
@@ -121,9 +120,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Build for this GPU generation; repeatable, tensorrt-rtx only.",
 )  # fmt: skip
 @click.option(
-    "--proof/--no-proof", default=True, show_default=True,
-    help="Whether all ranks together are compared with the dense model.",
+    "--proof", type=click.Choice(PROOFS), default="auto", show_default=True,
+    help="What is compared with the dense model, all ranks together: the program, or the program "
+    "and the TensorRT networks (auto: these too, unless that takes longer than building).",
 )  # fmt: skip
+@click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
@@ -132,7 +133,14 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )  # fmt: skip
 @_common
 def convert(
-    *, as_json: bool, quiet: bool, verbose: int, out: Path | None, model: Path, **options: Any
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    out: Path | None,
+    model: Path,
+    no_proof: bool,
+    **options: Any,
 ) -> None:
     """Convert MODEL, a Python file, into one TensorRT engine per rank.
 
@@ -147,6 +155,8 @@ def convert(
     if not model.is_file() and (near := difflib.get_close_matches(str(model), cli.commands, 1)):
         raise UsageError(f"there is no file {model}.", hint=f"did you mean `cp-convert {near[0]}`?")
     out = out or Path(f"{model.stem}-{options['strategy']}-w{options['world']}")
+    if no_proof:
+        options["proof"] = "none"
     job = Job(model=model, out=out, command=shlex.join(["cp-convert", *sys.argv[1:]]), **options)
     manifest = _run(job, screen)
     screen.converted(manifest, job.out)

@@ -15,7 +15,7 @@ from .engine.build import Engine
 from .job import Job
 from .load import Source
 from .program import Binding, Program
-from .prove import Error, Proof
+from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
 from .trace import Applied
 
@@ -29,6 +29,7 @@ def describe(
     applied: Sequence[Applied],
     outcomes: Sequence[Outcome],
     proof: Proof | None,
+    network_proof: NetworkProof | None,
     engines: Sequence[Engine],
     backend: Backend,
     workarounds: Sequence[str],
@@ -66,7 +67,7 @@ def describe(
         engines=[
             m.Engine(rank=e.rank, file=e.path.name, bytes=e.size, sha256=e.sha256) for e in engines
         ],
-        proof=_proof(proof),
+        proof=_proof(proof, network_proof),
         timings=dict(timings),
         command=job.command,
     )
@@ -141,7 +142,7 @@ def bytes_sent(kind: str, payload: int, size: int) -> int:
     return payload * numerator // denominator
 
 
-def _proof(proof: Proof | None) -> m.Proof:
+def _proof(proof: Proof | None, network: NetworkProof | None) -> m.Proof:
     if proof is None:
         return m.Proof(
             status="skipped",
@@ -152,17 +153,25 @@ def _proof(proof: Proof | None) -> m.Proof:
             dense=None,
             bound=None,
             control=None,
+            network=None,
             seconds=0,
         )
     return m.Proof(
         status="passed",
-        level="program",
+        level="program" if network is None else "network",
         reference=REFERENCE,
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],
         dense=_error(proof.dense),
         bound=_error(proof.bound),
         control=None if proof.control is None else _error(proof.control),
+        network=None
+        if network is None
+        else m.NetworkProof(
+            algebra=[_error(e) for e in network.algebra],
+            ranks=[_error(e) for e in network.ranks],
+            seconds=round(network.seconds, 3),
+        ),
         seconds=round(proof.seconds, 3),
     )
 

@@ -11,6 +11,7 @@ from .errors import UsageError
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses")
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
+PROOFS: Final = ("auto", "none", "program", "network")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Job:
         backend: one of :data:`BACKEND_NAMES`.
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
         compute_capabilities: RTX targets such as ``"8.9"``; empty means the backend's default.
-        proof: whether the conversion is proven.
+        proof: how far down the conversion is proven: not at all, the program, or the program and
+            the TensorRT networks; ``auto`` leaves the networks out where that takes longer than
+            building them.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
         command: the command line, as recorded in the manifest.
@@ -40,7 +43,7 @@ class Job:
     backend: str = "auto"
     weights: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
-    proof: bool = True
+    proof: str = "auto"
     rtol: float | None = None
     force: bool = False
     command: str = ""
@@ -49,6 +52,7 @@ class Job:
         _one_of("strategy", self.strategy, STRATEGY_NAMES)
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("backend", self.backend, BACKEND_NAMES)
+        _one_of("proof", self.proof, PROOFS)
         if self.world < 1:
             raise UsageError(
                 f"--world {self.world}: a world has at least one rank.",

@@ -130,6 +130,14 @@ class Error(_Struct, frozen=True):
     rms: float
 
 
+class NetworkProof(_Struct, frozen=True):
+    """The same comparisons with what TensorRT's builder was given, within the same bounds."""
+
+    algebra: list[Error]
+    ranks: list[Error]
+    seconds: Seconds
+
+
 class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
@@ -140,13 +148,14 @@ class Proof(_Struct, frozen=True):
     """
 
     status: Literal["passed", "skipped"]
-    level: Literal["program", "none"]
+    level: Literal["none", "program", "network"]
     reference: str | None
     algebra: list[Error]
     ranks: list[Error]
     dense: Error | None
     bound: Error | None
     control: Error | None
+    network: NetworkProof | None
     seconds: Seconds
 
 

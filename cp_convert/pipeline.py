@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
 from .describe import describe
-from .engine.build import build, prepare
+from .engine.build import Engine, build, prepare
 from .engine.lower import lower, specialise
+from .engine.readback import constants_of
 from .job import Job
 from .load import load
 from .manifest import Manifest
 from .mesh import Mesh
+from .program import Lowered
 from .progress import Clock, Progress
-from .prove import Stages, prove
+from .prove import Proof, Stages, flat_inputs, prove, prove_networks
 from .rewrite import rewrite
 from .strategies import STRATEGIES
 from .trace import trace
@@ -41,18 +46,22 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         with clock.stage("lower"):
             lowered = lower(rewritten)
         proof = None
-        if job.proof:
+        if job.proof != "none":
             with clock.stage("prove"):
                 sites = [(outcome.site, outcome.node) for outcome in outcomes]
                 stages = Stages(traced, rewritten, lowered, sites, mesh.world)
                 proof = prove(source.module, source.inputs, stages, rtol=job.rtol)
-        engines = []
+        engines: list[Engine] = []
         with clock.stage("build", total=mesh.world):
             for rank in mesh.ranks:
-                path = folder / engine_name(rank)
-                program = specialise(lowered, rank)
-                engines.append(build(program, rank, path, job.compute_capabilities))
+                engines.append(_build(job, folder, lowered, rank, engines))
                 progress.step("build")
+        network_proof = None
+        if proof is not None and _pays(job, proof, clock.seconds["build"]):
+            with clock.stage("replay"):
+                networks = [engine.network for engine in engines if engine.network is not None]
+                inputs = flat_inputs(lowered, source.inputs)
+                network_proof = prove_networks(networks, inputs, proof)
         manifest = describe(
             job,
             source,
@@ -60,6 +69,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             applied,
             outcomes,
             proof,
+            network_proof,
             engines,
             backend,
             workarounds,
@@ -67,3 +77,20 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         )
         publish(folder, job.out, manifest)
     return manifest
+
+
+def _build(job: Job, folder: Path, lowered: Lowered, rank: int, before: Sequence[Engine]) -> Engine:
+    """Build one rank; its network is kept for the proof, sharing the weights of those before."""
+    known = None
+    if job.proof in ("auto", "network"):
+        networks = [engine.network for engine in before if engine.network is not None]
+        known = [*lowered.state.values(), *constants_of(networks)]
+    program = specialise(lowered, rank)
+    return build(program, rank, folder / engine_name(rank), job.compute_capabilities, known=known)
+
+
+def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
+    """Whether the networks are proven: two runs of all ranks, against the time of building."""
+    return job.proof == "network" or (
+        job.proof == "auto" and 2 * proof.seconds_a_run <= build_seconds
+    )

@@ -290,14 +290,20 @@ def _local_of(local: int, whole: int) -> str:
     return str(whole) if local == whole else f"{local} of {whole}"
 
 
+_LEVELS = {"program": "program", "network": "program and networks", "none": "nothing"}
+
+
 def _proof_line(proof: Proof) -> str:
     if proof.status == "skipped":
         return "skipped (--no-proof): nothing is known about these engines' numbers"
     assert proof.bound is not None
     line = (
-        f"passed: relative error {max(e.max for e in proof.ranks):.1e} (bound "
-        f"{proof.bound.max:.1e}), in float32 arithmetic {max(e.max for e in proof.algebra):.1e}"
+        f"passed ({_LEVELS[proof.level]}): relative error "
+        f"{max(e.max for e in proof.ranks):.1e} (bound {proof.bound.max:.1e}), "
+        f"in float32 arithmetic {max(e.max for e in proof.algebra):.1e}"
     )
+    if proof.network is not None:
+        line += f", of the networks {max(e.max for e in proof.network.algebra):.1e}"
     return line + (f"; without communication {proof.control.max:.1e}" if proof.control else "")
 
 

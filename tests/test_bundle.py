@@ -56,7 +56,8 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         ],
         proof=m.Proof(
             status="passed", level="program", reference="dense", algebra=[error] * world,
-            ranks=[error] * world, dense=error, bound=error, control=error, seconds=1.0,
+            ranks=[error] * world, dense=error, bound=error, control=error, network=None,
+            seconds=1.0,
         ),
         timings={"trace": 1.0},
         command="cp-convert x.py",

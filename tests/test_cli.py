@@ -183,7 +183,7 @@ def test_a_config_file_gives_defaults_and_flags_win(
     config.write_text('strategy = "ulysses"\nworld = 8\ncompute-capability = ["9.0"]\n')
     result = cp_convert("model.py", "--config", config)
     assert "9.0" in result.err, "the list in the file was taken"
-    config.write_text('strategy = "ulysses"\nworld = 8\nproof = false\n')
+    config.write_text('strategy = "ulysses"\nworld = 8\nno-proof = true\n')
     assert "4 heads do not divide among 8 ranks" in cp_convert("model.py", "--config", config).err
     assert "16 tokens" in cp_convert("model.py", "--config", config, "--world", 3).err
 

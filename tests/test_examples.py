@@ -41,8 +41,8 @@ def test_an_example_becomes_a_proven_bundle(
     name: str, strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    args = [EXAMPLES / f"{name}.py", "--strategy", strategy, "--world", 2, "-o", out, "--json"]
-    assert convert(*args) == 0
+    args = [EXAMPLES / f"{name}.py", "--strategy", strategy, "--world", 2, "-o", out]
+    assert convert(*args, "--proof", "network", "--json") == 0
     document = json.loads(capfd.readouterr().out)
     jsonschema.validate(document["manifest"], json.loads(m.SCHEMA_FILE.read_text()))
     manifest, _ = bundle.read(out)
@@ -53,6 +53,9 @@ def test_an_example_becomes_a_proven_bundle(
     assert max(e.max for e in manifest.proof.algebra) < 1e-5
     assert manifest.proof.control is not None
     assert manifest.proof.control.max > 1e-3
+    assert manifest.proof.level == "network"
+    assert manifest.proof.network is not None
+    assert max(e.max for e in manifest.proof.network.algebra) < 1e-5
     done = Counter(site.rewritten for site in manifest.attention)
     assert (done[True], done[False]) == (REWRITTEN[name], CROSS[name])
     per_attention = {"ulysses": 2, "allgather-kv": 1, "ring": 2}[strategy]

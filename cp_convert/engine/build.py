@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..backends import Backend
 from ..converters import active, register
 from ..errors import BackendMissing, BuildFailed
+from ..network import Network
 from ..program import Lowered
 from .offline import has_driver
+from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
 
 
@@ -54,6 +56,7 @@ class Engine:
         size: in bytes.
         sha256: of the file.
         collectives: what its network communicates.
+        network: what the builder was given, if it was asked for.
     """
 
     rank: int
@@ -61,6 +64,7 @@ class Engine:
     size: int
     sha256: str
     collectives: tuple[NetworkCollective, ...]
+    network: Network | None = None
 
 
 def prepare(backend: Backend) -> list[str]:
@@ -108,7 +112,14 @@ def network_of(program: Lowered) -> TRTInterpreter:
     return interpreter
 
 
-def build(program: Lowered, rank: int, path: Path, targets: Sequence[str]) -> Engine:
+def build(
+    program: Lowered,
+    rank: int,
+    path: Path,
+    targets: Sequence[str],
+    *,
+    known: Sequence[Tensor] | None = None,
+) -> Engine:
     """Build ``program`` and write the engine to ``path``.
 
     Args:
@@ -116,11 +127,13 @@ def build(program: Lowered, rank: int, path: Path, targets: Sequence[str]) -> En
         rank: for the report.
         path: where to write.
         targets: compute capabilities such as ``"8.9"``; empty for the backend's own choice.
+        known: read the network back as well, sharing these tensors (:mod:`.readback`).
 
     Raises:
         BuildFailed: TensorRT returned no engine.
     """
     interpreter = network_of(program)
+    network = None if known is None else read_network(interpreter.ctx.net, known)
     config = interpreter._populate_trt_builder_config()
     _set_targets(config, targets)
     with _last_error() as errors:
@@ -135,6 +148,7 @@ def build(program: Lowered, rank: int, path: Path, targets: Sequence[str]) -> En
         size=plan.nbytes,
         sha256=hashlib.sha256(plan).hexdigest(),
         collectives=tuple(collectives_of(interpreter.ctx.net)),
+        network=network,
     )
 
 

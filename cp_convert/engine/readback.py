@@ -193,9 +193,7 @@ def _convolution(layer: Any, pool: _Pool) -> dict[str, Any]:
     if layer.num_inputs < 3:
         bias = layer.bias
         is_absent = bias is None or (getattr(bias, "size", 0) == 0)
-        read["bias"] = (
-            None if is_absent else _weights(bias, dtype, (layer.num_output_maps,), pool)
-        )
+        read["bias"] = None if is_absent else _weights(bias, dtype, (layer.num_output_maps,), pool)
     return read
 
 

@@ -9,7 +9,7 @@ against it:
 - *ranks*: the lowered program, as it will be built, in the job's precision. What the dense model
   itself loses in that precision is the measure of what the ranks may lose.
 
-In float32 the two are one. A proof must be able to fail, so there is a *control*: the traced
+A proof must be able to fail, so there is a *control*: the traced
 program without the strategy, every rank attending to its own keys alone. If that agrees too,
 attention does not matter in this model (a gate of zero, an output layer of zeros) and nothing
 would have been proven.
@@ -64,7 +64,9 @@ class Proof:
         bound: what the ranks may lose in it.
         control: what is lost when every rank sees its own keys alone; ``None`` when there is
             nothing to lose, in a world of 1 or without attention over sharded keys.
+        reference: what all errors are measured against.
         seconds: how long it took.
+        seconds_a_run: how long all ranks took once, with float32 arithmetic.
     """
 
     algebra: tuple[Error, ...]
@@ -72,7 +74,15 @@ class Proof:
     dense: Error
     bound: Error
     control: Error | None
+    reference: tuple[Tensor, ...]
     seconds: float
+    seconds_a_run: float
+
+    @property
+    def algebra_bound(self) -> Error:
+        """What may be lost with float32 arithmetic."""
+        is_wide = self.dense == Error(0.0, 0.0)
+        return self.bound if is_wide else Error(FLOOR, FLOOR)
 
 
 @dataclass(frozen=True)
@@ -119,10 +129,10 @@ def prove(
             hint="try --precision bf16 or fp32, or other example inputs.",
         )
     bound = _bound(loss, rtol)
+    begun = time.perf_counter()
+    algebra = _errors(stages.rewritten, inputs, stages.world, reference, widen=True)
+    seconds_a_run = time.perf_counter() - begun
     ranks = _errors(stages.lowered, inputs, stages.world, reference)
-    algebra = ranks
-    if not is_wide:
-        algebra = _errors(stages.rewritten, inputs, stages.world, reference, widen=True)
     for errors, limit, what in (
         (algebra, Error(FLOOR, FLOOR) if rtol is None or not is_wide else bound, "float32"),
         (ranks, bound, "the job's precision"),
@@ -131,7 +141,16 @@ def prove(
             astray = _first_astray(wide_module, wide_inputs, stages)
             raise _failure(errors, limit, what, astray)
     control = _control(stages, inputs, reference)
-    return Proof(algebra, ranks, loss, bound, control, time.perf_counter() - start)
+    return Proof(
+        algebra,
+        ranks,
+        loss,
+        bound,
+        control,
+        tuple(reference),
+        time.perf_counter() - start,
+        seconds_a_run,
+    )
 
 
 def _errors(

@@ -1,6 +1,6 @@
 """A TensorRT network, run layer by layer with torch, all ranks in lockstep.
 
-What runs is what was handed to TensorRT's builder (:mod:`cp_convert.network`), with the meaning that
+What runs is what was handed to TensorRT's builder (``cp_convert.network``), with the meaning that
 TensorRT's operator documentation gives each layer. An unknown layer, or an attribute whose meaning
 is not implemented, is an error and never skipped.
 """
@@ -248,7 +248,9 @@ _ELEMENTWISE: Final[Mapping[str, Callable[[Tensor, Tensor], Tensor]]] = {
 def _elementwise(layer: Layer, values: Values) -> Tensor:
     a, b = _given(values, 0), _given(values, 1)
     if a.dtype != b.dtype or a.dim() != b.dim():
-        raise ProofFailed(f"{layer.name}: operands of {a.dtype}{list(a.shape)}, {b.dtype}{list(b.shape)}.")
+        raise ProofFailed(
+            f"{layer.name}: operands of {a.dtype}{list(a.shape)}, {b.dtype}{list(b.shape)}."
+        )
     return _ELEMENTWISE[_known(layer, "op", _ELEMENTWISE)](a, b)
 
 
@@ -307,28 +309,33 @@ def _activation(layer: Layer, values: Values) -> Tensor:
 
 
 def _slice(layer: Layer, values: Values) -> Tensor:
-    """``out[i] = x[start + i * stride]`` along every dimension; a stride of 0 repeats."""
+    """``out[i] = x[start + i * stride]`` along the axes; a stride of 0 repeats."""
     p = layer.parameters
     x = _given(values, 0)
-    read = [
-        _given(values, index).tolist()
-        if len(values) > index and values[index] is not None
-        else p[name]
-        for index, name in ((1, "start"), (2, "shape"), (3, "stride"))
-    ]
-    if p["mode"] != "STRICT_BOUNDS" or p["axes"] is not None or len(values) > 4:
+    start, size, stride, axes = (
+        _list_at(values, index, p[name])
+        for index, name in ((1, "start"), (2, "shape"), (3, "stride"), (5, "axes"))
+    )
+    if p["mode"] != "STRICT_BOUNDS":
         raise ProofFailed(f"{layer.name}: a slice with mode {p['mode']} is not understood.")
-    for dim, (start, size, stride) in enumerate(zip(*read, strict=True)):
-        if stride == 0:
-            sizes = list(x.shape)
-            sizes[dim] = size
-            x = x.narrow(dim, start, 1).expand(sizes)
-        elif stride == 1:
-            x = x.narrow(dim, start, size)
+    dims = range(x.dim()) if axes is None else [axis % x.dim() for axis in axes]
+    for dim, first, count, step in zip(dims, start, size, stride, strict=True):
+        index = first + step * torch.arange(count, device=x.device)
+        if count and not 0 <= int(index.min()) <= int(index.max()) < x.shape[dim]:
+            raise ProofFailed(f"{layer.name} reads beyond dimension {dim} of {list(x.shape)}.")
+        if step == 0:
+            x = x.narrow(dim, first, 1).expand(*x.shape[:dim], count, *x.shape[dim + 1 :])
+        elif step == 1:
+            x = x.narrow(dim, first, count)
         else:
-            index = start + stride * torch.arange(size)
-            x = x.index_select(dim, index.to(x.device))
+            x = x.index_select(dim, index)
     return x
+
+
+def _list_at(values: Values, index: int, attribute: Any) -> Any:
+    """An optional input's numbers, or the layer's own attribute."""
+    value = values[index] if len(values) > index else None
+    return attribute if value is None else value.reshape(-1).tolist()
 
 
 def _concatenation(layer: Layer, values: Values) -> Tensor:
@@ -427,7 +434,11 @@ def _convolution(layer: Layer, values: Values) -> Tensor:
 def _attention(layer: Layer, values: Values) -> Tensor:
     """``softmax(Q K^T + mask) V`` over ``[B, H, S, D]``; the scale is not the layer's business."""
     p = layer.parameters
-    understood = {"norm_op": "SOFTMAX", "query_form": "PADDED_BHND", "key_value_form": "PADDED_BHND"}
+    understood = {
+        "norm_op": "SOFTMAX",
+        "query_form": "PADDED_BHND",
+        "key_value_form": "PADDED_BHND",
+    }
     for name, value in understood.items():
         if p[name] != value:
             raise ProofFailed(f"{layer.name}: attention with {name} {p[name]} is not understood.")
