@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
     options = ["-w", args.world, "-p", args.precision]
-    stages = ["load", "trace", "rewrite", "lower", "prove", "build"]
+    stages = ["load", "trace", "rewrite", "lower", "prove", "build", "replay"]
     print(
         f"{args.model.name}, world {args.world}, {args.precision}, median of {args.runs}, seconds"
     )
@@ -58,7 +58,7 @@ def main() -> None:
     print("|---" * (len(stages) + 4) + "|", flush=True)
     for strategy in STRATEGY_NAMES:
         runs = [convert(args.model, strategy, options) for _ in range(args.runs)]
-        cells = [statistics.median(r["timings"][stage] for r in runs) for stage in stages]
+        cells = [statistics.median(r["timings"].get(stage, 0) for r in runs) for stage in stages]
         cells += [statistics.median(r[key] for r in runs) for key in ("wall", "peak")]
         size = sum(engine["bytes"] for engine in runs[0]["engines"]) / 1e9
         row = " | ".join(f"{cell:.1f}" for cell in [*cells, size])

@@ -33,7 +33,7 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in ("all_gather", "all_to_all", "broadcast", "attention"):
+    for operator in ("all_gather", "all_to_all", "broadcast", "attention", "result"):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -129,10 +129,17 @@ def _attention(ctx: ConversionContext, name: str, **arguments: Any) -> Tensor:
     )
 
 
+def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
+    layer = ctx.net.add_identity(get_trt_tensor(ctx, x, f"{name}_input"))
+    layer.name = f"result {name}"
+    return layer.get_output(0)
+
+
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     "all_gather": _all_gather,
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
     "attention": _attention,
+    "result": _result,
 }

@@ -39,6 +39,9 @@ _LIBRARY.define(
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, "
     "bool enable_gqa=False) -> Tensor"
 )
+# What a program returns, as a tensor of its own: TensorRT cannot return one tensor under two
+# names, nor an input.
+_LIBRARY.define("result(Tensor x) -> Tensor")
 
 
 def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -76,7 +79,16 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwa
     return query.new_empty([*query.shape[:-1], value.shape[-1]])
 
 
+@_fake("result")
+def _result_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_LIBRARY.impl("result", torch.clone, "CPU")
+_LIBRARY.impl("result", torch.clone, "CUDA")
 _LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CPU")
+
+
 _LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CUDA")
 
 

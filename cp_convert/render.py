@@ -185,8 +185,9 @@ def _builtins(manifest: Manifest) -> object:
 def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column in columns:
-        justify: Any = "right" if column in right else "left"
-        table.add_column(column, justify=justify, overflow="fold")
+        is_number = column in right
+        justify: Any = "right" if is_number else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=is_number)
     return table
 
 
@@ -242,20 +243,20 @@ def _collectives_table(manifest: Manifest) -> Table:
 
 
 def _attention_table(sites: Sequence[Attention]) -> Table:
-    numbers = ("count", "heads", "head_dim", "queries", "keys")
-    table = _table("Attention", "module", *numbers, "what was done", right=numbers)
+    numbers = ("count", "heads x dim", "queries", "keys")
+    table = _table("Attention", "module", *numbers, "", right=numbers)
     rows = Counter(
         (
-            _starred(s.module), s.heads, s.head_dim,
-            _local_of(s.local_query, s.global_query), _local_of(s.local_key, s.global_key),
+            _starred(s.module),
+            f"{s.heads} x {s.head_dim}",
+            _local_of(s.local_query, s.global_query),
+            _local_of(s.local_key, s.global_key),
             "rewritten" if s.rewritten else f"left alone: {s.reason}",
         )
         for s in sites
-    )  # fmt: skip
-    for (module, heads, head_dim, queries, keys, what), count in rows.items():
-        table.add_row(
-            escape(module), str(count), str(heads), str(head_dim), queries, keys, escape(what)
-        )
+    )
+    for (module, shape, queries, keys, what), count in rows.items():
+        table.add_row(escape(module), str(count), shape, queries, keys, escape(what))
     return table
 
 

@@ -10,15 +10,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert import ops
 from cp_convert.backends import BACKENDS
-from cp_convert.engine.build import prepare
+from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.passes import interleave_strided_writes
+from cp_convert.engine.readback import read_network
 from cp_convert.errors import CannotLower
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_module
 from cp_convert.mesh import Mesh
 from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
+from cp_convert.prove.replay import replay
 from cp_convert.rewrite import rewrite
 from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
@@ -116,6 +118,26 @@ def test_a_forward_that_writes_to_its_state_is_refused() -> None:
     program, _ = trace(Counter(), {"x": torch.ones(1)}, {}, axis_of(1))
     with pytest.raises(CannotLower, match="writes to calls"):
         lower(program)
+
+
+def test_every_output_is_a_tensor_of_its_own() -> None:
+    """TensorRT would otherwise rename an input, or lose one of two names."""
+
+    class Returns(nn.Module):
+        def forward(self, x: Tensor, unused: Tensor) -> dict[str, Tensor | None]:
+            y = x + 1
+            return {"y": y, "again": y, "input": x, "none": None}
+
+    inputs = {"x": torch.randn(2, 3), "unused": torch.ones(1)}
+    program = lower(trace(Returns(), inputs, {}, axis_of(1))[0])
+    interpreter = network_of(specialise(program, 0))  # it holds the weights of its network
+    network = read_network(interpreter.ctx.net)
+    assert [b.name for b in network.inputs] == ["x", "unused"]
+    assert [b.name for b in network.outputs] == ["y", "again", "input"]
+    ((y, again, same),) = replay([network], inputs)
+    assert torch.equal(y, inputs["x"] + 1)
+    assert torch.equal(again, y)
+    assert torch.equal(same, inputs["x"])
 
 
 def scatter(base: Tensor, part: Tensor, start: int, end: int, step: int) -> Tensor:

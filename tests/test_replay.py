@@ -411,5 +411,5 @@ def test_a_wrong_permutation_in_our_converter_is_caught(monkeypatch: pytest.Monk
     finally:
         monkeypatch.undo()
         prepare(BACKENDS["tensorrt-rtx"])
-    with pytest.raises(ProofFailed, match="although the program it was made from does not"):
+    with pytest.raises(ProofFailed, match="although the program they were made from does not"):
         prove_networks(networks, inputs, proof)

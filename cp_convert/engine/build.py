@@ -87,6 +87,9 @@ def prepare(backend: Backend) -> list[str]:
 def network_of(program: Lowered) -> TRTInterpreter:
     """The TensorRT network of one rank's program, held by the interpreter that made it.
 
+    The network refers to numbers that the interpreter owns, so keep the interpreter while the
+    network is in use.
+
     Raises:
         BuildFailed: a converter or TensorRT refused a layer.
     """

@@ -89,9 +89,13 @@ def _as_attribute(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) ->
 
 
 def _outputs(program: Program, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
-    """Rename the returned nodes in the bindings, and return tensors only."""
-    node = graph_module.graph.output_node()
-    returned = [value for value in _flat(node.args[0]) if isinstance(value, fx.Node)]
+    """Return tensors only, each as a tensor of its own, and name them in the bindings."""
+    graph, node = graph_module.graph, graph_module.graph.output_node()
+    values = [value for value in _flat(node.args[0]) if isinstance(value, fx.Node)]
+    with graph.inserting_before(node):
+        returned = [graph.call_function(torch.ops.cp.result.default, (v,)) for v in values]
+    for result, value in zip(returned, values, strict=True):
+        result.meta = dict(value.meta)
     node.args = (tuple(returned),)
     graph_module.recompile()
     return tuple(
@@ -110,11 +114,16 @@ def _check_converters(lowered: Lowered) -> None:
             continue
         if DYNAMO_CONVERTERS.get(node) is None:
             raise CannotLower(
-                f"TensorRT has no converter for {node.target}"
-                f"({', '.join(_shape(n) for n in node.all_input_nodes)}).",
+                f"TensorRT has no converter for {node.target}({_call(node)}).",
                 where=f"{module_path(node)} ({source_line(node) or 'source unknown'})",
                 hint="replace the operation in the model, or move it out of forward.",
             )
+
+
+def _call(node: fx.Node) -> str:
+    """The arguments in words: what they are, and keywords such as a dtype that has no converter."""
+    given = [_shape(argument) for argument in node.all_input_nodes]
+    return ", ".join(given + [f"{k}={v}" for k, v in node.kwargs.items() if v is not None])
 
 
 def _shape(node: fx.Node) -> str:
