@@ -27,7 +27,8 @@ from cp_convert.load import cast_inputs, cast_module
 from cp_convert.network import Layer, Network
 from cp_convert.program import Lowered
 from cp_convert.prove import Proof, Stages, flat_inputs, prove, prove_networks
-from cp_convert.prove.replay import LAYERS, replay
+from cp_convert.prove.layers import LAYERS
+from cp_convert.prove.replay import replay
 from cp_convert.rewrite import rewrite
 from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
