@@ -18,7 +18,7 @@ class Backend:
         name: as given to ``--backend``.
         distribution: the Torch-TensorRT distribution; both provide ``torch_tensorrt``, so only
             one can be installed.
-        tensorrt: the TensorRT distribution whose version is the backend's.
+        tensorrt: distributions of TensorRT; the first that is installed tells the version.
         needs_gpu: whether building needs a GPU.
         targets: compute capabilities that can be named; empty when it builds for the GPU it
             finds.
@@ -28,7 +28,7 @@ class Backend:
 
     name: str
     distribution: str
-    tensorrt: str
+    tensorrt: tuple[str, ...]
     needs_gpu: bool
     targets: tuple[str, ...]
     default_targets: tuple[str, ...]
@@ -42,7 +42,8 @@ class Backend:
     @property
     def version(self) -> str:
         """TensorRT's version."""
-        return _version(self.tensorrt) or "unknown"
+        found = (_version(name) for name in self.tensorrt)
+        return next((version for version in found if version), "0")
 
     @property
     def torch_tensorrt_version(self) -> str:
@@ -56,16 +57,16 @@ BACKENDS: Final = {
         Backend(
             name="tensorrt-rtx",
             distribution="torch-tensorrt-rtx",
-            tensorrt="tensorrt_rtx",
+            tensorrt=("tensorrt_rtx",),
             needs_gpu=False,
             targets=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
-            default_targets=("8.0", "8.6", "8.9", "12.0"),
+            default_targets=("8.0", "8.6", "8.9", "12.0+"),
             install="pip install 'cp-convert[rtx]'",
         ),
         Backend(
             name="tensorrt",
             distribution="torch-tensorrt",
-            tensorrt="tensorrt",
+            tensorrt=("tensorrt-cu13", "tensorrt"),
             needs_gpu=True,
             targets=(),
             default_targets=(),

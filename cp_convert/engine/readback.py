@@ -68,22 +68,40 @@ def constants_of(networks: Iterable[Network]) -> list[Tensor]:
 
 
 class _Pool:
-    """Shares equal constants, so that W networks hold one copy of the weights."""
+    """Shares equal constants, so that W networks hold one copy of the weights.
+
+    TensorRT keeps a reference to the numbers it is given, so most constants are found by address.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        self.by_kind: dict[tuple[torch.dtype, int], list[Tensor]] = {}
+        self.by_address: dict[int, Tensor] = {}
+        self.by_sample: dict[tuple[object, ...], list[Tensor]] = {}
         for tensor in known:
-            self.by_kind.setdefault((tensor.dtype, tensor.numel()), []).append(tensor.detach())
+            if tensor.is_contiguous():
+                self._add(tensor.detach().view(-1))
+
+    def _add(self, flat: Tensor) -> None:
+        self.by_address[flat.data_ptr()] = flat
+        self.by_sample.setdefault(_sample(flat), []).append(flat)
 
     def share(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         """``flat`` in ``shape``; the pool's own tensor where it holds an equal one."""
-        same = self.by_kind.setdefault((flat.dtype, flat.numel()), [])
-        for tensor in same:
-            if tensor.is_contiguous() and torch.equal(tensor.view(-1), flat):
+        at_address = self.by_address.get(flat.data_ptr())
+        candidates = self.by_sample.get(_sample(flat), [])
+        if at_address is not None and at_address.dtype == flat.dtype:
+            candidates = [at_address, *candidates]
+        for tensor in candidates:
+            if tensor.shape == flat.shape and torch.equal(tensor, flat):
                 return tensor.view(shape)
         copy = flat.clone()
-        same.append(copy)
+        self._add(copy)
         return copy.view(shape)
+
+
+def _sample(flat: Tensor) -> tuple[object, ...]:
+    """Type, length and a few of the numbers: what equal tensors have in common."""
+    step = max(1, flat.numel() // 16)
+    return (flat.dtype, flat.numel(), *flat[::step].tolist())
 
 
 def _layer(layer: Any, pool: _Pool) -> Layer:

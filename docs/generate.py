@@ -1,0 +1,33 @@
+"""Write ``docs/cli.md`` from the commands' own help: ``python docs/generate.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from cp_convert.cli import cli
+
+TARGET = Path(__file__).with_name("cli.md")
+
+
+def _context(
+    command: click.Command, name: str, parent: click.Context | None = None
+) -> click.Context:
+    settings = {**command.context_settings, "terminal_width": 100}
+    return click.Context(command, info_name=name, parent=parent, **settings)
+
+
+def reference() -> str:
+    """The help of every command, as it is shown on a terminal of 100 columns."""
+    parts = ["# Command reference\n\nGenerated from `--help` by `python docs/generate.py`.\n"]
+    root = _context(cli, "cp-convert")
+    parts.append(f"```\n{cli.get_help(root).rstrip()}\n```\n")
+    for name, command in sorted(cli.commands.items()):
+        context = _context(command, name, root)
+        parts.append(f"## {name}\n\n```\n{command.get_help(context).rstrip()}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference())
