@@ -61,7 +61,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             with clock.stage("replay"):
                 networks = [engine.network for engine in engines if engine.network is not None]
                 inputs = flat_inputs(lowered, source.inputs)
-                network_proof = prove_networks(networks, inputs, proof)
+                network_proof = prove_networks(networks, inputs, proof, lowered)
         manifest = describe(
             job,
             source,

@@ -120,6 +120,20 @@ def test_a_forward_that_writes_to_its_state_is_refused() -> None:
         lower(program)
 
 
+def test_a_table_of_large_angles_keeps_its_last_bit() -> None:
+    """LTX-Video's rotary angles reach 15,000: one bit of a decomposed linspace is 1e-3 there."""
+
+    class Rotary(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            angles = 10000.0 ** torch.linspace(0.0, 1.0, 10) * torch.pi / 2
+            return x * angles.cos()
+
+    inputs = {"x": torch.ones(1, 10)}
+    program = lower(trace(Rotary(), inputs, {}, axis_of(1))[0])
+    ((out,),) = run(program, inputs, 1)
+    torch.testing.assert_close(out, Rotary()(**inputs), rtol=0, atol=1e-6)
+
+
 def test_every_output_is_a_tensor_of_its_own() -> None:
     """TensorRT would otherwise rename an input, or lose one of two names."""
 

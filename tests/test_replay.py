@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
+from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
@@ -297,8 +298,8 @@ def prepared(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_networks_are_proven(name: str, dtype: torch.dtype) -> None:
-    networks, proof, inputs, _ = prepared(name, 3 if dtype == torch.float32 else 2, dtype)
-    found = prove_networks(networks, inputs, proof)
+    networks, proof, inputs, lowered = prepared(name, 3 if dtype == torch.float32 else 2, dtype)
+    found = prove_networks(networks, inputs, proof, lowered)
     assert all(error.max < 1e-5 for error in found.algebra)
     assert all(error.within(proof.bound) for error in found.ranks)
 
@@ -357,15 +358,15 @@ def a_dropped_bias(layers: list[Layer]) -> list[Layer]:
     "edit", [a_dropped_collective, keys_and_values_swapped, a_stale_group, a_dropped_bias]
 )
 def test_a_fault_in_every_ranks_network_is_caught(edit: Edit) -> None:
-    networks, proof, inputs, _ = prepared("ulysses", 2)
+    networks, proof, inputs, lowered = prepared("ulysses", 2)
     with pytest.raises(ProofFailed, match="astray"):
-        prove_networks([edited(network, edit) for network in networks], inputs, proof)
+        prove_networks([edited(network, edit) for network in networks], inputs, proof, lowered)
 
 
 def test_a_slice_of_the_wrong_rank_is_caught() -> None:
-    networks, proof, inputs, _ = prepared("ulysses", 2)
+    networks, proof, inputs, lowered = prepared("ulysses", 2)
     with pytest.raises(ProofFailed, match="astray"):
-        prove_networks([networks[0], networks[0]], inputs, proof)
+        prove_networks([networks[0], networks[0]], inputs, proof, lowered)
 
 
 def test_a_group_that_leaves_a_rank_out_is_caught() -> None:
@@ -374,16 +375,16 @@ def test_a_group_that_leaves_a_rank_out_is_caught() -> None:
         layers[i] = with_parameters(layers[i], group=[0, 2])
         return layers
 
-    networks, proof, inputs, _ = prepared("ulysses", 2)
+    networks, proof, inputs, lowered = prepared("ulysses", 2)
     with pytest.raises(ProofFailed, match=r"on rank 1 names the group \[0, 2\]"):
-        prove_networks([edited(network, outside) for network in networks], inputs, proof)
+        prove_networks([edited(network, outside) for network in networks], inputs, proof, lowered)
 
 
 def test_a_rank_built_from_another_program_is_caught() -> None:
-    ulysses, proof, inputs, _ = prepared("ulysses", 2)
+    ulysses, proof, inputs, lowered = prepared("ulysses", 2)
     ring, _, _, _ = prepared("ring", 2)
     with pytest.raises(ProofFailed, match="not of the same program"):
-        prove_networks([ulysses[0], ring[1]], inputs, proof)
+        prove_networks([ulysses[0], ring[1]], inputs, proof, lowered)
 
 
 def test_a_wrong_permutation_in_our_converter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,9 +409,43 @@ def test_a_wrong_permutation_in_our_converter_is_caught(monkeypatch: pytest.Monk
     monkeypatch.setitem(converters.LOWERINGS, "all_to_all", reversed_blocks)
     prepare(BACKENDS["tensorrt-rtx"])
     try:
-        networks, proof, inputs, _ = prepared("ulysses", 2)
+        networks, proof, inputs, lowered = prepared("ulysses", 2)
     finally:
         monkeypatch.undo()
         prepare(BACKENDS["tensorrt-rtx"])
     with pytest.raises(ProofFailed, match="although the program they were made from does not"):
-        prove_networks(networks, inputs, proof)
+        prove_networks(networks, inputs, proof, lowered)
+
+
+def test_constants_that_lowering_rounded_are_told_from_faults() -> None:
+    """A table computed from constants in float16 is folded with float16's rounding."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = tiny()
+            self.register_buffer("grid", torch.linspace(0.1, 0.9, 8))
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            return self.inner(x * (self.grid * 1.7).exp(), text)
+
+    plan = {
+        "": {"x": ContextParallelInput(1)},
+        "inner.leave": ContextParallelOutput(1),
+    }
+    module = Table().eval()
+    cast_module(module, torch.float16)
+    inputs = cast_inputs(tiny_inputs(), torch.float16)
+    local, _ = trace(module, inputs, plan, axis_of(2))
+    rewritten, outcomes = rewrite(local, STRATEGIES["ring"], "ring", axis_of(2))
+    lowered = lower(rewritten)
+    sites = [(o.site, o.node) for o in outcomes]
+    proof = prove(module, inputs, Stages(local, rewritten, lowered, sites, 2))
+    interpreters = [network_of(specialise(lowered, rank)) for rank in range(2)]
+    networks = [read_network(interpreter.ctx.net) for interpreter in interpreters]
+    flat = flat_inputs(lowered, inputs)
+    found = prove_networks(networks, flat, proof, lowered)
+    assert 1e-5 < max(error.max for error in found.algebra) < proof.bound.max
+    faulty = [edited(network, a_dropped_bias) for network in networks]
+    with pytest.raises(ProofFailed, match="the networks go astray"):
+        prove_networks(faulty, flat, proof, lowered)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..errors import ProofFailed
 from ..network import Network
-from .program import ROUNDING, Error, Proof, deviation, worst
+from ..program import Executable
+from .lockstep import run
+from .program import FLOOR, ROUNDING, Error, Proof, deviation, worst
 from .replay import replay
 
 
@@ -34,7 +36,10 @@ class NetworkProof:
 
 
 def prove_networks(
-    networks: Sequence[Network], inputs: Mapping[str, Tensor], proof: Proof
+    networks: Sequence[Network],
+    inputs: Mapping[str, Tensor],
+    proof: Proof,
+    lowered: Executable,
 ) -> NetworkProof:
     """Replay all ranks' networks and compare them with the reference of ``proof``.
 
@@ -42,20 +47,19 @@ def prove_networks(
         networks: one for every rank, rank 0 first.
         inputs: the full inputs by binding name.
         proof: the proof of the program, with its reference and bounds.
+        lowered: the program that the networks were made from.
 
     Raises:
         ProofFailed: an error beyond its bound, a layer that is not understood, or networks that
             are not of one program.
     """
     start = time.perf_counter()
-    algebra = _errors(networks, inputs, proof, widen=True)
+    wide = replay(networks, inputs, widen=True)
+    algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
     if not all(error.within(proof.algebra_bound) for error in algebra):
-        raise ProofFailed(
-            "the networks go astray, although the program they were made from does not: "
-            f"{deviation(algebra, proof.algebra_bound)}.",
-            hint="a converter and PyTorch disagree on what an operator means; please report it.",
-        )
-    ranks = _errors(networks, inputs, proof, widen=False)
+        _check_against_program(wide, inputs, proof, lowered)
+    outputs = replay(networks, inputs)
+    ranks = tuple(worst(of_rank, proof.reference) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(
             f"the networks go astray: {deviation(ranks, proof.bound)}.", hint=ROUNDING
@@ -63,8 +67,30 @@ def prove_networks(
     return NetworkProof(algebra, ranks, time.perf_counter() - start)
 
 
-def _errors(
-    networks: Sequence[Network], inputs: Mapping[str, Tensor], proof: Proof, *, widen: bool
-) -> tuple[Error, ...]:
-    outputs = replay(networks, inputs, widen=widen)
-    return tuple(worst(of_rank, proof.reference) for of_rank in outputs)
+def _check_against_program(
+    wide: Sequence[Sequence[Tensor]],
+    inputs: Mapping[str, Tensor],
+    proof: Proof,
+    lowered: Executable,
+) -> None:
+    """The networks must do exactly what the lowered program does, and that lose no more than dense.
+
+    Lowering folds what depends on constants in the job's precision, so that even with float32
+    arithmetic a half-precision program may differ from the reference, as the dense model in that
+    precision does; the networks have the same constants.
+    """
+    program = run(lowered, inputs, len(wide), widen=True)
+    floor = Error(FLOOR, FLOOR)
+    apart = [worst(ours, theirs) for ours, theirs in zip(wide, program, strict=True)]
+    if not all(error.within(floor) for error in apart):
+        raise ProofFailed(
+            "the networks go astray, although the program they were made from does not: "
+            f"{deviation(apart, floor)}.",
+            hint="a converter and PyTorch disagree on what an operator means; please report it.",
+        )
+    folded = [worst(of_rank, proof.reference) for of_rank in program]
+    if not all(error.within(proof.bound) for error in folded):
+        raise ProofFailed(
+            f"lowering changed what the program computes: {deviation(folded, proof.bound)}.",
+            hint="a lowering pass and PyTorch disagree on an operator; please report it.",
+        )
