@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ..errors import BuildFailed
+from ..errors import ProofFailed
 from ..network import Layer, Network, Result
 from ..program import Binding
 from .runtime import trt
@@ -41,14 +41,14 @@ def read_network(network: Any, known: Iterable[Tensor] = ()) -> Network:
             a constant that equals one of them is replaced by it instead of being copied.
 
     Raises:
-        BuildFailed: a layer that cannot be read, or a tensor name that is used twice.
+        ProofFailed: a layer that cannot be read, or a tensor name that is used twice.
     """
     pool = _Pool(known)
     layers = tuple(_layer(network.get_layer(i), pool) for i in range(network.num_layers))
     names = [result.name for layer in layers for result in layer.outputs]
     if len(set(names)) != len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
-        raise BuildFailed(f"the network has several tensors called {', '.join(twice)}.")
+        raise ProofFailed(f"the network has several tensors called {', '.join(twice)}.")
     return Network(
         layers,
         tuple(_binding(network.get_input(i)) for i in range(network.num_inputs)),
@@ -108,7 +108,7 @@ def _layer(layer: Any, pool: _Pool) -> Layer:
     kind = layer.type.name
     read = _READERS.get(kind)
     if read is None:
-        raise BuildFailed(
+        raise ProofFailed(
             f"the network proof cannot read a {kind} layer ({layer.name}).",
             hint="--proof program leaves the network unchecked.",
         )
@@ -130,7 +130,7 @@ def _name(tensor: Any) -> str | None:
 
 def _dtype(tensor: Any) -> torch.dtype:
     if tensor.dtype not in DTYPES:
-        raise BuildFailed(f"the network proof does not know {tensor.dtype} ({tensor.name}).")
+        raise ProofFailed(f"the network proof does not know {tensor.dtype} ({tensor.name}).")
     return DTYPES[tensor.dtype]
 
 
@@ -193,7 +193,7 @@ def _address_of(weights: Any) -> int:
     pointer = ctypes.c_void_p.from_address(id(weights) + object.__basicsize__).value
     native = _NativeWeights.from_address(pointer or 0) if pointer else _NativeWeights()
     if (native.type, native.count) != (int(weights.dtype), weights.size) or not native.values:
-        raise BuildFailed(
+        raise ProofFailed(
             f"the network proof cannot read weights of {weights.dtype}.",
             hint="--proof program leaves the network unchecked.",
         )
