@@ -211,7 +211,8 @@ def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
             f"{bundle}: {'; '.join(f'{c.subject} {c.problem}' for c in damaged)}.",
             hint="copy the bundle again, or convert again with --force.",
         )
-    screen.note(f"{bundle} is whole.") if not as_json else None
+    if not as_json:
+        screen.note(f"{bundle} is whole.")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

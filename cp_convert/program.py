@@ -116,6 +116,24 @@ def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
     return state
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes, names and metadata."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
+def hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
+    """Put an attribute that holds ``value`` in the place of the placeholder ``node``."""
+    name = f"_{node.name}"
+    graph_module.register_buffer(name, value.detach(), persistent=False)
+    with graph_module.graph.inserting_before(node):
+        attribute = graph_module.graph.get_attr(name)
+    attribute.meta = dict(node.meta)
+    node.replace_all_uses_with(attribute)
+    graph_module.graph.erase_node(node)
+
+
 def tensor_of(node: fx.Node) -> Tensor:
     """The fake tensor that tells a node's shape and dtype."""
     value = node.meta["val"]

@@ -70,7 +70,7 @@ class Screen:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """Progress bars on stderr; silent when stdout is no terminal, plain lines with ``-v``."""
-        if self.verbosity > 0 or (self.as_json and self.verbosity > 0):
+        if self.verbosity > 0:
             yield _Lines(self.err)
         elif self.verbosity < 0 or not self.out.is_terminal:
             yield Progress()

@@ -19,7 +19,7 @@ from ..backends import Backend
 from ..converters import active, register
 from ..errors import BackendMissing, BuildFailed
 from ..network import Network
-from ..program import Lowered
+from ..program import Lowered, copied, hold
 from .offline import has_driver
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
@@ -157,8 +157,7 @@ def build(
 
 def _with_parameters(program: Lowered) -> fx.GraphModule:
     """Parameters as attributes, which Torch-TensorRT turns into constants."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(program.graph_module.graph, {}))
+    graph = copied(program.graph_module.graph)
     module = fx.GraphModule(program.graph_module, graph)
     for node in graph.nodes:
         # Torch-TensorRT empties the module stack while it names layers; other ranks need theirs.
@@ -166,14 +165,7 @@ def _with_parameters(program: Lowered) -> fx.GraphModule:
             node.meta["nn_module_stack"] = dict(node.meta["nn_module_stack"])
     for node in list(graph.find_nodes(op="placeholder")):
         if node.name in program.state:
-            name = f"_parameter_{node.name}"
-            value = program.state[node.name].detach().contiguous()
-            module.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
-            with graph.inserting_before(node):
-                attribute = graph.get_attr(name)
-            attribute.meta = dict(node.meta)
-            node.replace_all_uses_with(attribute)
-            graph.erase_node(node)
+            hold(module, node, program.state[node.name].contiguous())
     module.recompile()
     return module
 

@@ -15,7 +15,17 @@ from torch.export.graph_signature import ExportGraphSignature
 from .. import ops
 from ..errors import CannotLower
 from ..mesh import split_groups
-from ..program import Binding, Lowered, Program, module_path, source_line, state_of, tensor_of
+from ..program import (
+    Binding,
+    Lowered,
+    Program,
+    copied,
+    hold,
+    module_path,
+    source_line,
+    state_of,
+    tensor_of,
+)
 from .passes import interleave_strided_writes
 from .runtime import DYNAMO_CONVERTERS, decompositions, post_lowering, settings
 
@@ -42,7 +52,7 @@ def lower(program: Program) -> Lowered:
             if node.name in inputs or node.name in signature.inputs_to_parameters:
                 continue
             if node.name in state:
-                _as_attribute(graph_module, node, state[node.name])
+                hold(graph_module, node, state[node.name])
             else:
                 graph_module.graph.erase_node(node)
         interleave_strided_writes(graph_module.graph)
@@ -76,16 +86,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _as_attribute(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
-    name = f"_{node.name}"
-    graph_module.register_buffer(name, value.detach(), persistent=False)
-    with graph_module.graph.inserting_before(node):
-        attribute = graph_module.graph.get_attr(name)
-    attribute.meta = dict(node.meta)
-    node.replace_all_uses_with(attribute)
-    graph_module.graph.erase_node(node)
 
 
 def _outputs(program: Program, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
@@ -136,8 +136,7 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
 
     ``lowered`` stays as it is; parameters are shared.
     """
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(lowered.graph_module.graph, {}))
+    graph = copied(lowered.graph_module.graph)
     for node in list(graph.nodes):
         if node.target is _SHARD:
             _slice(node, rank)

@@ -66,10 +66,10 @@ def run(
         for node in graph.nodes:
             if node.op == "placeholder":
                 value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
-                env[node] = PerRank((_up(value) if widen else value,))
+                env[node] = PerRank((widened(value) if widen else value,))
             elif node.op == "get_attr":
                 value = _attribute(program.graph_module, str(node.target))
-                env[node] = PerRank((_up(value) if widen else value,))
+                env[node] = PerRank((widened(value) if widen else value,))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
             else:
@@ -88,12 +88,12 @@ def _call(
     if ops.is_spmd(node.target):
         first, *rest = _all_arguments(node)
         values = ops.on_all_ranks(node.target, [env[first][rank] for rank in range(world)], rest)
-        return _merged(values)
+        return merged(values)
     differs = own or any(not env[n].is_common for n in node.all_input_nodes)
     count = world if differs else 1
     function: Any = node.target
-    args = _widened(node.args) if widen else node.args
-    kwargs = _widened(node.kwargs) if widen else node.kwargs
+    args = _widened_dtypes(node.args) if widen else node.args
+    kwargs = _widened_dtypes(node.kwargs) if widen else node.kwargs
 
     def on(rank: int) -> Any:
         values = {n: env[n][rank] for n in node.all_input_nodes}
@@ -104,9 +104,9 @@ def _call(
     return PerRank(tuple(on(rank) for rank in range(count)))
 
 
-def _widened(arguments: Any) -> Any:
+def _widened_dtypes(arguments: Any) -> Any:
     return fx.node.map_aggregate(
-        arguments, lambda a: torch.float32 if isinstance(a, torch.dtype) and a in _HALF else a
+        arguments, lambda a: torch.float32 if isinstance(a, torch.dtype) and a in HALF else a
     )
 
 
@@ -116,7 +116,7 @@ def _all_arguments(node: fx.Node) -> list[Any]:
     return [*node.args, *(node.kwargs[name] for name in names[len(node.args) :])]
 
 
-def _merged(values: list[Tensor]) -> PerRank:
+def merged(values: list[Tensor]) -> PerRank:
     """One value when a collective left the same tensor everywhere."""
     same = all(value is values[0] for value in values)
     return PerRank((values[0],) if same else tuple(values))
@@ -171,7 +171,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-_HALF: Final = (torch.float16, torch.bfloat16)
+HALF: Final = (torch.float16, torch.bfloat16)
 _MATMULS: Final = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -197,15 +197,16 @@ class HalfMatmulsInFloat32(TorchDispatchMode):
         """Run ``func``; products of half-precision CPU tensors in float32."""
         kwargs = kwargs or {}
         first = next((a for a in args if isinstance(a, Tensor)), None)
-        if func not in _MATMULS or first is None or first.dtype not in _HALF or first.is_cuda:
+        if func not in _MATMULS or first is None or first.dtype not in HALF or first.is_cuda:
             return func(*args, **kwargs)
         half = first.dtype
-        result = func(*pytree.tree_map(_up, args), **kwargs)
+        result = func(*pytree.tree_map(widened, args), **kwargs)
         return pytree.tree_map(lambda t: _down(t, half), result)
 
 
-def _up(leaf: Any) -> Any:
-    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in _HALF else leaf
+def widened(leaf: Any) -> Any:
+    """A half-precision tensor in float32; anything else as it is."""
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
 
 
 def _down(leaf: Any, dtype: torch.dtype) -> Any:

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofFailed
 from ..program import Executable
 from ..strategies import Site
-from .lockstep import HalfMatmulsInFloat32, PerRank, run
+from .lockstep import HALF, HalfMatmulsInFloat32, PerRank, run, widened
 
 FLOOR: Final = 1e-5
 """The error that is always allowed: a few hundred roundings of float32."""
@@ -206,18 +206,13 @@ def _in_float32(
     module: nn.Module, inputs: Mapping[str, Any]
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """The same rounded numbers in float32; float64 tables stay float64."""
-
-    def up(leaf: Any) -> Any:
-        half = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
-        return leaf.float() if half else leaf
-
     tensors = [*module.parameters(), *module.buffers()]
-    if not any(t.dtype in (torch.float16, torch.bfloat16) for t in tensors):
+    if not any(t.dtype in HALF for t in tensors):
         return module, inputs
     twin = copy.deepcopy(module)
     for tensor in [*twin.parameters(), *twin.buffers()]:
-        tensor.data = up(tensor.data)
-    return twin, pytree.tree_map(up, dict(inputs))
+        tensor.data = widened(tensor.data)
+    return twin, pytree.tree_map(widened, dict(inputs))
 
 
 def worst(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Error:

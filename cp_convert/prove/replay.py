@@ -17,9 +17,7 @@ from .. import ops
 from ..errors import ProofFailed
 from ..network import Layer, Network
 from .layers import LAYERS
-from .lockstep import HalfMatmulsInFloat32, PerRank
-
-_HALF: Final = (torch.float16, torch.bfloat16)
+from .lockstep import HALF, HalfMatmulsInFloat32, PerRank, merged
 
 
 def replay(
@@ -73,7 +71,7 @@ def _result_of(layer: Layer) -> str:
 def _in(tensor: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
     """An input as the binding takes it (TensorRT has no float64)."""
     tensor = tensor.to(dtype)
-    return tensor.float() if widen and dtype in _HALF else tensor
+    return tensor.float() if widen and dtype in HALF else tensor
 
 
 def _last_uses(network: Network) -> dict[int, list[str]]:
@@ -132,7 +130,7 @@ def _out(result: Tensor, layer: Layer, *, widen: bool) -> Tensor:
         )
     if result.dtype != declared.dtype and not _may_convert(result.dtype, declared.dtype):
         raise ProofFailed(f"{layer.name} gives {result.dtype} but declares {declared.dtype}.")
-    is_wide = widen and declared.dtype in _HALF
+    is_wide = widen and declared.dtype in HALF
     return result.float() if is_wide else result.to(declared.dtype)
 
 
@@ -172,5 +170,4 @@ def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
     rest = [root] if kind == "BROADCAST" else []
     size = layers[0].parameters["num_ranks"]
     results = ops.on_all_ranks(_OPERATORS[kind], values, [*rest, flat, size])
-    same = all(result is results[0] for result in results)
-    return PerRank((results[0],) if same else tuple(results))
+    return merged(results)
