@@ -33,7 +33,7 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in ("all_gather", "all_to_all", "broadcast", "attention", "result"):
+    for operator in ("all_gather", "all_to_all", "broadcast", "all_reduce", "attention", "result"):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -86,6 +86,13 @@ def _broadcast(
     return _collective(ctx, name, x, "broadcast", kind, groups, size, root=root)
 
 
+def _all_reduce(
+    ctx: ConversionContext, name: str, x: Any, kind: str, groups: Sequence[int], size: int
+) -> Tensor:
+    layer = trt.CollectiveOperation.ALL_REDUCE
+    return _collective(ctx, name, x, "all_reduce", layer, groups, size, reduce=kind)
+
+
 def _collective(
     ctx: ConversionContext,
     name: str,
@@ -96,6 +103,7 @@ def _collective(
     size: int,
     *,
     root: int = -1,
+    reduce: str = "none",
 ) -> Tensor:
     """One ``IDistCollectiveLayer`` (TensorRT documentation, *IDistCollectiveLayer*).
 
@@ -107,14 +115,23 @@ def _collective(
     assert len(members) == 1, "a rank's program names its own group only"
     # TensorRT means all ranks by an empty array, and releases differ in what a full one does.
     group = np.array([] if _is_everyone(members[0]) else members[0], dtype=np.int64)
-    layer = ctx.net.add_dist_collective(tensor, kind, trt.ReduceOperation.NONE, root, group)
+    layer = ctx.net.add_dist_collective(tensor, kind, _REDUCE[reduce], root, group)
     assert layer is not None, f"TensorRT refused a {kind.name} of shape {tensor.shape}"
     layer.num_ranks = size
     layer.name = f"{kind.name.lower()} {name}"
     layer.metadata = json.dumps(
-        {"operator": operator, "kind": kind.name, "root": root, "group": list(members[0])}
-    )
+        {"operator": operator, "kind": kind.name, "root": root, "reduce": reduce,
+         "group": list(members[0])}
+    )  # fmt: skip
     return layer.get_output(0)
+
+
+_REDUCE: Final = {
+    "none": trt.ReduceOperation.NONE,
+    "sum": trt.ReduceOperation.SUM,
+    "max": trt.ReduceOperation.MAX,
+    "min": trt.ReduceOperation.MIN,
+}
 
 
 def _is_everyone(group: Sequence[int]) -> bool:
@@ -140,6 +157,7 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "all_to_all": _all_to_all,
     "broadcast": _broadcast,
+    "all_reduce": _all_reduce,
     "attention": _attention,
     "result": _result,
 }

@@ -16,7 +16,7 @@ import click
 
 from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
-from .job import BACKEND_NAMES, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
+from .job import BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _DEFAULT = "convert"
@@ -124,6 +124,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="What is compared with the dense model, all ranks together: the program, or the program "
     "and the TensorRT networks (auto: these too, unless that takes longer than building).",
 )  # fmt: skip
+@click.option(
+    "--plan", type=click.Choice(PLANS),
+    help="Where the sequence is split: as the model's own plan says, or found from the program "
+    "(auto).  [default: the model's plan if it has one, else auto]",
+)  # fmt: skip
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -147,7 +152,7 @@ def convert(
     MODEL defines build_model() -> torch.nn.Module, example_inputs() -> dict of forward's keyword
     arguments (their shapes become the engines'), and optionally cp_plan: which module inputs are
     split along the sequence and which outputs are gathered, in diffusers' _cp_plan vocabulary.
-    Without cp_plan the model's own _cp_plan is used.
+    Without cp_plan the model's own _cp_plan is used, and without either the plan is found.
     """
     from .render import Screen
 

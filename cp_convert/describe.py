@@ -17,6 +17,7 @@ from .load import Source
 from .program import Binding, Program
 from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
+from .shard import Move, Sharded
 from .trace import Applied
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
@@ -27,6 +28,7 @@ def describe(
     source: Source,
     program: Program,
     applied: Sequence[Applied],
+    sharded: Sharded,
     outcomes: Sequence[Outcome],
     proof: Proof | None,
     network_proof: NetworkProof | None,
@@ -61,8 +63,10 @@ def describe(
         torch_tensorrt=backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
         frozen=[m.Frozen(name=c.name, value=repr(c.value)) for c in program.frozen],
+        plan_source=_plan_source(job, applied),
         plan=[_plan_entry(a) for a in applied],
-        attention=[_attention(outcome) for outcome in outcomes],
+        sharding=[_sharding(move) for move in sharded.moves],
+        attention=[_attention(outcome, job) for outcome in outcomes],
         collectives=_collectives(engines[0], job.world),
         engines=[
             m.Engine(rank=e.rank, file=e.path.name, bytes=e.size, sha256=e.sha256) for e in engines
@@ -82,6 +86,12 @@ def _io(binding: Binding, mode: str) -> m.Io:
     )
 
 
+def _plan_source(job: Job, applied: Sequence[Applied]) -> str:
+    if job.world == 1:
+        return "none"
+    return "model" if applied else "inferred"
+
+
 def _plan_entry(applied: Applied) -> m.PlanEntry:
     cut = applied.cut
     return m.PlanEntry(
@@ -92,24 +102,55 @@ def _plan_entry(applied: Applied) -> m.PlanEntry:
         applied=applied.reason is None,
         reason=applied.reason,
         global_size=applied.global_size,
-        local_size=applied.local_size,
     )
 
 
-def _attention(outcome: Outcome) -> m.Attention:
+def _sharding(move: Move) -> m.Sharding:
+    layout = move.layout
+    return m.Sharding(
+        kind=move.kind,  # type: ignore[arg-type]
+        operator=move.operator,
+        module=move.module,
+        source=move.source,
+        dim=move.dim,
+        tokens=layout.length,
+        local=layout.local,
+        segments=[s.length for s in layout.segments],
+        padding=layout.padding,
+        padding_percent=_percent(layout.size * layout.local, layout.length),
+    )
+
+
+def _percent(done: int, needed: int) -> float:
+    return round(100 * (done - needed) / needed, 2)
+
+
+def _attention(outcome: Outcome, job: Job) -> m.Attention:
     site = outcome.site
+    queries, keys = site.query_layout, site.key_layout
+    heads = site.heads
+    if job.strategy == "ulysses" and site.keys_sharded:
+        heads = -(-heads // job.world) * job.world
+    slots = site.queries if queries is None else queries.size * queries.local
     return m.Attention(
         module=site.module,
         source=site.source,
         batch=site.batch,
         heads=site.heads,
+        kv_heads=site.kv_heads,
         head_dim=site.head_dim,
         local_query=site.queries,
         global_query=site.global_queries,
         local_key=site.keys,
         global_key=site.global_keys,
+        mask=None if site.mask is None else list(site.mask),
+        causal=site.causal,
         rewritten=outcome.kept is None,
         reason=outcome.kept,
+        padded_heads=heads - site.heads,
+        padded_queries=slots - site.global_queries,
+        padded_keys=0 if keys is None else keys.padding,
+        padding_percent=_percent(slots * heads, site.global_queries * site.heads),
     )
 
 
@@ -138,6 +179,7 @@ def bytes_sent(kind: str, payload: int, size: int) -> int:
         "ALL_GATHER": (size - 1, 1),
         "ALL_TO_ALL": (size - 1, size),
         "BROADCAST": (size - 1, size),
+        "ALL_REDUCE": (2 * (size - 1), size),
     }[kind]
     return payload * numerator // denominator
 

@@ -11,6 +11,7 @@ from .errors import UsageError
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses")
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
+PLANS: Final = ("auto", "model")
 PROOFS: Final = ("auto", "none", "program", "network")
 
 
@@ -30,6 +31,8 @@ class Job:
         proof: how far down the conversion is proven: not at all, the program, or the program and
             the TensorRT networks; ``auto`` leaves the networks out where that takes longer than
             building them.
+        plan: ``model`` takes the model's own plan, ``auto`` finds one from the program; ``None``
+            takes the model's if it has one.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
         command: the command line, as recorded in the manifest.
@@ -44,6 +47,7 @@ class Job:
     weights: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
     proof: str = "auto"
+    plan: str | None = None
     rtol: float | None = None
     force: bool = False
     command: str = ""
@@ -53,6 +57,8 @@ class Job:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)
+        if self.plan is not None:
+            _one_of("plan", self.plan, PLANS)
         if self.world < 1:
             raise UsageError(
                 f"--world {self.world}: a world has at least one rank.",

@@ -32,7 +32,8 @@ class Source:
     Attributes:
         module: the model, in eval mode and in the job's precision.
         inputs: keyword arguments of ``forward``.
-        plan: where the sequence is split and gathered; empty when the world is 1.
+        plan: where the sequence is split and gathered; empty when that is to be found, or when
+            the world is 1.
         sha256: of the model file.
         parameters: how many numbers the model has learned.
         bytes: their size in memory.
@@ -52,7 +53,7 @@ def load(job: Job) -> Source:
     Raises:
         ModelFileError: the file cannot be imported, lacks a function, or one of them fails.
         WeightsError: the weights do not fit the model.
-        CannotShard: there is no plan.
+        CannotShard: ``--plan model``, and there is none.
     """
     dtype = DTYPES[job.precision]
     with _importable(job.model.parent):
@@ -151,16 +152,16 @@ def _wrong_type(path: Path, name: str, wanted: str, got: object) -> ModelFileErr
 
 
 def _plan(python: ModuleType, module: nn.Module, job: Job) -> Mapping[str, Any]:
-    if job.world == 1:
+    if job.world == 1 or job.plan == "auto":
         return {}
-    plan = getattr(python, "cp_plan", None) or getattr(module, "_cp_plan", None)
-    if not plan:
+    plan = getattr(python, "cp_plan", None) or getattr(module, "_cp_plan", None) or {}
+    if not plan and job.plan == "model":
         raise CannotShard(
             f"{type(module).__name__} has no plan: neither {job.model.name} defines cp_plan nor "
             "the model a _cp_plan.",
             where=str(job.model),
-            hint="say in cp_plan which module inputs are split along the sequence and which "
-            "outputs are gathered; examples/plain_dit.py shows one.",
+            hint="leave --plan out, and the plan is found; or say in cp_plan which module inputs "
+            "are split along the sequence and which outputs are gathered.",
         )
     if not isinstance(plan, Mapping):
         raise CannotShard(f"cp_plan is a {type(plan).__name__}, not a mapping of module names.")

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 1
-SCHEMA_ID: Final = "urn:cp-convert:manifest:1"
+SCHEMA_VERSION: Final = 2
+SCHEMA_ID: Final = "urn:cp-convert:manifest:2"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -71,7 +71,7 @@ class Frozen(_Struct, frozen=True):
 
 
 class PlanEntry(_Struct, frozen=True):
-    """One split or gather, as it was met while tracing."""
+    """One line of the model's own plan, as it was met while tracing."""
 
     kind: Literal["split", "gather"]
     module: str
@@ -80,23 +80,55 @@ class PlanEntry(_Struct, frozen=True):
     applied: bool
     reason: str | None
     global_size: Count | None
-    local_size: Count | None
+
+
+class Sharding(_Struct, frozen=True):
+    """Where a tensor is split, gathered or reduced outside attention.
+
+    ``operator`` is, for a split, the input or operator whose value is split, otherwise the
+    operator that needs the whole tensor or leaves partial results. ``segments`` are the lengths
+    of the pieces that are split one by one (text, image); every rank holds ``local`` slots, and
+    ``padding`` slots of all ranks together hold no token, which costs ``padding_percent``.
+    """
+
+    kind: Literal["split", "gather", "all_reduce"]
+    operator: str
+    module: str
+    source: str | None
+    dim: Count
+    tokens: Positive
+    local: Positive
+    segments: list[Positive]
+    padding: Count
+    padding_percent: float
 
 
 class Attention(_Struct, frozen=True):
-    """One scaled_dot_product_attention of the model."""
+    """One attention of the model.
+
+    ``padded_*`` are slots of all ranks that hold nothing real: queries are computed in vain, keys
+    are cut away before the softmax, heads are dropped again. ``padding_percent`` is what that
+    adds to the attention's work.
+    """
 
     module: str
     source: str | None
     batch: Positive
     heads: Positive
+    kv_heads: Positive
     head_dim: Positive
     local_query: Positive
     global_query: Positive
     local_key: Positive
     global_key: Positive
+    mask: list[Positive] | None
+    causal: bool
     rewritten: bool
     reason: str | None
+    padded_heads: Count
+    padded_queries: Count
+    padded_keys: Count
+    padding_percent: float
 
 
 class Collective(_Struct, frozen=True):
@@ -162,7 +194,7 @@ class Proof(_Struct, frozen=True):
 class Manifest(_Struct, frozen=True):
     """A bundle's manifest."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     tool: Tool
     created: str
     model: Model
@@ -174,7 +206,9 @@ class Manifest(_Struct, frozen=True):
     torch_tensorrt: str
     io: list[Io]
     frozen: list[Frozen]
+    plan_source: Literal["none", "model", "inferred"]
     plan: list[PlanEntry]
+    sharding: list[Sharding]
     attention: list[Attention]
     collectives: list[Collective]
     engines: list[Engine]

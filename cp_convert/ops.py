@@ -27,6 +27,7 @@ _SPMD_SCHEMAS: Final = (
     f"all_gather(Tensor x, {_GROUPS}) -> Tensor",
     f"all_to_all(Tensor x, {_GROUPS}) -> Tensor",
     f"broadcast(Tensor x, int root, {_GROUPS}) -> Tensor",
+    f"all_reduce(Tensor x, str kind, {_GROUPS}) -> Tensor",
 )
 for _schema in _SPMD_SCHEMAS:
     # The tag keeps constant folding away: the value depends on the rank, not on the arguments
@@ -42,6 +43,8 @@ _LIBRARY.define(
 # What a program returns, as a tensor of its own: TensorRT cannot return one tensor under two
 # names, nor an input.
 _LIBRARY.define("result(Tensor x) -> Tensor")
+# A line of the plan, in a program that is still dense: the sequence is split or gathered here.
+_LIBRARY.define("mark(Tensor x, str kind, int dim) -> Tensor")
 
 
 def _fake(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -74,6 +77,16 @@ def _broadcast_fake(x: Tensor, root: int, groups: Sequence[int], size: int) -> T
     return x.new_empty(x.shape)
 
 
+@_fake("all_reduce")
+def _all_reduce_fake(x: Tensor, kind: str, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("mark")
+def _mark_fake(x: Tensor, kind: str, dim: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 @_fake("attention")
 def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return query.new_empty([*query.shape[:-1], value.shape[-1]])
@@ -86,6 +99,8 @@ def _result_fake(x: Tensor) -> Tensor:
 
 _LIBRARY.impl("result", torch.clone, "CPU")
 _LIBRARY.impl("result", torch.clone, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("mark", lambda x, kind, dim: x.clone(), _device)
 _LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CPU")
 
 
@@ -112,15 +127,34 @@ def broadcast(x: Tensor, root: int, axis: Axis) -> Tensor:
     return torch.ops.cp.broadcast(x, root, axis.flat, axis.size)  # type: ignore[no-any-return]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None) -> Tensor:
-    """``softmax(q @ k^T * scale) @ v`` over ``[B, H, S, D]``; lowered to TensorRT's attention."""
-    return torch.ops.cp.attention(q, k, v, scale=scale)  # type: ignore[no-any-return]
+def all_reduce(x: Tensor, kind: str, axis: Axis) -> Tensor:
+    """All ranks' ``x`` combined elementwise: ``sum``, ``max`` or ``min``; the shape is unchanged."""
+    return torch.ops.cp.all_reduce(x, kind, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def mark(x: Tensor, kind: str, dim: int) -> Tensor:
+    """``x`` itself; says that the sequence is to be split or gathered here along ``dim``."""
+    return torch.ops.cp.mark(x, kind, dim % x.dim())  # type: ignore[no-any-return]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None,
+    causal: bool = False,
+) -> Tensor:
+    """``softmax(q @ k^T * scale + mask) @ v`` over ``[B, H, S, D]``: TensorRT's attention."""
+    return torch.ops.cp.attention(q, k, v, mask, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
 
 COLLECTIVES: Final = (
     torch.ops.cp.all_gather.default,
     torch.ops.cp.all_to_all.default,
     torch.ops.cp.broadcast.default,
+    torch.ops.cp.all_reduce.default,
 )
 """The operators that communicate; each becomes one ``IDistCollectiveLayer``."""
 
@@ -145,11 +179,19 @@ def _meaning_broadcast(group: Group, root: int) -> Group:
     return [group[root]] * len(group)
 
 
+_REDUCTIONS: Final = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+
+
+def _meaning_all_reduce(group: Group, kind: str) -> Group:
+    return [_REDUCTIONS[kind](torch.stack(group), dim=0)] * len(group)
+
+
 _ON_A_GROUP: Final[dict[Any, Callable[..., Group]]] = {
     torch.ops.cp.shard.default: _meaning_shard,
     torch.ops.cp.all_gather.default: _meaning_all_gather,
     torch.ops.cp.all_to_all.default: _meaning_all_to_all,
     torch.ops.cp.broadcast.default: _meaning_broadcast,
+    torch.ops.cp.all_reduce.default: _meaning_all_reduce,
 }
 
 

@@ -1,4 +1,4 @@
-"""load -> trace -> rewrite -> lower -> prove -> build -> emit."""
+"""load -> trace -> decompose -> shard -> rewrite -> lower -> prove -> build -> emit."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
 from .describe import describe
 from .engine.build import Engine, build, prepare
-from .engine.lower import lower, specialise
+from .engine.lower import decompose, lower, specialise
 from .engine.readback import constants_of
+from .engine.runtime import decompositions
 from .job import Job
 from .load import load
 from .manifest import Manifest
@@ -19,7 +20,8 @@ from .program import Lowered
 from .progress import Clock, Progress
 from .prove import Proof, Stages, flat_inputs, prove, prove_networks
 from .rewrite import rewrite
-from .strategies import STRATEGIES
+from .shard import shard
+from .strategies import CONTROL, STRATEGIES
 from .trace import trace
 
 
@@ -39,17 +41,22 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             source = load(job)
             check_space(job.out, mesh.world * source.bytes)
         with clock.stage("trace"):
-            traced, applied = trace(source.module, source.inputs, source.plan, mesh.whole)
+            traced, applied = trace(source.module, source.inputs, source.plan)
+        with clock.stage("decompose"):
+            dense = decompose(traced)
+        with clock.stage("shard"):
+            sharded = shard(dense, mesh.whole)
         with clock.stage("rewrite"):
-            strategy = STRATEGIES[job.strategy]
-            rewritten, outcomes = rewrite(traced, strategy, job.strategy, mesh.whole)
+            strategy, table = STRATEGIES[job.strategy], decompositions()
+            rewritten, outcomes = rewrite(sharded, strategy, job.strategy, mesh.whole, table)
         with clock.stage("lower"):
             lowered = lower(rewritten)
         proof = None
         if job.proof != "none":
             with clock.stage("prove"):
                 sites = [(outcome.site, outcome.node) for outcome in outcomes]
-                stages = Stages(traced, rewritten, lowered, sites, mesh.world)
+                control, _ = rewrite(sharded, CONTROL, "control", mesh.whole, table)
+                stages = Stages(dense, control, rewritten, lowered, sites, mesh.world)
                 proof = prove(source.module, source.inputs, stages, rtol=job.rtol)
         engines: list[Engine] = []
         with clock.stage("build", total=mesh.world):
@@ -67,6 +74,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             source,
             traced,
             applied,
+            sharded,
             outcomes,
             proof,
             network_proof,

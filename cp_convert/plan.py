@@ -83,6 +83,9 @@ class Cut:
 def normalise(plan: Mapping[str, Any], module_names: Sequence[str]) -> tuple[Cut, ...]:
     """Flatten ``plan`` to cuts, wildcards resolved against ``module_names``.
 
+    A class's plan may number the blocks of its largest model; lines for blocks that a shallower
+    one lacks are left out.
+
     Raises:
         CannotShard: a module that does not exist, or a value that is no plan.
     """
@@ -97,12 +100,21 @@ def normalise(plan: Mapping[str, Any], module_names: Sequence[str]) -> tuple[Cut
 def _resolve(pattern: str, module_names: Sequence[str]) -> list[str]:
     wanted = pattern.split(".")
     found = [n for n in module_names if _matches(n.split("."), wanted)]
-    if not found:
+    if not found and not _is_deeper(wanted, module_names):
         raise CannotShard(
             f"the plan names a module {pattern!r} that the model does not have.",
             hint="module names are those of model.named_modules(); '*' stands for one index.",
         )
     return found
+
+
+def _is_deeper(wanted: Sequence[str], module_names: Sequence[str]) -> bool:
+    """Whether the line is for a block that this model, a shallower one of its class, lacks."""
+    for i, part in enumerate(wanted):
+        container = ".".join(wanted[:i])
+        if part.isdigit() and f"{container}.0" in module_names:
+            return ".".join(wanted[: i + 1]) not in module_names
+    return False
 
 
 def _matches(name: list[str], wanted: list[str]) -> bool:

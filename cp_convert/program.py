@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,22 @@ def hold(graph_module: fx.GraphModule, node: fx.Node, value: Tensor) -> None:
     attribute.meta = dict(node.meta)
     node.replace_all_uses_with(attribute)
     graph_module.graph.erase_node(node)
+
+
+def erase_dead(graph: fx.Graph) -> None:
+    """Remove what nothing reads, operators that communicate included: all ranks do the same."""
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users:
+            graph.erase_node(node)
+
+
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
+    """The mode of the graph's fake tensors, in which new ones must be made."""
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode  # type: ignore[no-any-return]
+    return FakeTensorMode()
 
 
 def tensor_of(node: fx.Node) -> Tensor:

@@ -126,6 +126,8 @@ class Screen:
         print_(_io_table(manifest))
         if manifest.plan:
             print_(_plan_table(manifest))
+        if manifest.sharding:
+            print_(_sharding_table(manifest))
 
     def verified(self, checks: Sequence[Check]) -> None:
         """What ``verify`` looked at."""
@@ -248,16 +250,25 @@ def _attention_table(sites: Sequence[Attention]) -> Table:
     rows = Counter(
         (
             _starred(s.module),
-            f"{s.heads} x {s.head_dim}",
+            f"{s.heads} x {s.head_dim}" + ("" if s.heads == s.kv_heads else f" ({s.kv_heads} kv)"),
             _local_of(s.local_query, s.global_query),
             _local_of(s.local_key, s.global_key),
-            "rewritten" if s.rewritten else f"left alone: {s.reason}",
+            _done(s),
         )
         for s in sites
     )
     for (module, shape, queries, keys, what), count in rows.items():
         table.add_row(escape(module), str(count), shape, queries, keys, escape(what))
     return table
+
+
+def _done(site: Attention) -> str:
+    """What became of an attention, in words."""
+    notes = ["causal"] if site.causal else []
+    notes += ["masked"] if site.mask else []
+    notes += [f"{site.padding_percent:.1f} % padding"] if site.padding_percent else []
+    what = "rewritten" if site.rewritten else f"left alone: {site.reason}"
+    return ", ".join([what, *notes])
 
 
 def _io_table(manifest: Manifest) -> Table:
@@ -270,15 +281,31 @@ def _io_table(manifest: Manifest) -> Table:
 
 
 def _plan_table(manifest: Manifest) -> Table:
-    table = _table("Plan", "kind", "module", "tensor", "dim", "length", right=("dim",))
+    table = _table("The model's plan", "kind", "module", "tensor", "dim", "length", right=("dim",))
     for entry in manifest.plan:
-        length = (
-            _local_of(entry.local_size or 0, entry.global_size or 0)
-            if entry.applied
-            else f"not applied: {entry.reason}"
-        )
+        length = str(entry.global_size) if entry.applied else f"not applied: {entry.reason}"
         module = escape(entry.module or "(model)")
         table.add_row(entry.kind, module, escape(entry.tensor), str(entry.dim), escape(length))
+    return table
+
+
+def _sharding_table(manifest: Manifest) -> Table:
+    numbers = ("count", "dim", "tokens", "padded")
+    found = "found" if manifest.plan_source == "inferred" else "after the model's plan"
+    table = _table(f"Sharding, {found}", "kind", "what", "module", *numbers, right=numbers)
+    rows = Counter(
+        (
+            entry.kind,
+            entry.operator,
+            _starred(entry.module),
+            str(entry.dim),
+            f"{entry.local} of {' + '.join(map(str, entry.segments))}",
+            f"{entry.padding_percent:.1f} %" if entry.padding else "",
+        )
+        for entry in manifest.sharding
+    )
+    for (kind, what, module, *rest), count in rows.items():
+        table.add_row(kind, escape(what), escape(module), str(count), *rest)
     return table
 
 

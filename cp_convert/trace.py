@@ -1,4 +1,4 @@
-"""``torch.export``, once for all ranks, the plan's splits and gathers present as ``cp::*`` ops."""
+"""``torch.export``, once for all ranks, worlds and strategies; the plan's lines become marks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from . import ops
 from .errors import CannotShard, CannotTrace, ConvertError
-from .mesh import Axis
 from .plan import Cut, normalise
 from .program import Binding, Constant, Program, tensor_of
+from .recognise import recognise
 
 
 @dataclass(frozen=True)
@@ -27,42 +27,43 @@ class Applied:
 
     Attributes:
         cut: the line of the plan.
-        global_size, local_size: along the cut dimension; ``None`` when it was not applied.
+        global_size: along the cut dimension; ``None`` when it was not applied.
         reason: why it was not applied.
     """
 
     cut: Cut
     global_size: int | None
-    local_size: int | None
     reason: str | None
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Any], plan: Mapping[str, Any], axis: Axis
+    module: nn.Module, inputs: Mapping[str, Any], plan: Mapping[str, Any]
 ) -> tuple[Program, tuple[Applied, ...]]:
-    """Capture ``module(**inputs)`` with the sequence split and gathered as ``plan`` says.
+    """Capture ``module(**inputs)``, whole; the plan's splits and gathers become ``cp::mark``.
+
+    The program is the same for every world and strategy.
 
     Args:
         module: the model, in eval mode.
         inputs: keyword arguments of its forward; their shapes are the program's shapes.
-        plan: see :mod:`cp_convert.plan`.
-        axis: among whose ranks the sequence is split.
+        plan: see :mod:`cp_convert.plan`; empty when the plan is to be found, or for a world of 1.
 
     Raises:
         CannotTrace: forward fails with these inputs, or torch.export cannot capture it.
-        CannotShard: the plan does not fit the model, or a length does not divide.
+        CannotShard: the plan does not fit the model.
     """
     _check_arguments(module, inputs)
     applied: list[Applied] = []
-    cuts = normalise(plan, [name for name, _ in module.named_modules()]) if axis.size > 1 else ()
-    with torch.no_grad(), _planned(module, cuts, axis, applied):
+    cuts = normalise(plan, [name for name, _ in module.named_modules()])
+    with torch.no_grad(), _planned(module, cuts, applied):
         exported = _export(module, inputs)
     if cuts and not any(a.cut.kind == "split" and a.reason is None for a in applied):
         raise CannotShard(
             "no split of the plan met a tensor, so nothing would be sharded.",
             hint="; ".join(sorted({a.reason for a in applied if a.reason})) or None,
         )
-    _hide_attention(exported)
+    recognise(exported.graph)
+    exported.graph_module.recompile()
     return _program(exported), tuple(applied)
 
 
@@ -78,7 +79,7 @@ def _check_arguments(module: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     try:
-        with _hushed():
+        with _hushed(), _no_fused_layers():
             return torch.export.export(module, args=(), kwargs=dict(inputs))
     except ConvertError:
         raise
@@ -104,6 +105,17 @@ def _hushed() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _no_fused_layers() -> Iterator[None]:
+    """nn.MultiheadAttention's inference path is one operator that hides its attention."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _reason(error: Exception) -> str:
@@ -133,7 +145,7 @@ def _model_line(error: BaseException) -> str | None:
 
 @contextmanager
 def _planned(
-    module: nn.Module, cuts: Iterable[Cut], axis: Axis, applied: list[Applied]
+    module: nn.Module, cuts: Iterable[Cut], applied: list[Applied]
 ) -> Iterator[None]:
     """Put every cut in place as a forward hook, and take them away again."""
     by_module: dict[str, list[Cut]] = {}
@@ -145,10 +157,10 @@ def _planned(
         before = [cut for cut in own if not cut.on_output]
         after = [cut for cut in own if cut.on_output]
         if before:
-            hook = _input_hook(before, axis, applied)
+            hook = _input_hook(before, applied)
             handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
         if after:
-            handles.append(target.register_forward_hook(_output_hook(after, axis, applied)))
+            handles.append(target.register_forward_hook(_output_hook(after, applied)))
     try:
         yield
     finally:
@@ -156,7 +168,7 @@ def _planned(
             handle.remove()
 
 
-def _input_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callable[..., Any]:
+def _input_hook(cuts: list[Cut], applied: list[Applied]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         for cut in cuts:
@@ -167,17 +179,17 @@ def _input_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callable
                 )
             value = bound.arguments.get(str(cut.argument))
             if cut.element is None:
-                bound.arguments[str(cut.argument)] = _cut(value, cut, axis, applied)
+                bound.arguments[str(cut.argument)] = _cut(value, cut, applied)
             elif value is not None:
                 parts = list(value)
-                parts[cut.element] = _cut(parts[cut.element], cut, axis, applied)
+                parts[cut.element] = _cut(parts[cut.element], cut, applied)
                 bound.arguments[str(cut.argument)] = type(value)(parts)
         return bound.args, bound.kwargs
 
     return hook
 
 
-def _output_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callable[..., Any]:
+def _output_hook(cuts: list[Cut], applied: list[Applied]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         single = isinstance(output, Tensor)
         values = [output] if single else list(output)
@@ -188,50 +200,23 @@ def _output_hook(cuts: list[Cut], axis: Axis, applied: list[Applied]) -> Callabl
                     f"the plan {cut.kind}s {cut.tensor}, but there are {len(values)} outputs.",
                     where=cut.module or "model",
                 )
-            values[index] = _cut(values[index], cut, axis, applied)
+            values[index] = _cut(values[index], cut, applied)
         return values[0] if single else type(output)(values)
 
     return hook
 
 
-def _cut(value: Any, cut: Cut, axis: Axis, applied: list[Applied]) -> Any:
+def _cut(value: Any, cut: Cut, applied: list[Applied]) -> Any:
     reason = None
     if not isinstance(value, Tensor):
         reason = "not passed" if value is None else f"a {type(value).__name__}, no tensor"
     elif cut.expected_dims is not None and value.dim() != cut.expected_dims:
         reason = f"has {value.dim()} dimensions, the plan expects {cut.expected_dims}"
     if reason is not None:
-        applied.append(Applied(cut, None, None, reason))
+        applied.append(Applied(cut, None, reason))
         return value
-    result = _split(value, cut, axis) if cut.kind == "split" else _gather(value, cut, axis)
-    lengths = sorted((value.shape[cut.dim], result.shape[cut.dim]))
-    applied.append(Applied(cut, lengths[1], lengths[0], None))
-    return result
-
-
-def _split(value: Tensor, cut: Cut, axis: Axis) -> Tensor:
-    length = value.shape[cut.dim]
-    if length % axis.size:
-        raise CannotShard(
-            f"{cut.tensor} has {length} tokens along dimension {cut.dim}, "
-            f"which do not divide among {axis.size} ranks.",
-            where=cut.module or "model",
-            hint=f"choose a world that divides {length}, or example inputs whose length "
-            f"{axis.size} divides.",
-        )
-    return ops.shard(value, cut.dim, axis)
-
-
-def _gather(value: Tensor, cut: Cut, axis: Axis) -> Tensor:
-    return ops.all_gather(value.movedim(cut.dim, 0), axis).movedim(0, cut.dim)
-
-
-def _hide_attention(exported: torch.export.ExportedProgram) -> None:
-    """Give attention a name that decompositions leave alone; its arguments stay as they are."""
-    for node in exported.graph.nodes:
-        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-            node.target = torch.ops.cp.attention.default
-    exported.graph_module.recompile()
+    applied.append(Applied(cut, value.shape[cut.dim], None))
+    return ops.mark(value, cut.kind, cut.dim)
 
 
 def _program(exported: torch.export.ExportedProgram) -> Program:

@@ -1,4 +1,4 @@
-"""A program in TensorRT's operators, once for all ranks; then each rank's own."""
+"""A program in core operators, then in TensorRT's; at last each rank's own."""
 
 from __future__ import annotations
 
@@ -26,41 +26,60 @@ from ..program import (
     state_of,
     tensor_of,
 )
-from .passes import interleave_strided_writes
+from .complexes import without_complex
+from .passes import interleave_strided_writes, simplify
 from .runtime import DYNAMO_CONVERTERS, decompositions, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default
 
 
-def lower(program: Program) -> Lowered:
-    """Decompose ``program`` and apply Torch-TensorRT's lowering passes; still SPMD.
+def decompose(program: Program) -> Lowered:
+    """``program`` in core operators, functional, still whole and the same for every world.
 
     Parameters stay placeholders, so that they are neither copied nor folded; buffers and
-    constants become attributes, which Torch-TensorRT may fold.
+    constants become attributes, which may be folded.
 
     Raises:
-        CannotLower: an operator has no converter, or forward writes to its own state.
+        CannotLower: forward writes to its own state.
     """
     with _quiet():
         exported = program.exported.run_decompositions(decompositions())
-        signature = exported.graph_signature
-        _check_mutation(signature)
-        state = state_of(exported)
-        graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
-        inputs = {binding.node for binding in program.inputs}
-        for node in list(graph_module.graph.find_nodes(op="placeholder")):
-            if node.name in inputs or node.name in signature.inputs_to_parameters:
-                continue
-            if node.name in state:
-                hold(graph_module, node, state[node.name])
-            else:
-                graph_module.graph.erase_node(node)
-        interleave_strided_writes(graph_module.graph)
-        graph_module.recompile()
-        graph_module = post_lowering(graph_module, settings())
-        _make_contiguous(graph_module)
+    signature = exported.graph_signature
+    _check_mutation(signature)
+    state = state_of(exported)
+    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    inputs = {binding.node for binding in program.inputs}
+    for node in list(graph_module.graph.find_nodes(op="placeholder")):
+        if node.name in inputs or node.name in signature.inputs_to_parameters:
+            continue
+        if node.name in state:
+            hold(graph_module, node, state[node.name])
+        else:
+            graph_module.graph.erase_node(node)
+    interleave_strided_writes(graph_module.graph)
+    simplify(graph_module.graph)
+    without_complex(graph_module)
+    graph_module.recompile()
     parameters = {n: state[n] for n in signature.inputs_to_parameters}
-    lowered = Lowered(graph_module, parameters, program.inputs, _outputs(program, graph_module))
+    # An output that is not returned as a tensor of its own (a constant, None) has no binding.
+    returned = [v for v in _flat(graph_module.graph.output_node().args[0])]
+    names = [v.name for v in returned if isinstance(v, fx.Node)]
+    outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
+    return Lowered(graph_module, parameters, program.inputs, outputs)
+
+
+def lower(program: Lowered) -> Lowered:
+    """Apply Torch-TensorRT's lowering passes; still SPMD. ``program`` stays as it is.
+
+    Raises:
+        CannotLower: an operator has no converter.
+    """
+    module = program.graph_module
+    own = fx.GraphModule(module, copied(module.graph))
+    with _quiet():
+        own = post_lowering(own, settings())
+        _make_contiguous(own)
+    lowered = Lowered(own, program.state, program.inputs, _outputs(program, own))
     _check_converters(lowered)
     return lowered
 
@@ -88,7 +107,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _outputs(program: Program, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
+def _outputs(program: Lowered, graph_module: fx.GraphModule) -> tuple[Binding, ...]:
     """Return tensors only, each as a tensor of its own, and name them in the bindings."""
     graph, node = graph_module.graph, graph_module.graph.output_node()
     values = [value for value in _flat(node.args[0]) if isinstance(value, fx.Node)]

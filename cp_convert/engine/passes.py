@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..program import tensor_of
+from ..program import erase_dead, tensor_of
 
 _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
 _COPY = torch.ops.aten.copy.default
@@ -42,6 +42,20 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
         _erase_chain(node)
         done += 1
     return done
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Drop assertions about dtypes, and name the pieces of every split."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+        elif node.target is torch.ops.aten.split.Tensor:
+            x, _, *dim = node.args
+            along = int(dim[0] if dim else node.kwargs.get("dim", 0))  # type: ignore[call-overload]
+            sizes = [part.shape[along] for part in node.meta["val"]]
+            node.target = torch.ops.aten.split_with_sizes.default
+            node.args, node.kwargs = (x, sizes, along), {}
+    erase_dead(graph)
 
 
 def _erase_chain(node: fx.Node) -> None:

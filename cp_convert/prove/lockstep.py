@@ -43,6 +43,7 @@ def run(
     world: int,
     *,
     widen: bool = False,
+    partial: bool = False,
     watch: Watch | None = None,
 ) -> list[list[Tensor]]:
     """Run every rank of ``program`` on the same full inputs.
@@ -52,6 +53,7 @@ def run(
         inputs: the full input tensors by binding name.
         world: how many ranks there are.
         widen: compute in float32 wherever the program says float16 or bfloat16.
+        partial: leave all-reduces out, so that every rank keeps its own partial result.
         watch: called with every node and its values, as they are computed.
 
     Returns:
@@ -72,6 +74,8 @@ def run(
                 env[node] = PerRank((widened(value) if widen else value,))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
+            elif partial and node.target is torch.ops.cp.all_reduce.default:
+                env[node] = env[node.all_input_nodes[0]]
             else:
                 assert node.op == "call_function", node.format_node()
                 env[node] = _call(node, env, world, widen=widen, own=node in own)

@@ -9,9 +9,9 @@ against it:
 - *ranks*: the lowered program, as it will be built, in the job's precision. What the dense model
   itself loses in that precision is the measure of what the ranks may lose.
 
-A proof must be able to fail, so there is a *control*: the traced
-program without the strategy, every rank attending to its own keys alone. If that agrees too,
-attention does not matter in this model (a gate of zero, an output layer of zeros) and nothing
+A proof must be able to fail, so there is a *control*: the sharded program without communication
+inside, every rank attending to its own keys alone and keeping its own partial sums. If that agrees
+too, attention does not matter in this model (a gate of zero, an output layer of zeros) and nothing
 would have been proven.
 """
 
@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofFailed
 from ..program import Executable
 from ..strategies import Site
+from ..strategies.tokens import picked
 from .lockstep import HALF, HalfMatmulsInFloat32, PerRank, run, widened
 
 FLOOR: Final = 1e-5
@@ -90,14 +91,16 @@ class Stages:
     """The same program at three stages, all for ``world`` ranks.
 
     Attributes:
-        local: as traced; every rank attends to its own keys alone.
+        dense: whole, before it was sharded.
+        control: sharded, but every rank attends to its own keys alone.
         rewritten: with the strategy in it.
         lowered: as it will be built.
         sites: the attentions, and the nodes of ``rewritten`` that hold their results.
         world: how many ranks there are.
     """
 
-    local: Executable
+    dense: Executable
+    control: Executable
     rewritten: Executable
     lowered: Executable
     sites: Sequence[tuple[Site, str]]
@@ -135,7 +138,7 @@ def prove(
     ranks = _errors(stages.lowered, inputs, stages.world, reference)
     limit = bound if is_wide else Error(FLOOR, FLOOR)
     if not all(error.within(limit) for error in algebra):
-        raise _failure(algebra, limit, _first_astray(wide_module, wide_inputs, stages))
+        raise _failure(algebra, limit, inputs, reference, stages)
     if not all(error.within(bound) for error in ranks):
         raise ProofFailed(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
@@ -174,10 +177,16 @@ def _bound(loss: Error, rtol: float | None) -> Error:
 def _control(
     stages: Stages, inputs: Mapping[str, Any], reference: Sequence[Tensor]
 ) -> Error | None:
-    if stages.world == 1 or not any(site.keys_sharded for site, _ in stages.sites):
+    nodes = stages.control.graph_module.graph.nodes
+    reduces = any(n.target is torch.ops.cp.all_reduce.default for n in nodes)
+    if not reduces and not any(site.keys_sharded for site, _ in stages.sites):
         return None
-    # One rank is enough to look at: the plan's gathers have put all ranks' tokens there.
-    control = _errors(stages.local, inputs, stages.world, reference, widen=True)[0]
+    program = stages.control
+    outputs = run(
+        program, flat_inputs(program, inputs), stages.world, widen=True, partial=True
+    )
+    # One rank is enough to look at: the gathers at the end have put all ranks' tokens there.
+    control = worst(outputs[0], reference)
     if control.max <= CONTROL * FLOOR:
         raise ProofFailed(
             "nothing was proven: the output is the same even when every rank attends to its own "
@@ -254,37 +263,55 @@ def deviation(errors: Sequence[Error], bound: Error) -> str:
     )
 
 
-def _failure(errors: Sequence[Error], bound: Error, astray: Site | None) -> ProofFailed:
+def _failure(
+    errors: Sequence[Error],
+    bound: Error,
+    inputs: Mapping[str, Any],
+    reference: Sequence[Tensor],
+    stages: Stages,
+) -> ProofFailed:
     message = f"all ranks together went astray: {deviation(errors, bound)}."
+    dense = _errors(stages.dense, inputs, 1, reference, widen=True)
+    if not dense[0].within(bound):
+        return ProofFailed(
+            f"the traced program is not the model: {deviation(dense, bound)}.",
+            hint="nothing was sharded yet; torch.export or a decomposition changed an operator, "
+            "or forward returns something else each time it is called.",
+        )
+    astray = _first_astray(inputs, stages)
     if astray is None:
         hint = "every attention agrees with the dense model, so look at what follows the last one."
         return ProofFailed(message, hint=hint)
     return ProofFailed(
         f"{message} The first attention to differ is number {astray.index}.",
         where=astray.where,
-        hint="every tensor that holds the sequence must be split by the plan, and what mixes "
-        "tokens outside attention must see all of them; look at what feeds this attention.",
+        hint="what feeds this attention was sharded wrongly; please report it.",
     )
 
 
-def _first_astray(module: nn.Module, inputs: Mapping[str, Any], stages: Stages) -> Site | None:
-    """The first attention whose tokens are not those of the dense model, in whatever order."""
-    dense: list[Tensor] = []
-    with _Attentions(dense):
-        dense_outputs(module, inputs)
+def _first_astray(inputs: Mapping[str, Any], stages: Stages) -> Site | None:
+    """The first attention whose tokens are not those of the dense program, in whatever order."""
+    truth: list[Tensor] = []
+
+    def watch_dense(node: fx.Node, values: PerRank) -> None:
+        if node.target is torch.ops.cp.attention.default:
+            truth.append(_fingerprint(values[0]))
+
+    dense = stages.dense
+    run(dense, flat_inputs(dense, inputs), 1, widen=True, watch=watch_dense)
     seen: dict[str, Tensor] = {}
     wanted = {node: site for site, node in stages.sites}
 
     def watch(node: fx.Node, values: PerRank) -> None:
-        if site := wanted.get(node.name):
-            parts = [values[rank] for rank in range(stages.world)]
-            whole = torch.cat(parts, dim=2) if site.queries_sharded else parts[0]
-            seen[node.name] = _fingerprint(whole)
+        site = wanted.get(node.name)
+        if site is not None and site.query_layout is not None:
+            whole = torch.cat([values[rank] for rank in range(stages.world)], dim=2)
+            seen[node.name] = _fingerprint(picked(whole, 2, site.query_layout.slots))
 
     program = stages.rewritten
     run(program, flat_inputs(program, inputs), stages.world, widen=True, watch=watch)
-    for (site, node), truth in zip(stages.sites, dense, strict=False):
-        if error_of(seen[node], truth).rms > _SAME_TOKENS:
+    for (site, node), expected in zip(stages.sites, truth, strict=True):
+        if node in seen and error_of(seen[node], expected).rms > _SAME_TOKENS:
             return site
     return None
 
@@ -297,18 +324,3 @@ def _fingerprint(out_BHSD: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(out_BHSD.shape[-1], generator=generator, dtype=torch.float64)
     return (out_BHSD.double().cpu() @ direction).sort(dim=-1).values
-
-
-class _Attentions(torch.overrides.TorchFunctionMode):
-    """Collects the fingerprint of every scaled_dot_product_attention, in order."""
-
-    def __init__(self, found: list[Tensor]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run ``func`` and remember attention."""
-        result = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            self.found.append(_fingerprint(result))
-        return result

@@ -145,13 +145,14 @@ _OPERATORS: Final = {
     "ALL_GATHER": torch.ops.cp.all_gather.default,
     "ALL_TO_ALL": torch.ops.cp.all_to_all.default,
     "BROADCAST": torch.ops.cp.broadcast.default,
+    "ALL_REDUCE": torch.ops.cp.all_reduce.default,
 }
 
 
 def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
     """From all ranks' values; every rank's own layer says who its peers are."""
     flat: list[int] = []
-    kind, root = layers[0].parameters["kind"], layers[0].parameters["root"]
+    kind, root, reduce = (layers[0].parameters[key] for key in ("kind", "root", "reduce"))
     for rank, layer in enumerate(layers):
         told = layer.parameters
         group = told["group"]
@@ -159,7 +160,7 @@ def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
             raise ProofFailed(
                 f"{layer.name} on rank {rank} names the group {group} of {told['num_ranks']}."
             )
-        if (told["kind"], told["root"]) != (kind, root):
+        if (told["kind"], told["root"], told["reduce"]) != (kind, root, reduce):
             raise ProofFailed(f"{layer.name}: the ranks disagree on what is communicated.")
         if layers[group[0]].parameters["group"] != group:
             raise ProofFailed(f"{layer.name}: rank {group[0]} does not name rank {rank} its peer.")
@@ -167,7 +168,7 @@ def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
             flat += group
     if kind not in _OPERATORS or sorted(flat) != list(range(len(layers))):
         raise ProofFailed(f"{layers[0].name}: a {kind} over {flat} is not understood.")
-    rest = [root] if kind == "BROADCAST" else []
+    rest = {"BROADCAST": [root], "ALL_REDUCE": [reduce]}.get(kind, [])
     size = layers[0].parameters["num_ranks"]
     results = ops.on_all_ranks(_OPERATORS[kind], values, [*rest, flat, size])
     return merged(results)

@@ -4,7 +4,7 @@ A strategy is a module of its own with
 
 - ``why_not(site, axis)``: the reason why the attention cannot be split this way, and a hint, or
   ``None``; it never changes anything;
-- ``attend(q, k, v, scale=..., axis=...)``: the attention of this rank's queries over all ranks'
+- ``attend(q, k, v, mask, site=..., axis=...)``: the attention of this rank's queries over all ranks'
   keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of attention and
   put in the place of the model's own.
 
@@ -17,7 +17,7 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from ..mesh import Axis
-from . import allgather_kv, ring, ulysses
+from . import allgather_kv, alone, ring, ulysses
 from .site import Refusal, Site
 
 
@@ -28,7 +28,14 @@ class Strategy(Protocol):
         """Why the attention cannot be split this way, or ``None``."""
 
     def attend(
-        self, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, scale: float | None, axis: Axis
+        self,
+        q_BHSD: Tensor,
+        k_BHSD: Tensor,
+        v_BHSD: Tensor,
+        mask: Tensor | None,
+        *,
+        site: Site,
+        axis: Axis,
     ) -> Tensor:
         """This rank's queries over all ranks' keys, ``[B, H, S, D]``."""
 
@@ -39,4 +46,7 @@ STRATEGIES: Final[dict[str, Strategy]] = {
     "ulysses": ulysses,
 }
 
-__all__ = ["STRATEGIES", "Refusal", "Site", "Strategy"]
+CONTROL: Final[Strategy] = alone
+"""What the proof's control runs instead; never part of an engine."""
+
+__all__ = ["CONTROL", "STRATEGIES", "Refusal", "Site", "Strategy"]

@@ -2,13 +2,15 @@
 
 Algebra (r: this rank)::
 
-    O_r = softmax(Q_r [K_0 .. K_{W-1}]^T * scale) [V_0 .. V_{W-1}]
+    O_r = softmax(Q_r [K_0 .. K_{W-1}]^T * scale + M_r) [V_0 .. V_{W-1}]
 
 Collectives: 1 an attention, an all-gather of K and V packed as ``[S, 2, B, H, D]``; with the
 sequence in front, TensorRT's join on dimension 0 puts the tokens in rank order by itself.
-Bytes sent by a rank: ``2 (W-1)/W`` of one full Q, that is ``(W-1)`` times its own K and V.
+Bytes sent by a rank: ``2 (W-1)/W`` of one full Q, that is ``(W-1)`` times its own K and V; with
+grouped queries, less by the ratio of key heads to query heads.
 Memory: all K and V on every rank, ``2 W S`` tokens, whatever the world.
-Limits: none on heads; queries may be sharded or whole.
+Masks: a rank's own rows, the columns in the order in which the keys arrive.
+Limits: none.
 Source: Llama 3 (arXiv:2407.21783, section 3.3.2) gathers K and V in the same way.
 """
 
@@ -20,18 +22,27 @@ from torch import Tensor
 from .. import ops
 from ..mesh import Axis
 from .site import Refusal, Site
+from .tokens import mask_columns, mask_of, mask_rows, real_keys, repeated
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
-    """Every unmasked attention can be split this way."""
+    """Every attention can be split this way."""
     return None
 
 
 def attend(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, scale: float | None, axis: Axis
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:
     """This rank's queries over the gathered keys, ``[B, H, S, D]``."""
+    assert site.query_layout is not None and site.key_layout is not None
     kv_S2BHD = torch.stack((k_BHSD, v_BHSD)).permute(3, 0, 1, 2, 4)
     gathered_T2BHD = ops.all_gather(kv_S2BHD, axis)
-    k_BHTD, v_BHTD = gathered_T2BHD.permute(1, 2, 3, 0, 4).unbind(0)
-    return ops.attention(q_BHSD, k_BHTD, v_BHTD, scale=scale)
+    ratio = site.heads // site.kv_heads
+    k_BHTD, v_BHTD = (
+        repeated(real_keys(x, site.key_layout), ratio)
+        for x in gathered_T2BHD.permute(1, 2, 3, 0, 4).unbind(0)
+    )
+    mask = mask_of(site, mask, q_BHSD)
+    if mask is not None:
+        mask = mask_rows(mask_columns(mask, site.key_layout.order), site.query_layout, axis)
+    return ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, scale=site.scale)

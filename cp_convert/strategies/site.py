@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..layout import Layout
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -15,17 +17,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Site:
-    """One ``scaled_dot_product_attention`` of the traced program.
+    """One attention of the model.
 
     Attributes:
         index: its position among the model's attentions, in order of execution.
         module: path of the module that called it.
         source: ``file:line`` in the model's code, when known.
         batch, heads, kv_heads, head_dim: as on every rank before the rewrite.
-        queries, keys: sequence lengths on one rank.
-        queries_sharded, keys_sharded: whether every rank holds a part only.
-        world: by how much the sharded lengths are to be multiplied for the global ones.
-        mask, causal: whether there is a mask, and whether it is causal.
+        queries, keys: sequence lengths (slots, padding included) on one rank.
+        query_layout, key_layout: how they are spread over the ranks when keys are sharded;
+            ``None`` when every rank attends by itself.
+        mask: the shape of the mask, whole and in the model's order.
+        causal: whether query ``i`` sees keys up to ``i`` only.
+        scale: what scores are multiplied with; ``None`` means ``1 / sqrt(head_dim)``.
     """
 
     index: int
@@ -37,11 +41,11 @@ class Site:
     head_dim: int
     queries: int
     keys: int
-    queries_sharded: bool
-    keys_sharded: bool
-    world: int
-    mask: bool
-    causal: bool
+    query_layout: Layout | None = None
+    key_layout: Layout | None = None
+    mask: tuple[int, ...] | None = None
+    causal: bool = False
+    scale: float | None = None
 
     @property
     def where(self) -> str:
@@ -49,11 +53,16 @@ class Site:
         return f"{self.module} ({self.source})" if self.source else self.module
 
     @property
+    def keys_sharded(self) -> bool:
+        """Whether a rank holds a part of the keys only."""
+        return self.key_layout is not None
+
+    @property
     def global_queries(self) -> int:
-        """Queries of all ranks together."""
-        return self.queries * (self.world if self.queries_sharded else 1)
+        """Queries of all ranks together, without padding."""
+        return self.queries if self.query_layout is None else self.query_layout.length
 
     @property
     def global_keys(self) -> int:
-        """Keys of all ranks together."""
-        return self.keys * (self.world if self.keys_sharded else 1)
+        """Keys of all ranks together, without padding."""
+        return self.keys if self.key_layout is None else self.key_layout.length

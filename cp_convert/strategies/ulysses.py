@@ -11,7 +11,9 @@ Collectives: 2 an attention. Q, K and V travel together as ``[W, 3 S, B, h, D]``
 which is token order on the way there and head order on the way back.
 Bytes sent by a rank: ``4 (W-1)/W^2`` of one full Q, a quarter (Q, K, V, O) each.
 Memory: Q, K, V and O of ``W S`` tokens but ``H / W`` heads: as much as the shards themselves.
-Limits: the heads divide by W; queries and keys are both sharded.
+With grouped queries, key heads are repeated only as far as every rank needs one.
+Masks: rows and columns in shard order, and this rank's heads of a per-head mask.
+Limits: as many heads as ranks; heads that do not divide are padded with zeros and dropped again.
 Source: DeepSpeed Ulysses (Jacobs et al., arXiv:2309.14509).
 """
 
@@ -23,36 +25,66 @@ from torch import Tensor
 from .. import ops
 from ..mesh import Axis
 from .site import Refusal, Site
+from .tokens import (
+    grouped,
+    mask_all_rows,
+    mask_columns,
+    mask_heads,
+    mask_of,
+    padded_heads,
+    real_keys,
+    repeated,
+)
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
-    """Heads must divide by the axis' size, and queries must be sharded as keys are."""
-    if site.heads % axis.size:
+    """Padding may cost up to half of the work, but more ranks than heads would idle."""
+    if site.heads < axis.size:
         return Refusal(
-            f"{site.heads} heads do not divide among {axis.size} ranks.",
+            f"{site.heads} heads are fewer than the {axis.size} ranks.",
             "try --strategy ring or --strategy allgather-kv, which do not split heads, "
-            f"or a world that divides {site.heads}.",
-        )
-    if not site.queries_sharded:
-        return Refusal(
-            "its queries are whole on every rank while its keys are sharded.",
-            "try --strategy ring or --strategy allgather-kv.",
+            f"or a world of at most {site.heads}.",
         )
     return None
 
 
 def attend(
-    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, scale: float | None, axis: Axis
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:
     """This rank's queries over all keys, a share of the heads at a time, ``[B, H, S, D]``."""
-    packed = torch.cat([_by_head_group(x, axis.size) for x in (q_BHSD, k_BHSD, v_BHSD)], dim=1)
-    arrived = ops.all_to_all(packed, axis)
-    lengths = [x.shape[2] for x in (q_BHSD, k_BHSD, v_BHSD)]
-    q, k, v = (_all_tokens(x) for x in arrived.split(lengths, dim=1))
-    out_BhTD = ops.attention(q, k, v, scale=scale)
+    assert site.query_layout is not None and site.key_layout is not None
+    heads = -(-site.heads // axis.size) * axis.size
+    if heads > site.heads or site.kv_heads < site.heads:
+        k_BHSD, v_BHSD = (grouped(x, site.heads, axis.size) for x in (k_BHSD, v_BHSD))
+    if heads > site.heads:
+        q_BHSD, k_BHSD, v_BHSD = (padded_heads(x, heads) for x in (q_BHSD, k_BHSD, v_BHSD))
+    q, k, v = _exchanged((q_BHSD, k_BHSD, v_BHSD), axis)
+    ratio = q.shape[1] // k.shape[1]
+    k, v = (repeated(real_keys(x, site.key_layout), ratio) for x in (k, v))
+    in_order = site.query_layout.is_plain and site.query_layout == site.key_layout
+    causal = site.causal and in_order
+    mask = None if causal else mask_of(site, mask, q_BHSD)
+    if mask is not None:
+        mask = mask_all_rows(mask_columns(mask, site.key_layout.order), site.query_layout)
+        mask = mask_heads(mask, heads, axis)
+    out_BhTD = ops.attention(q, k, v, mask, scale=site.scale, causal=causal)
     out_WSBhD = out_BhTD.permute(2, 0, 1, 3).unflatten(0, (axis.size, -1))
     back_WSBhD = ops.all_to_all(out_WSBhD, axis)
-    return back_WSBhD.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    out_BHSD = back_WSBhD.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    return out_BHSD if heads == site.heads else out_BHSD[:, : site.heads]
+
+
+def _exchanged(qkv: tuple[Tensor, ...], axis: Axis) -> list[Tensor]:
+    """All tokens of this rank's heads, in one collective: ``[B, H, S, D] -> [B, h, W S, D]``."""
+    blocks = [_by_head_group(x, axis.size) for x in qkv]
+    if len({x.shape[3] for x in blocks}) == 1:
+        packed = torch.cat(blocks, dim=1)
+        arrived = ops.all_to_all(packed, axis).split([x.shape[1] for x in blocks], dim=1)
+        return [_all_tokens(x) for x in arrived]
+    # Grouped queries: other numbers of heads, so that only flat blocks can be packed.
+    flat = torch.cat([x.flatten(1) for x in blocks], dim=1)
+    arrived = ops.all_to_all(flat, axis).split([x[0].numel() for x in blocks], dim=1)
+    return [_all_tokens(x.view(b.shape)) for x, b in zip(arrived, blocks, strict=True)]
 
 
 def _by_head_group(x_BHSD: Tensor, size: int) -> Tensor:

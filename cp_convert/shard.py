@@ -1,0 +1,441 @@
+"""Shard a whole program: one SPMD program in which every rank holds a part of the sequence.
+
+The dense program is walked once. Every value is held whole, or as this rank's part of one
+dimension, or both. An operator for which :mod:`.links` knows how to work on parts does so when its
+operands are parts; any other is given whole tensors. A whole tensor becomes a part by a slice,
+which costs nothing; a part becomes whole by an all-gather, which is right wherever it happens. So
+no wrong program can come out of a missing rule, only one that communicates more, and
+:class:`Move` tells where.
+
+Where splitting begins is said by the plan's marks (``cp::mark``) or found by :mod:`.wants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from .errors import CannotShard
+from .layout import Layout, Segment
+from .links import GETITEM, Link, elements, links, operands, shape
+from .mesh import Axis
+from .program import Lowered, erase_dead, fake_mode_of, module_path, source_line, tensor_of
+from .wants import ATTENTION, Want, is_tensor, wants
+
+MARK: Final = torch.ops.cp.mark.default
+aten: Final = torch.ops.aten
+Place = tuple[int, Layout]
+
+
+@dataclass(frozen=True)
+class Move:
+    """A split of a whole tensor, or communication outside attention.
+
+    Attributes:
+        kind: ``split``, ``gather`` or ``all_reduce``.
+        operator: for a split, the operator or input whose value is split; otherwise the operator
+            that needs the whole tensor, or whose partial results are combined.
+        module, source: where the model calls it.
+        dim: of the tensor.
+        layout: how its tokens are spread.
+        elements: how many numbers the whole tensor has.
+    """
+
+    kind: str
+    operator: str
+    module: str
+    source: str | None
+    dim: int
+    layout: Layout
+    elements: int
+
+    @property
+    def where(self) -> str:
+        """Module path and source line, for messages."""
+        return f"{self.module} ({self.source})" if self.source else self.module
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A program in which every attention over sharded keys still sees its own rank's keys only.
+
+    Attributes:
+        program: the program; masks of such attentions are whole and in the model's order.
+        places: by the attention's node name, the layouts of its queries and of its keys.
+        moves: what was split, gathered and reduced on the way.
+    """
+
+    program: Lowered
+    places: Mapping[str, tuple[Layout, Layout]]
+    moves: tuple[Move, ...]
+
+
+def shard(program: Lowered, axis: Axis) -> Sharded:
+    """Spread the sequence of ``program`` over the ranks of ``axis``.
+
+    The program's own marks say where; without any they are inferred.
+
+    Raises:
+        CannotShard: nothing can be sharded, or a marked length is too short.
+    """
+    if axis.size == 1:
+        return Sharded(program, {}, ())
+    walk = _Walk(program, axis)
+    walk.run()
+    if not any(move.kind == "split" for move in walk.moves):
+        raise _nothing(program)
+    return Sharded(
+        replace(program, graph_module=walk.module(), outputs=walk.outputs),
+        walk.places,
+        tuple(walk.moves),
+    )
+
+
+def _nothing(program: Lowered) -> CannotShard:
+    attentions = program.graph_module.graph.find_nodes(op="call_function", target=ATTENTION)
+    if not list(attentions):
+        return CannotShard(
+            "the model has no attention that is recognised, so there is no sequence to shard.",
+            hint="recognised are torch's scaled_dot_product_attention, MultiheadAttention and "
+            "matmul, softmax, matmul; otherwise say in cp_plan what to split.",
+        )
+    return CannotShard(
+        "no attention's queries are as many as there are ranks, so nothing would be sharded.",
+        hint="give example inputs of a real size.",
+    )
+
+
+@dataclass
+class _Value:
+    """A value of the dense program as nodes of the sharded one."""
+
+    whole: fx.Node | None = None
+    parts: dict[Place, fx.Node] = field(default_factory=dict)
+    tuple_parts: tuple[fx.Node, int, list[Layout]] | None = None
+
+    @property
+    def must(self) -> Place | None:
+        """Where it is sharded, if it is not held whole as well."""
+        return next(iter(self.parts)) if self.whole is None and self.parts else None
+
+
+class _Walk:
+    """One walk over the dense graph, building the sharded one."""
+
+    def __init__(self, program: Lowered, axis: Axis) -> None:
+        self.program, self.axis = program, axis
+        self.dense = program.graph_module.graph
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, _Value] = {}
+        self.places: dict[str, tuple[Layout, Layout]] = {}
+        self.moves: list[Move] = []
+        self.inputs = {binding.node for binding in program.inputs}
+        self.linked = {n: links(n) for n in self.dense.nodes if n.op == "call_function"}
+        marked = any(n.target is MARK for n in self.dense.nodes)
+        self.wants: Mapping[fx.Node, Want] = (
+            {} if marked else wants(self.dense, self.linked, self.inputs, axis.size)
+        )
+        self.current: fx.Node | None = None
+        self.mode = fake_mode_of(self.dense)
+        self.outputs = program.outputs
+
+    def run(self) -> None:
+        """Build the sharded graph."""
+        for node in self.dense.nodes:
+            self.current = node
+            if node.op == "output":
+                self._finish(node)
+            elif node.op != "call_function":
+                copy = self.graph.node_copy(node)
+                assert copy.name == node.name
+                self.env[node] = _Value(whole=copy)
+                if node in self.wants:
+                    self._split_wanted(node)
+            elif node.target is MARK:
+                self._mark(node)
+            elif node.target is GETITEM:
+                self._getitem(node)
+            else:
+                self._call(node)
+        erase_dead(self.graph)
+        self.graph.lint()
+
+    def module(self) -> fx.GraphModule:
+        """The graph as a module, over the dense program's attributes."""
+        return fx.GraphModule(self.program.graph_module, self.graph)
+
+    def _finish(self, node: fx.Node) -> None:
+        returned = fx.map_arg(node.args, lambda n: self._whole(n))
+        new = self.graph.output(returned[0])
+        new.meta = dict(node.meta)
+        names = {n.name: self._whole(n).name for n in node.all_input_nodes}
+        self.outputs = tuple(replace(b, node=names[b.node]) for b in self.program.outputs)
+
+    # ------------------------------------------------------------ operators
+
+    def _call(self, node: fx.Node) -> None:
+        given = operands(node)
+        must = {i: p for i, n in enumerate(given) if (p := self.env[n].must) is not None}
+        link = self._choose(node, given, must)
+        if link is None:
+            copy = self._emit(node, node.args, node.kwargs, [self._whole(n) for n in given])
+            self.env[node] = _Value(whole=copy)
+            if node in self.wants and is_tensor(node):
+                self._split_wanted(node)
+            return
+        layouts = self._layouts(link, given, must)
+        assert layouts is not None
+        nodes = [
+            self._part(n, link.inputs[i], layouts[i]) if i in link.inputs else self._whole(n)
+            for i, n in enumerate(given)
+        ]
+        if link.reduce is not None:
+            self._reduce(node, link, layouts, nodes)
+            return
+        args, kwargs = node.args, node.kwargs
+        if link.localise is not None:
+            args, kwargs = link.localise(args, kwargs, layouts)
+        results = link.layouts(layouts)
+        assert results is not None and link.output is not None
+        part = self._emit(node, args, kwargs, nodes)
+        _check(node, part, link.output, results)
+        if link.context:
+            self.places[part.name] = (layouts[0], layouts[1])
+        if isinstance(node.meta["val"], Tensor):
+            self.env[node] = _Value(parts={(link.output, results[0]): part})
+        else:
+            self.env[node] = _Value(tuple_parts=(part, link.output, results))
+
+    def _choose(
+        self, node: fx.Node, given: list[fx.Node], must: Mapping[int, Place]
+    ) -> Link | None:
+        """The way that gathers least; whole when nothing is sharded and nothing asks for it."""
+        want = self.wants.get(node)
+        if not must:
+            if want is None:
+                return None
+            for link in self.linked[node]:
+                if link.output == want.dim and self._have_a_part(link, given):
+                    return link if self._layouts(link, given, must) else None
+            return None
+        everything = sum(elements(given[i]) for i in must)
+        best, cost = None, everything
+        for link in self.linked[node]:
+            kept = {i: p for i, p in must.items() if link.inputs.get(i) == p[0]}
+            price = sum(elements(given[i]) for i in must if i not in kept)
+            if price < cost and self._layouts(link, given, kept) is not None:
+                best, cost = link, price
+        return best
+
+    def _have_a_part(self, link: Link, given: list[fx.Node]) -> bool:
+        return any(
+            place[0] == dim for i, dim in link.inputs.items() for place in self.env[given[i]].parts
+        )
+
+    def _layouts(
+        self, link: Link, given: list[fx.Node], must: Mapping[int, Place]
+    ) -> dict[int, Layout] | None:
+        """A layout for every operand that the link shards, or ``None`` where they disagree."""
+        found = {i: place[1] for i, place in must.items() if i in link.inputs}
+        held = {
+            i: [layout for d, layout in self.env[given[i]].parts if d == dim]
+            for i, dim in link.inputs.items()
+        }
+        for i in sorted(link.inputs, key=lambda i: not held[i]):
+            if i in found:
+                continue
+            length = shape(given[i])[link.inputs[i]]
+            peers = () if link.free else tuple(found.values())
+            options = [x for x in (*peers, *held[i]) if x.length == length]
+            found[i] = options[0] if options else Layout.even([length], self.axis.size)
+        if link.reduce is not None:
+            return found if len(set(found.values())) == 1 else None
+        return found if link.layouts(found) is not None else None
+
+    def _reduce(
+        self, node: fx.Node, link: Link, layouts: Mapping[int, Layout], nodes: list[fx.Node]
+    ) -> None:
+        layout = layouts[0]
+        if layout.padding:
+            neutral = {"max": float("-inf"), "min": float("inf")}.get(str(link.reduce), 0.0)
+            nodes[0] = self._blanked(nodes[0], link.inputs[0], layout, neutral)
+        part = self._emit(node, node.args, node.kwargs, nodes)
+        if link.reduce == "mean":
+            part = self._op(aten.mul.Tensor, part, layout.local / layout.length)
+        kind = "sum" if link.reduce == "mean" else str(link.reduce)
+        whole = self._op(
+            torch.ops.cp.all_reduce.default, part, kind, self.axis.flat, self.axis.size
+        )
+        self._note("all_reduce", node, 0, layout, elements(node))
+        self.env[node] = _Value(whole=whole)
+
+    def _blanked(self, part: fx.Node, dim: int, layout: Layout, value: float) -> fx.Node:
+        """Padding replaced by ``value``, so that it takes no part in a reduction."""
+        ones = self._op(aten.full.default, [layout.length], True, dtype=torch.bool)
+        real = self._sharded(ones, 0, layout)
+        sizes = [1] * tensor_of(part).dim()
+        sizes[dim] = layout.local
+        like = self._op(aten._reshape_copy.default, real, sizes)
+        fill = self._op(aten.full.default, [], value, dtype=tensor_of(part).dtype)
+        return self._op(aten.where.self, like, part, fill)
+
+    def _getitem(self, node: fx.Node) -> None:
+        base, index = node.args
+        assert isinstance(base, fx.Node) and isinstance(index, int)
+        value = self.env[base]
+        if value.tuple_parts is None:
+            self.env[node] = _Value(whole=self._emit(node, node.args, {}, [self._whole(base)]))
+            if node in self.wants:
+                self._split_wanted(node)
+            return
+        part, dim, layouts = value.tuple_parts
+        own = self._emit(node, node.args, {}, [part])
+        self.env[node] = _Value(parts={(dim, layouts[index]): own})
+
+    def _mark(self, node: fx.Node) -> None:
+        x, kind, dim = node.args
+        assert isinstance(x, fx.Node) and isinstance(dim, int)
+        if kind == "gather":
+            self.env[node] = _Value(whole=self._whole(x))
+            return
+        layout = Layout.even([shape(x)[dim]], self.axis.size)
+        held = [place for place in self.env[x].parts if place[0] == dim]
+        place = held[0] if held else (dim, layout)
+        if layout.length < self.axis.size:
+            raise CannotShard(
+                f"{layout.length} tokens along dimension {dim} are fewer than the "
+                f"{self.axis.size} ranks.",
+                where=f"{module_path(node)} ({source_line(node)})",
+            )
+        self.env[node] = _Value(parts={place: self._part(x, *place)})
+
+    # ------------------------------------------------------------ whole and part
+
+    def _split_wanted(self, node: fx.Node) -> None:
+        want = self.wants[node]
+        length = shape(node)[want.dim]
+        ends = sorted({0, length, *want.cuts})
+        lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        self._part(node, want.dim, Layout.even(lengths, self.axis.size))
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        value = self.env[node]
+        if value.whole is None and value.parts:
+            (dim, layout), part = next(iter(value.parts.items()))
+            value.whole = self._gathered(part, dim, layout)
+            assert self.current is not None
+            self._note("gather", self.current, dim, layout, elements(node))
+        elif value.whole is None:
+            raise CannotShard(
+                f"{node.target} returns several tensors that are needed whole at once.",
+                where=f"{module_path(node)} ({source_line(node)})",
+            )
+        return value.whole
+
+    def _part(self, node: fx.Node, dim: int, layout: Layout) -> fx.Node:
+        value = self.env[node]
+        if (dim, layout) not in value.parts:
+            self._note("split", node, dim, layout, elements(node))
+            value.parts[dim, layout] = self._sharded(self._whole(node), dim, layout)
+        return value.parts[dim, layout]
+
+    def _note(self, kind: str, node: fx.Node, dim: int, layout: Layout, size: int) -> None:
+        name = node.name if node.op in ("placeholder", "get_attr") else str(node.target)
+        name = "the output" if node.op == "output" else name
+        where = (module_path(node), source_line(node))
+        self.moves.append(Move(kind, name, *where, dim, layout, size))
+
+    def _sharded(self, whole: fx.Node, dim: int, layout: Layout) -> fx.Node:
+        """This rank's part of every segment, one after another."""
+        parts = []
+        for start, segment in zip(layout.cuts, layout.segments, strict=False):
+            piece = whole
+            if len(layout.segments) > 1:
+                stop = start + segment.length
+                piece = self._op(aten.slice.Tensor, whole, dim, start, stop)
+            piece = self._padded(piece, dim, segment, layout.size)
+            parts.append(
+                self._op(torch.ops.cp.shard.default, piece, dim, self.axis.flat, self.axis.size)
+            )
+        return parts[0] if len(parts) == 1 else self._op(aten.cat.default, parts, dim)
+
+    def _padded(self, piece: fx.Node, dim: int, segment: Segment, size: int) -> fx.Node:
+        missing = size * segment.local - segment.length
+        if not missing:
+            return piece
+        sizes = list(tensor_of(piece).shape)
+        sizes[dim] = missing
+        zeros = self._op(aten.full.default, sizes, 0, dtype=tensor_of(piece).dtype)
+        return self._op(aten.cat.default, [piece, zeros], dim)
+
+    def _gathered(self, part: fx.Node, dim: int, layout: Layout) -> fx.Node:
+        """All ranks' parts in the model's order, padding dropped."""
+        rank = tensor_of(part).dim()
+        order = [dim, *(d for d in range(rank) if d != dim)]
+        back = [order.index(d) for d in range(rank)]
+        front = part if dim == 0 else self._op(aten.permute.default, part, order)
+        joined = self._op(
+            torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size
+        )
+        if not layout.is_plain:
+            joined = self._reordered(joined, layout)
+        return joined if dim == 0 else self._op(aten.permute.default, joined, back)
+
+    def _reordered(self, joined: fx.Node, layout: Layout) -> fx.Node:
+        """From shard order to the model's order, along dimension 0."""
+        rest = list(tensor_of(joined).shape[1:])
+        by_rank = self._op(
+            aten._reshape_copy.default, joined, [layout.size, layout.local, *rest]
+        )
+        pieces, begin = [], 0
+        for segment in layout.segments:
+            end = begin + segment.local
+            own = self._op(aten.slice.Tensor, by_rank, 1, begin, end)
+            slots = layout.size * segment.local
+            flat = self._op(aten._reshape_copy.default, own, [slots, *rest])
+            if slots > segment.length:
+                flat = self._op(aten.slice.Tensor, flat, 0, 0, segment.length)
+            pieces.append(flat)
+            begin = end
+        return pieces[0] if len(pieces) == 1 else self._op(aten.cat.default, pieces, 0)
+
+    # ------------------------------------------------------------ nodes
+
+    def _emit(self, node: fx.Node, args: Any, kwargs: Any, given: list[fx.Node]) -> fx.Node:
+        """``node`` again, on other operands."""
+        replacements = iter(given)
+        args, kwargs = fx.map_arg((args, kwargs), lambda _: next(replacements))
+        new = self.graph.create_node("call_function", node.target, tuple(args), kwargs, node.name)
+        new.meta = dict(node.meta)
+        new.meta["val"] = self._value(new)
+        return new
+
+    def _op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        new = self.graph.call_function(target, args, kwargs)
+        if self.current is not None:
+            kept = ("nn_module_stack", "stack_trace")
+            new.meta = {k: self.current.meta[k] for k in kept if k in self.current.meta}
+        new.meta["val"] = self._value(new)
+        return new
+
+    def _value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
+        with self.mode, torch.no_grad():
+            return target(*args, **kwargs)
+
+
+def _check(node: fx.Node, part: fx.Node, dim: int, layouts: list[Layout]) -> None:
+    """A link that is wrong about shapes must not go unnoticed."""
+    dense, local = node.meta["val"], part.meta["val"]
+    pairs = [(dense, local)] if isinstance(dense, Tensor) else zip(dense, local, strict=True)
+    for (whole, own), layout in zip(pairs, layouts, strict=True):
+        wanted = list(whole.shape)
+        assert wanted[dim] == layout.length, (node.format_node(), dim, layout)
+        wanted[dim] = layout.local
+        assert list(own.shape) == wanted, (node.format_node(), list(own.shape), wanted)
+

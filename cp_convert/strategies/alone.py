@@ -1,0 +1,32 @@
+"""No strategy at all: every rank attends to its own keys. The proof's control, never converted.
+
+Algebra (r: this rank)::
+
+    O_r = softmax(Q_r K_r^T * scale) V_r
+
+Where this gives the same output as the dense model, attention does not matter in it, and nothing
+would be proven by agreement.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops
+from ..mesh import Axis
+from .site import Refusal, Site
+from .tokens import repeated
+
+
+def why_not(site: Site, axis: Axis) -> Refusal | None:
+    """It always can be done; it is just wrong."""
+    return None
+
+
+def attend(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
+) -> Tensor:
+    """This rank's queries over its own keys, unmasked, ``[B, H, S, D]``."""
+    ratio = site.heads // site.kv_heads
+    k, v = (repeated(x, ratio) for x in (k_BHSD, v_BHSD))
+    return ops.attention(q_BHSD, k, v, scale=site.scale)
