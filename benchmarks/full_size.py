@@ -16,13 +16,16 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from torch._decomp import core_aten_decompositions
 
+from cp_convert.decompose import decompose
 from cp_convert.mesh import Mesh
-from cp_convert.program import Program
+from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import flat_inputs, worst
 from cp_convert.rewrite import rewrite
-from cp_convert.strategies import STRATEGIES
+from cp_convert.shard import shard
+from cp_convert.strategies import CONTROL, STRATEGIES
 from cp_convert.trace import trace
 
 TEXT = 512
@@ -77,13 +80,16 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
         dense, dense_seconds = timed(lambda: module(**inputs))
     loss = worst(list(dense), reference)
     axis = Mesh.line(world).whole
-    local, _ = trace(module, inputs, module._cp_plan, axis)
-    flat = flat_inputs(local, inputs)
+    table = core_aten_decompositions()
+    traced, _ = trace(module, inputs, module._cp_plan)
+    sharded = shard(decompose(traced, table), axis)
+    flat = flat_inputs(sharded.program, inputs)
+    local, _ = rewrite(sharded, CONTROL, "control", axis, table)
     billions = sum(p.numel() for p in module.parameters()) / 1e9
     shown = f"{joint}+{single} ({billions:.1f} B) | {tokens}+{TEXT} | {world}"
     print(f"| {shown} | dense bf16 | {loss.max:.1e} | | {dense_seconds:.2f} | |", flush=True)
 
-    def errors(program: Program) -> str:
+    def errors(program: Lowered) -> str:
         half, wide = (
             max(worst(outputs, reference).max for outputs in run(program, flat, world, widen=w))
             for w in (False, True)
@@ -93,7 +99,7 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
 
     print(f"| {shown} | no communication | {errors(local)} | | |", flush=True)
     for name, strategy in STRATEGIES.items():
-        rewritten, _ = rewrite(local, strategy, name, axis)
+        rewritten, _ = rewrite(sharded, strategy, name, axis, table)
         torch.cuda.reset_peak_memory_stats()
         _, seconds = timed(lambda p=rewritten: run(p, flat, world), 2)  # type: ignore[misc]
         peak = torch.cuda.max_memory_allocated() / 1e9

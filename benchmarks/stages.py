@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
     options = ["-w", args.world, "-p", args.precision]
-    stages = ["load", "trace", "rewrite", "lower", "prove", "build", "replay"]
+    stages = ["load", "trace", "decompose", "shard", "rewrite", "lower", "prove", "build", "replay"]
     print(
         f"{args.model.name}, world {args.world}, {args.precision}, median of {args.runs}, seconds"
     )

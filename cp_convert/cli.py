@@ -129,6 +129,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Where the sequence is split: as the model's own plan says, or found from the program "
     "(auto).  [default: the model's plan if it has one, else auto]",
 )  # fmt: skip
+@click.option(
+    "--freeze", multiple=True, metavar="ARGUMENT",
+    help="Make this argument's example value part of the engines; repeatable. For masks and "
+    "indices that decide how many tokens there are.",
+)  # fmt: skip
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")

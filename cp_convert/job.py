@@ -33,6 +33,8 @@ class Job:
             building them.
         plan: ``model`` takes the model's own plan, ``auto`` finds one from the program; ``None``
             takes the model's if it has one.
+        freeze: arguments of forward whose example values become part of the engines, besides those
+            that the model file names.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
         command: the command line, as recorded in the manifest.
@@ -48,6 +50,7 @@ class Job:
     compute_capabilities: tuple[str, ...] = ()
     proof: str = "auto"
     plan: str | None = None
+    freeze: tuple[str, ...] = ()
     rtol: float | None = None
     force: bool = False
     command: str = ""

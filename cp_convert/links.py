@@ -13,12 +13,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
+from . import ops
 from .layout import Layout
 
 aten: Final = torch.ops.aten
@@ -37,6 +39,7 @@ class Link:
         carry: from the operands' layouts to the results'; ``None`` where it cannot be done.
         localise: the operator's own arguments (sizes, bounds) on one rank.
         back: from where the result should be cut to where the operand at a position should be.
+        forth: the other way round; without both, operands and results are cut alike.
         reduce: how ranks' partial results combine: ``sum``, ``mean``, ``max`` or ``min``.
         regroups: the tokens of the operand are not those of the result (patches, rows).
         free: the operands' layouts need not agree.
@@ -49,6 +52,7 @@ class Link:
     carry: Callable[[Layouts], list[Layout] | None] | None = None
     localise: Callable[[Any, Any, Layouts], Arguments] | None = None
     back: Callable[[frozenset[int], int], frozenset[int]] | None = None
+    forth: Callable[[frozenset[int], int], frozenset[int]] | None = None
     reduce: str | None = None
     regroups: bool = False
     free: bool = False
@@ -150,6 +154,9 @@ def _view(node: fx.Node) -> list[Link]:
                 localise=_sized(node, o, times, over),
                 back=lambda cuts, _, t=times, v=over: frozenset(  # type: ignore[misc]
                     c * v // t for c in cuts if c * v % t == 0
+                ),
+                forth=lambda cuts, _, t=times, v=over: frozenset(  # type: ignore[misc]
+                    c * t // v for c in cuts if c * t % v == 0
                 ),
                 regroups=n != m,
             )
@@ -265,7 +272,11 @@ def _cat(node: fx.Node) -> list[Link]:
         start, stop = ends[position], ends[position + 1]
         return frozenset(c - start for c in cuts if start < c < stop)
 
-    found.append(Link(dict.fromkeys(range(len(given)), dim), dim, carry=carry, back=back, free=True))
+    def forth(cuts: frozenset[int], position: int) -> frozenset[int]:
+        return frozenset({*ends[1:-1], *(c + ends[position] for c in cuts)})
+
+    every = dict.fromkeys(range(len(given)), dim)
+    found.append(Link(every, dim, carry=carry, back=back, forth=forth, free=True))
     return found
 
 
@@ -302,7 +313,10 @@ def _slice(node: fx.Node) -> list[Link]:
     def back(cuts: frozenset[int], _: int) -> frozenset[int]:
         return frozenset({start, stop, *(c + start for c in cuts)} - {0, ins[dim]})
 
-    found.append(Link({0: dim}, dim, carry=carry, localise=localise, back=back))
+    def forth(cuts: frozenset[int], _: int) -> frozenset[int]:
+        return frozenset(c - start for c in cuts if start < c < stop)
+
+    found.append(Link({0: dim}, dim, carry=carry, localise=localise, back=back, forth=forth))
     return found
 
 
@@ -318,7 +332,7 @@ def _split(node: fx.Node) -> list[Link]:
     name = "split_sizes" if "split_sizes" in given else "split_size"
 
     def parts(layout: Layout) -> list[Layout] | None:
-        ranges = [layout.between(a, b) for a, b in zip(ends, ends[1:], strict=False)]
+        ranges = [layout.between(a, b) for a, b in pairwise(ends)]
         return None if None in ranges else [r[0] for r in ranges if r is not None]
 
     def localise(args: Any, kwargs: Any, layouts: Layouts) -> Arguments:
@@ -328,9 +342,20 @@ def _split(node: fx.Node) -> list[Link]:
     def back(cuts: frozenset[int], _: int) -> frozenset[int]:
         return frozenset(ends[1:-1])
 
+    def forth(cuts: frozenset[int], _: int) -> frozenset[int]:
+        return frozenset()
+
     if name == "split_sizes":
         found.append(
-            Link({0: dim}, dim, carry=lambda g: parts(g[0]), localise=localise, back=back)
+            Link(
+                {0: dim},
+                dim,
+                carry=lambda g: parts(g[0]),
+                localise=localise,
+                back=back,
+                forth=forth,
+                results=len(pieces),
+            )
         )
     return found
 
@@ -482,6 +507,9 @@ def _convolution(node: fx.Node) -> list[Link]:
                     dim,
                     carry=lambda g, s=stride: _one(g[0].scaled(1, s)),  # type: ignore[misc]
                     back=lambda cuts, _, s=stride: frozenset(c * s for c in cuts),  # type: ignore[misc]
+                    forth=lambda cuts, _, s=stride: frozenset(  # type: ignore[misc]
+                        c // s for c in cuts if c % s == 0
+                    ),
                     regroups=stride > 1,
                 )
             )
@@ -593,7 +621,7 @@ def _table() -> dict[Any, Rule]:
         (_reduction(None), (aten.var, aten.std, aten.any, aten.all, aten.prod, aten.argmax,
                             aten.argmin, aten.logsumexp, aten.linalg_vector_norm)),
     ]  # fmt: skip
-    table: dict[Any, Rule] = {torch.ops.cp.attention.default: _attention}
+    table: dict[Any, Rule] = {ops.ATTENTION: _attention}
     for rule, packets in rows:
         for packet in packets:
             for name in packet.overloads():

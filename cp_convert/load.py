@@ -34,6 +34,7 @@ class Source:
         inputs: keyword arguments of ``forward``.
         plan: where the sequence is split and gathered; empty when that is to be found, or when
             the world is 1.
+        freeze: arguments whose example values become part of the engines.
         sha256: of the model file.
         parameters: how many numbers the model has learned.
         bytes: their size in memory.
@@ -42,6 +43,7 @@ class Source:
     module: nn.Module
     inputs: dict[str, Any]
     plan: Mapping[str, Any]
+    freeze: tuple[str, ...]
     sha256: str
     parameters: int
     bytes: int
@@ -71,6 +73,7 @@ def load(job: Job) -> Source:
         module=module,
         inputs=cast_inputs(inputs, dtype, keep=getattr(python, "keep_float32", ())),
         plan=_plan(python, module, job),
+        freeze=(*getattr(python, "freeze", ()), *job.freeze),
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in module.parameters()),
         bytes=sum(p.numel() * p.element_size() for p in module.parameters()),

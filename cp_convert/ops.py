@@ -128,7 +128,7 @@ def broadcast(x: Tensor, root: int, axis: Axis) -> Tensor:
 
 
 def all_reduce(x: Tensor, kind: str, axis: Axis) -> Tensor:
-    """All ranks' ``x`` combined elementwise: ``sum``, ``max`` or ``min``; the shape is unchanged."""
+    """All ranks' ``x`` combined elementwise (``sum``, ``max`` or ``min``), of the same shape."""
     return torch.ops.cp.all_reduce(x, kind, axis.flat, axis.size)  # type: ignore[no-any-return]
 
 
@@ -149,6 +149,9 @@ def attention(
     """``softmax(q @ k^T * scale + mask) @ v`` over ``[B, H, S, D]``: TensorRT's attention."""
     return torch.ops.cp.attention(q, k, v, mask, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
+
+ATTENTION: Final = torch.ops.cp.attention.default
+MARK: Final = torch.ops.cp.mark.default
 
 COLLECTIVES: Final = (
     torch.ops.cp.all_gather.default,

@@ -1,4 +1,4 @@
-"""load -> trace -> decompose -> shard -> rewrite -> lower -> prove -> build -> emit."""
+"""load -> measure -> trace -> decompose -> shard -> rewrite -> lower -> prove -> build -> emit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
+from .decompose import decompose
 from .describe import describe
 from .engine.build import Engine, build, prepare
-from .engine.lower import decompose, lower, specialise
+from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
 from .job import Job
@@ -18,7 +19,7 @@ from .manifest import Manifest
 from .mesh import Mesh
 from .program import Lowered
 from .progress import Clock, Progress
-from .prove import Proof, Stages, flat_inputs, prove, prove_networks
+from .prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
 from .rewrite import rewrite
 from .shard import shard
 from .strategies import CONTROL, STRATEGIES
@@ -40,24 +41,29 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         with clock.stage("load"):
             source = load(job)
             check_space(job.out, mesh.world * source.bytes)
+        truth = None
+        if job.proof != "none":
+            with clock.stage("measure"):
+                truth = measure(source.module, source.inputs)
         with clock.stage("trace"):
-            traced, applied = trace(source.module, source.inputs, source.plan)
+            traced, applied = trace(source.module, source.inputs, source.plan, source.freeze)
         with clock.stage("decompose"):
-            dense = decompose(traced)
+            table = decompositions()
+            dense = decompose(traced, table)
         with clock.stage("shard"):
             sharded = shard(dense, mesh.whole)
         with clock.stage("rewrite"):
-            strategy, table = STRATEGIES[job.strategy], decompositions()
+            strategy = STRATEGIES[job.strategy]
             rewritten, outcomes = rewrite(sharded, strategy, job.strategy, mesh.whole, table)
         with clock.stage("lower"):
             lowered = lower(rewritten)
         proof = None
-        if job.proof != "none":
+        if truth is not None:
             with clock.stage("prove"):
                 sites = [(outcome.site, outcome.node) for outcome in outcomes]
                 control, _ = rewrite(sharded, CONTROL, "control", mesh.whole, table)
                 stages = Stages(dense, control, rewritten, lowered, sites, mesh.world)
-                proof = prove(source.module, source.inputs, stages, rtol=job.rtol)
+                proof = prove(truth, source.inputs, stages, rtol=job.rtol)
         engines: list[Engine] = []
         with clock.stage("build", total=mesh.world):
             for rank in mesh.ranks:

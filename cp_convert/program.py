@@ -6,6 +6,7 @@ converters. Both are SPMD: the same for every rank.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -149,6 +150,30 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
         if mode is not None:
             return mode  # type: ignore[no-any-return]
     return FakeTensorMode()
+
+
+def written_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that a later operator writes into, and what they are views of.
+
+    They must not be shared: between ranks, or with a constant.
+    """
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.detach_.default:
+            continue  # leaves the values as they are
+        schema = getattr(node.target, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+            if argument.is_write:
+                _add_with_base(value, written)
+    return written
+
+
+def _add_with_base(node: Any, written: set[fx.Node]) -> None:
+    while isinstance(node, fx.Node) and node not in written:
+        written.add(node)
+        schema = getattr(node.target, "_schema", None)
+        is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
+        node = node.args[0] if is_view or node.target is operator.getitem else None
 
 
 def tensor_of(node: fx.Node) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find the attentions of a traced program, however they were written: they become ``cp::attention``.
+"""Find a traced program's attentions, however they were written; they become ``cp::attention``.
 
 Recognised are ``scaled_dot_product_attention`` (diffusers' processors end in it, and so does
 ``torch.nn.MultiheadAttention``) and attention written out by hand::
@@ -21,10 +21,10 @@ from torch import Tensor, fx
 
 from .errors import CannotTrace
 from .links import arguments, shape
+from .ops import ATTENTION
 from .program import fake_mode_of, module_path, source_line
 
 aten: Final = torch.ops.aten
-ATTENTION: Final = torch.ops.cp.attention.default
 _SDPA: Final = aten.scaled_dot_product_attention.default
 _SOFTMAX: Final = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS: Final = (aten.matmul.default, aten.bmm.default)
@@ -217,7 +217,8 @@ class _Writer:
             if mask is not None and len(shape(mask)) > 2:
                 mask = self._op(aten.unsqueeze.default, mask, 0)
         k, v = (self._over_batch(x, shape(q)[0]) for x in (k, v))
-        out = self._op(ATTENTION, q, k, v, mask, 0.0, causal, scale=scale)
+        grouped = shape(q)[1] != shape(k)[1]
+        out = self._op(ATTENTION, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         for _ in range(4 - rank):
             out = self._op(aten.squeeze.dim, out, 0)
         if out.meta["val"].dtype != node.meta["val"].dtype:

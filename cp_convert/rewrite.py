@@ -12,12 +12,12 @@ from torch import Tensor, fx, nn
 from .errors import CannotShard
 from .links import arguments
 from .mesh import Axis
+from .ops import ATTENTION
 from .program import Lowered, copied, module_path, source_line, tensor_of
 from .shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated
 
-ATTENTION: Final = torch.ops.cp.attention.default
 _PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
@@ -142,7 +142,8 @@ class _Writer:
     def replace(self, node: fx.Node, site: Site) -> fx.Node:
         """The traced strategy in the node's place; returns the node of the result."""
         given = arguments(node)
-        operands = [given[n] for n in ("query", "key", "value", "attn_mask") if given[n] is not None]
+        names = ("query", "key", "value", "attn_mask")
+        operands = [given[name] for name in names if given[name] is not None]
         values = [tensor_of(operand) for operand in operands]
         unique = replace(site, index=0, module="", source=None)
         kind = (unique, tuple((tuple(v.shape), v.dtype) for v in values))
@@ -193,4 +194,6 @@ def _in_mode(value: Any, mode: Any) -> Any:
     if isinstance(value, Tensor):
         with mode:
             return torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    return type(value)(_in_mode(v, mode) for v in value) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return type(value)(_in_mode(v, mode) for v in value)
+    return value

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
@@ -23,10 +24,10 @@ from .errors import CannotShard
 from .layout import Layout, Segment
 from .links import GETITEM, Link, elements, links, operands, shape
 from .mesh import Axis
+from .ops import ATTENTION, MARK
 from .program import Lowered, erase_dead, fake_mode_of, module_path, source_line, tensor_of
-from .wants import ATTENTION, Want, is_tensor, wants
+from .wants import Want, is_tensor, wants
 
-MARK: Final = torch.ops.cp.mark.default
 aten: Final = torch.ops.aten
 Place = tuple[int, Layout]
 
@@ -180,15 +181,13 @@ class _Walk:
     def _call(self, node: fx.Node) -> None:
         given = operands(node)
         must = {i: p for i, n in enumerate(given) if (p := self.env[n].must) is not None}
-        link = self._choose(node, given, must)
+        link, layouts = self._choose(node, given, must)
         if link is None:
             copy = self._emit(node, node.args, node.kwargs, [self._whole(n) for n in given])
             self.env[node] = _Value(whole=copy)
             if node in self.wants and is_tensor(node):
                 self._split_wanted(node)
             return
-        layouts = self._layouts(link, given, must)
-        assert layouts is not None
         nodes = [
             self._part(n, link.inputs[i], layouts[i]) if i in link.inputs else self._whole(n)
             for i, n in enumerate(given)
@@ -212,23 +211,26 @@ class _Walk:
 
     def _choose(
         self, node: fx.Node, given: list[fx.Node], must: Mapping[int, Place]
-    ) -> Link | None:
-        """The way that gathers least; whole when nothing is sharded and nothing asks for it."""
+    ) -> tuple[Link | None, dict[int, Layout]]:
+        """The way that gathers least, and the layouts of what it shards.
+
+        ``None``, for whole tensors, when nothing is sharded and nothing asks for it.
+        """
         want = self.wants.get(node)
         if not must:
-            if want is None:
-                return None
-            for link in self.linked[node]:
-                if link.output == want.dim and self._have_a_part(link, given):
-                    return link if self._layouts(link, given, must) else None
-            return None
-        everything = sum(elements(given[i]) for i in must)
-        best, cost = None, everything
+            for link in self.linked[node] if want is not None else ():
+                if link.output == want.dim and self._have_a_part(link, given):  # type: ignore[union-attr]
+                    layouts = self._layouts(node, link, given, must)
+                    return (None, {}) if layouts is None else (link, layouts)
+            return None, {}
+        best: tuple[Link | None, dict[int, Layout]] = None, {}
+        cost = sum(elements(given[i]) for i in must)
         for link in self.linked[node]:
             kept = {i: p for i, p in must.items() if link.inputs.get(i) == p[0]}
             price = sum(elements(given[i]) for i in must if i not in kept)
-            if price < cost and self._layouts(link, given, kept) is not None:
-                best, cost = link, price
+            layouts = self._layouts(node, link, given, kept) if price < cost else None
+            if layouts is not None:
+                best, cost = (link, layouts), price
         return best
 
     def _have_a_part(self, link: Link, given: list[fx.Node]) -> bool:
@@ -237,7 +239,7 @@ class _Walk:
         )
 
     def _layouts(
-        self, link: Link, given: list[fx.Node], must: Mapping[int, Place]
+        self, node: fx.Node, link: Link, given: list[fx.Node], must: Mapping[int, Place]
     ) -> dict[int, Layout] | None:
         """A layout for every operand that the link shards, or ``None`` where they disagree."""
         found = {i: place[1] for i, place in must.items() if i in link.inputs}
@@ -251,7 +253,7 @@ class _Walk:
             length = shape(given[i])[link.inputs[i]]
             peers = () if link.free else tuple(found.values())
             options = [x for x in (*peers, *held[i]) if x.length == length]
-            found[i] = options[0] if options else Layout.even([length], self.axis.size)
+            found[i] = options[0] if options else self._even(length, self._cuts(node, link, i))
         if link.reduce is not None:
             return found if len(set(found.values())) == 1 else None
         return found if link.layouts(found) is not None else None
@@ -318,9 +320,18 @@ class _Walk:
     def _split_wanted(self, node: fx.Node) -> None:
         want = self.wants[node]
         length = shape(node)[want.dim]
-        ends = sorted({0, length, *want.cuts})
-        lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-        self._part(node, want.dim, Layout.even(lengths, self.axis.size))
+        self._part(node, want.dim, self._even(length, want.cuts))
+
+    def _even(self, length: int, cuts: frozenset[int]) -> Layout:
+        ends = sorted({0, length, *cuts})
+        return Layout.even([b - a for a, b in pairwise(ends)], self.axis.size)
+
+    def _cuts(self, node: fx.Node, link: Link, position: int) -> frozenset[int]:
+        """Where an operand that nothing else decides on is best cut."""
+        want = self.wants.get(node)
+        if want is None or want.dim != link.output:
+            return frozenset()
+        return want.cuts if link.back is None else link.back(want.cuts, position)
 
     def _whole(self, node: fx.Node) -> fx.Node:
         value = self.env[node]
@@ -377,20 +388,23 @@ class _Walk:
         rank = tensor_of(part).dim()
         order = [dim, *(d for d in range(rank) if d != dim)]
         back = [order.index(d) for d in range(rank)]
+        # NCCL has neither booleans nor, inside TensorRT, 64-bit integers.
+        dtype = tensor_of(part).dtype
+        carried = {torch.bool: torch.float32, torch.int64: torch.int32}.get(dtype, dtype)
+        if carried != dtype:
+            part = self._op(aten._to_copy.default, part, dtype=carried)
         front = part if dim == 0 else self._op(aten.permute.default, part, order)
-        joined = self._op(
-            torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size
-        )
+        joined = self._op(torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size)
         if not layout.is_plain:
             joined = self._reordered(joined, layout)
+        if carried != dtype:
+            joined = self._op(aten._to_copy.default, joined, dtype=dtype)
         return joined if dim == 0 else self._op(aten.permute.default, joined, back)
 
     def _reordered(self, joined: fx.Node, layout: Layout) -> fx.Node:
         """From shard order to the model's order, along dimension 0."""
         rest = list(tensor_of(joined).shape[1:])
-        by_rank = self._op(
-            aten._reshape_copy.default, joined, [layout.size, layout.local, *rest]
-        )
+        by_rank = self._op(aten._reshape_copy.default, joined, [layout.size, layout.local, *rest])
         pieces, begin = [], 0
         for segment in layout.segments:
             end = begin + segment.local
@@ -438,4 +452,3 @@ def _check(node: fx.Node, part: fx.Node, dim: int, layouts: list[Layout]) -> Non
         assert wanted[dim] == layout.length, (node.format_node(), dim, layout)
         wanted[dim] = layout.local
         assert list(own.shape) == wanted, (node.format_node(), list(own.shape), wanted)
-

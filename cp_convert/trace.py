@@ -5,19 +5,21 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import ops
-from .errors import CannotShard, CannotTrace, ConvertError
+from .errors import CannotShard, CannotTrace
+from .forward import FREEZE, blamed_on_forward, check_arguments
+from .frozen import frozen, settle
 from .plan import Cut, normalise
-from .program import Binding, Constant, Program, tensor_of
+from .program import Binding, Constant, Program, module_path, source_line, tensor_of
 from .recognise import recognise
 
 
@@ -37,7 +39,10 @@ class Applied:
 
 
 def trace(
-    module: nn.Module, inputs: Mapping[str, Any], plan: Mapping[str, Any]
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    freeze: Collection[str] = (),
 ) -> tuple[Program, tuple[Applied, ...]]:
     """Capture ``module(**inputs)``, whole; the plan's splits and gathers become ``cp::mark``.
 
@@ -47,52 +52,75 @@ def trace(
         module: the model, in eval mode.
         inputs: keyword arguments of its forward; their shapes are the program's shapes.
         plan: see :mod:`cp_convert.plan`; empty when the plan is to be found, or for a world of 1.
+        freeze: arguments whose values become part of the program. A mask that decides how many
+            tokens there are must be frozen, because an engine's shapes are fixed.
 
     Raises:
         CannotTrace: forward fails with these inputs, or torch.export cannot capture it.
         CannotShard: the plan does not fit the model.
     """
-    _check_arguments(module, inputs)
+    check_arguments(module, inputs)
     applied: list[Applied] = []
     cuts = normalise(plan, [name for name, _ in module.named_modules()])
-    with torch.no_grad(), _planned(module, cuts, applied):
-        exported = _export(module, inputs)
+    with torch.no_grad(), _planned(module, cuts, applied), frozen(module, inputs, freeze):
+        exported = _export(module, {k: None if k in freeze else v for k, v in inputs.items()})
+    _check_operators(exported.graph)
+    _check_shapes(exported.graph)
+    if freeze:
+        settle(exported)
     if cuts and not any(a.cut.kind == "split" and a.reason is None for a in applied):
         raise CannotShard(
             "no split of the plan met a tensor, so nothing would be sharded.",
             hint="; ".join(sorted({a.reason for a in applied if a.reason})) or None,
         )
+    _drop_assertions(exported.graph)
     recognise(exported.graph)
     exported.graph_module.recompile()
-    return _program(exported), tuple(applied)
+    return _program(exported, {name: inputs[name] for name in freeze}), tuple(applied)
 
 
-def _check_arguments(module: nn.Module, inputs: Mapping[str, Any]) -> None:
-    try:
-        inspect.signature(module.forward).bind(**inputs)
-    except TypeError as error:
-        raise CannotTrace(
-            f"example_inputs() does not fit {type(module).__name__}.forward: {error}.",
-            hint=f"forward{inspect.signature(module.forward)}",
-        ) from error
+def _drop_assertions(graph: torch.fx.Graph) -> None:
+    """Assertions about dtypes, which torch.export puts beside every cast."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
+_UNWRAPPED: Final = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+"""Regions that decomposition dissolves."""
+
+
+def _check_operators(graph: torch.fx.Graph) -> None:
+    """Nothing but plain operators: no control flow, no compiled attention, no vmap."""
+    for node in graph.nodes:
+        if node.op == "call_function" and not (
+            isinstance(node.target, torch._ops.OpOverload)
+            or getattr(node.target, "__module__", None) in ("_operator", "builtins", "math")
+            or str(node.target) in _UNWRAPPED
+        ):
+            raise CannotTrace(
+                f"forward uses {node.target}, which is no plain tensor operator.",
+                where=f"{module_path(node)} ({source_line(node)})",
+                hint="choose another attention backend in the model, or write it with "
+                "scaled_dot_product_attention.",
+            )
+
+
+def _check_shapes(graph: torch.fx.Graph) -> None:
+    """Every shape must be known: an engine's are fixed."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and not all(isinstance(n, int) for n in value.shape):
+                raise CannotTrace(
+                    f"the shape that {node.target} returns depends on the values of a tensor.",
+                    where=f"{module_path(node)} ({source_line(node)})",
+                    hint=FREEZE,
+                )
 
 
 def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:
-    try:
-        with _hushed(), _no_fused_layers():
-            return torch.export.export(module, args=(), kwargs=dict(inputs))
-    except ConvertError:
-        raise
-    # torch.export re-raises whatever the model's forward raises, of any type.
-    except Exception as error:
-        if isinstance(error.__cause__, ConvertError):
-            raise error.__cause__ from None
-        raise CannotTrace(
-            _reason(error),
-            where=_model_line(error),
-            hint="forward must run with example_inputs() and must not branch on the values of "
-            "tensors; build_model()(**example_inputs()) should work by itself.",
-        ) from error
+    with blamed_on_forward(), _hushed(), _no_fused_layers():
+        return torch.export.export(module, args=(), kwargs=dict(inputs))
 
 
 @contextmanager
@@ -118,35 +146,8 @@ def _no_fused_layers() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def _reason(error: Exception) -> str:
-    if "DataDependent" in type(error).__name__:
-        return (
-            "forward decides by the value of a tensor, which a program of fixed shapes cannot "
-            f"({_first_lines(str(error), 1)})."
-        )
-    return f"{type(error).__name__}: {_first_lines(str(error))}"
-
-
-def _first_lines(text: str, count: int = 4) -> str:
-    return "\n".join(text.strip().splitlines()[:count])
-
-
-def _model_line(error: BaseException) -> str | None:
-    """The innermost frame outside torch: the model's own line."""
-    frame = error.__traceback__
-    where = None
-    while frame is not None:
-        file = frame.tb_frame.f_code.co_filename
-        if not any(part in file for part in ("/torch/", "/cp_convert/", "<")):
-            where = f"{file}:{frame.tb_lineno}"
-        frame = frame.tb_next
-    return where
-
-
 @contextmanager
-def _planned(
-    module: nn.Module, cuts: Iterable[Cut], applied: list[Applied]
-) -> Iterator[None]:
+def _planned(module: nn.Module, cuts: Iterable[Cut], applied: list[Applied]) -> Iterator[None]:
     """Put every cut in place as a forward hook, and take them away again."""
     by_module: dict[str, list[Cut]] = {}
     for cut in cuts:
@@ -219,7 +220,7 @@ def _cut(value: Any, cut: Cut, applied: list[Applied]) -> Any:
     return ops.mark(value, cut.kind, cut.dim)
 
 
-def _program(exported: torch.export.ExportedProgram) -> Program:
+def _program(exported: torch.export.ExportedProgram, given: Mapping[str, Any]) -> Program:
     signature = exported.graph_signature
     nodes = {node.name: node for node in exported.graph.nodes}
     assert exported.call_spec.in_spec is not None and exported.call_spec.out_spec is not None
@@ -230,7 +231,7 @@ def _program(exported: torch.export.ExportedProgram) -> Program:
             inputs.append(_binding(name, nodes[node]))
         else:
             value = nodes[node].meta["val"] if isinstance(node, str) and node in nodes else node
-            frozen.append(Constant(name, value))
+            frozen.append(Constant(name, given.get(name, value)))
     outputs = [
         _binding(name, nodes[node])
         for name, node in zip(

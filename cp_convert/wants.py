@@ -6,17 +6,15 @@ another source (a text that cross-attention reads) stay whole, which needs no co
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Final
 
-import torch
 from torch import Tensor, fx
 
-from .links import GETITEM, Link, links, operands, shape
+from .links import GETITEM, Link, operands, shape
+from .ops import ATTENTION
 
-ATTENTION: Final = torch.ops.cp.attention.default
 Linked = dict[fx.Node, list[Link]]
 
 
@@ -35,7 +33,9 @@ class Want:
     cuts: frozenset[int] = frozenset()
 
 
-def wants(graph: fx.Graph, linked: Linked, inputs: Iterable[str], world: int) -> dict[fx.Node, Want]:
+def wants(
+    graph: fx.Graph, linked: Linked, inputs: Iterable[str], world: int
+) -> dict[fx.Node, Want]:
     """For every value that should be sharded, how; constants and parameters are left out."""
     varying = varies(graph, inputs)
     found: dict[fx.Node, Want] = {}
@@ -49,33 +49,75 @@ def wants(graph: fx.Graph, linked: Linked, inputs: Iterable[str], world: int) ->
         elif old.dim == want.dim:
             found[node] = Want(old.dim, old.weight, old.cuts | want.cuts)
 
-    for node in reversed(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is ATTENTION:
-            q = operands(node)[0]
-            if shape(q)[2] >= world:
-                add(q, Want(2, prod(shape(q)) * shape(operands(node)[1])[2]))
-        if (want := found.get(node)) is None:
-            continue
-        if node.target is GETITEM:
-            add(node.args[0], want)  # type: ignore[arg-type]
-            continue
-        link = next((x for x in linked[node] if x.output == want.dim), None)
-        if link is not None:
-            _ask(node, link, want, world, add)
+    before: dict[fx.Node, Want] | None = None
+    while before != found:
+        before = dict(found)
+        for node in reversed(graph.nodes):
+            if node.op == "call_function":
+                _backwards(node, linked, found, world, add)
+        for node in graph.nodes:
+            if node.op == "call_function":
+                _forwards(node, linked, found)
     return found
 
 
-def _ask(node: fx.Node, link: Link, want: Want, world: int, add: object) -> None:
+Add = Callable[[fx.Node, Want], None]
+
+
+def _backwards(
+    node: fx.Node, linked: Linked, found: dict[fx.Node, Want], world: int, add: Add
+) -> None:
+    """What the node's operands should be, for the node to be as it should."""
+    if node.target is ATTENTION:
+        q, k = operands(node)[:2]
+        add(q, Want(2, prod(shape(q)) * shape(k)[2]))
+    want = found.get(node)
+    if want is None:
+        return
+    if node.target is GETITEM:
+        base = node.all_input_nodes[0]
+        link = _link(base, linked, want)
+        alike = link is not None and link.back is None
+        add(base, Want(want.dim, want.weight, want.cuts if alike else frozenset()))
+        return
+    link = _link(node, linked, want)
+    if link is None:
+        return
     for position, dim in link.inputs.items():
         operand = operands(node)[position]
-        if link.regroups and (
-            shape(operand)[dim] % world or shape(node)[want.dim] % world
-        ):
-            continue  # whole groups of tokens would have to be padded
+        # Whole groups of tokens would have to be padded.
+        if link.regroups and (shape(operand)[dim] % world or shape(node)[want.dim] % world):
+            continue
+        if node.target is ATTENTION and position > 0:
+            continue  # keys follow where they come from; masks are cut where they are used
         cuts = want.cuts if link.back is None else link.back(want.cuts, position)
-        add(operand, Want(dim, want.weight, cuts))  # type: ignore[operator]
+        add(operand, Want(dim, want.weight, cuts))
+
+
+def _forwards(node: fx.Node, linked: Linked, found: dict[fx.Node, Want]) -> None:
+    """Cuts of the operands are cuts of the result: both are to have one layout."""
+    want = found.get(node)
+    if want is None or node.target is ATTENTION:
+        return
+    if node.target is GETITEM:
+        base = node.all_input_nodes[0]
+        own, link = found.get(base), _link(base, linked, want)
+        if own is not None and own.dim == want.dim and link is not None and link.forth is None:
+            found[node] = Want(want.dim, want.weight, want.cuts | own.cuts)
+        return
+    link = _link(node, linked, want)
+    if link is None:
+        return
+    cuts = want.cuts
+    for position, dim in link.inputs.items():
+        own = found.get(operands(node)[position])
+        if own is not None and own.dim == dim:
+            cuts |= own.cuts if link.forth is None else link.forth(own.cuts, position)
+    found[node] = Want(want.dim, want.weight, cuts)
+
+
+def _link(node: fx.Node, linked: Linked, want: Want) -> Link | None:
+    return next((x for x in linked[node] if x.output == want.dim), None)
 
 
 def varies(graph: fx.Graph, inputs: Iterable[str]) -> set[fx.Node]:

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert.decompose import decompose
 from cp_convert.mesh import Axis, Mesh
+from cp_convert.prove import Stages
+from cp_convert.rewrite import rewrite
+from cp_convert.shard import Sharded, shard
+from cp_convert.strategies import CONTROL, STRATEGIES
+from cp_convert.trace import trace
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -136,3 +142,36 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@cache
+def table() -> dict[Any, Any]:
+    """The backend's decompositions."""
+    from cp_convert.engine.runtime import decompositions
+
+    return decompositions()
+
+
+def sharded(
+    module: nn.Module, inputs: Mapping[str, Any], plan: Mapping[str, Any], world: int
+) -> Sharded:
+    """A program for all ranks whose attentions still wait for a strategy."""
+    program, _ = trace(module, inputs, plan)
+    return shard(decompose(program, table()), axis_of(world))
+
+
+def rewritten(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    name: str,
+    world: int,
+    plan: Mapping[str, Any] = TINY_PLAN,
+) -> Stages:
+    """All stages up to the rewrite; ``lowered`` is the rewritten program itself."""
+    program, _ = trace(module, inputs, plan if world > 1 else {})
+    dense = decompose(program, table())
+    axis = axis_of(world)
+    split = shard(dense, axis)
+    control, _ = rewrite(split, CONTROL, "control", axis, table())
+    done, outcomes = rewrite(split, STRATEGIES[name], name, axis, table())
+    return Stages(dense, control, done, done, [(o.site, o.node) for o in outcomes], world)

@@ -4,15 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TINY_PLAN, axis_of, example, tiny, tiny_inputs
+from conftest import example, rewritten, sharded, table, tiny, tiny_inputs
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert import ops
 from cp_convert.backends import BACKENDS
+from cp_convert.decompose import decompose
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
-from cp_convert.engine.passes import interleave_strided_writes
+from cp_convert.passes import interleave_strided_writes
 from cp_convert.engine.readback import read_network
 from cp_convert.errors import CannotLower
 from cp_convert.job import STRATEGY_NAMES
@@ -21,8 +22,6 @@ from cp_convert.mesh import Mesh
 from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
-from cp_convert.rewrite import rewrite
-from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
 
 prepare(BACKENDS["tensorrt-rtx"])
@@ -31,8 +30,11 @@ SCATTER = torch.ops.aten.slice_scatter.default
 
 
 def lowered(name: str = "ulysses", world: int = 2) -> Lowered:
-    program, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(world))
-    return lower(rewrite(program, STRATEGIES[name], name, axis_of(world))[0])
+    return lower(rewritten(tiny(), tiny_inputs(), name, world).rewritten)
+
+
+def traced(module: nn.Module, inputs: dict[str, Tensor]) -> Lowered:
+    return decompose(trace(module, inputs, {})[0], table())
 
 
 @pytest.mark.parametrize("name", STRATEGY_NAMES)
@@ -57,7 +59,7 @@ def test_the_shard_of_a_constant_is_not_folded_away() -> None:
     module = wan.build_model().eval()
     cast_module(module, torch.float16)
     inputs = {k: v.half() if v.is_floating_point() else v for k, v in wan.example_inputs().items()}
-    program, _ = trace(module, inputs, module._cp_plan, axis_of(2))
+    program = sharded(module, inputs, module._cp_plan, 2).program
     graph = lower(program).graph_module.graph
     shards = graph.find_nodes(op="call_function", target=torch.ops.cp.shard.default)
     assert sum(node.args[0].op == "get_attr" for node in shards) == 2
@@ -99,7 +101,7 @@ def test_an_operator_without_a_converter_is_named_with_its_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.linalg.qr(x).R
 
-    program, _ = trace(Odd(), {"x": torch.ones(3, 3)}, {}, axis_of(1))
+    program = traced(Odd(), {"x": torch.ones(3, 3)})
     with pytest.raises(CannotLower, match=r"no converter for aten\.linalg_qr") as caught:
         lower(program)
     assert "test_lower.py" in (caught.value.where or "")
@@ -115,9 +117,8 @@ def test_a_forward_that_writes_to_its_state_is_refused() -> None:
             self.calls += 1
             return x + self.calls
 
-    program, _ = trace(Counter(), {"x": torch.ones(1)}, {}, axis_of(1))
     with pytest.raises(CannotLower, match="writes to calls"):
-        lower(program)
+        traced(Counter(), {"x": torch.ones(1)})
 
 
 def test_a_table_of_large_angles_keeps_its_last_bit() -> None:
@@ -129,7 +130,7 @@ def test_a_table_of_large_angles_keeps_its_last_bit() -> None:
             return x * angles.cos()
 
     inputs = {"x": torch.ones(1, 10)}
-    program = lower(trace(Rotary(), inputs, {}, axis_of(1))[0])
+    program = lower(traced(Rotary(), inputs))
     ((out,),) = run(program, inputs, 1)
     torch.testing.assert_close(out, Rotary()(**inputs), rtol=0, atol=1e-6)
 
@@ -143,7 +144,7 @@ def test_every_output_is_a_tensor_of_its_own() -> None:
             return {"y": y, "again": y, "input": x, "none": None}
 
     inputs = {"x": torch.randn(2, 3), "unused": torch.ones(1)}
-    program = lower(trace(Returns(), inputs, {}, axis_of(1))[0])
+    program = lower(traced(Returns(), inputs))
     interpreter = network_of(specialise(program, 0))  # it holds the weights of its network
     network = read_network(interpreter.ctx.net)
     assert [b.name for b in network.inputs] == ["x", "unused"]

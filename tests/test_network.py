@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+from conftest import axis_of, rewritten, tiny, tiny_inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert import ops
@@ -19,9 +19,6 @@ from cp_convert.engine.runtime import trt
 from cp_convert.errors import BuildFailed
 from cp_convert.load import cast_inputs, cast_module
 from cp_convert.program import Binding, Lowered
-from cp_convert.rewrite import rewrite
-from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 pytestmark = pytest.mark.engine
 
@@ -33,8 +30,8 @@ def program(name: str, world: int, dtype: torch.dtype = torch.float16) -> Lowere
     prepare(BACKENDS["tensorrt-rtx"])
     module = tiny()
     cast_module(module, dtype)
-    traced, _ = trace(module, cast_inputs(tiny_inputs(), dtype), TINY_PLAN, axis_of(world))
-    return lower(rewrite(traced, STRATEGIES[name], name, axis_of(world))[0])
+    inputs = cast_inputs(tiny_inputs(), dtype)
+    return lower(rewritten(module, inputs, name, world).rewritten)
 
 
 def layers(network: Any) -> Counter[str]:

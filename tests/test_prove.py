@@ -2,24 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, TinyAttention, axis_of, sharpened, tiny, tiny_inputs
+from conftest import TINY_PLAN, TinyAttention, rewritten, sharded, sharpened, tiny, tiny_inputs
 from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_inputs, cast_module
-from cp_convert.prove import Proof, Stages, prove
+from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import FLOOR
-from cp_convert.rewrite import rewrite
-from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 Sabotage = Callable[[fx.Graph], None]
 
@@ -35,12 +31,10 @@ def proven(
     rtol: float | None = None,
 ) -> Proof:
     """Prove the rewritten program, after ``sabotage`` has edited its graph."""
-    local, _ = trace(module, inputs, plan, axis_of(world))
-    rewritten, outcomes = rewrite(local, STRATEGIES[name], name, axis_of(world))
+    stages = rewritten(module, inputs, name, world, plan)
     if sabotage is not None:
-        sabotage(rewritten.graph_module.graph)
-    sites = [(o.site, o.node) for o in outcomes]
-    return prove(module, inputs, Stages(local, rewritten, rewritten, sites, world), rtol=rtol)
+        sabotage(stages.rewritten.graph_module.graph)
+    return prove(measure(module, inputs), inputs, stages, rtol=rtol)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -163,32 +157,6 @@ def test_the_first_attention_that_differs_is_named() -> None:
     assert "conftest.py" in (caught.value.where or "")
 
 
-def test_a_plan_that_misses_a_mean_over_tokens_fails() -> None:
-    class Mean(TinyAttention):
-        def forward(self, x: Tensor, text: Tensor) -> Tensor:
-            return super().forward(x - x.mean(dim=1, keepdim=True), text)
-
-    torch.manual_seed(0)
-    with pytest.raises(ProofFailed, match="every rank is beyond the bound"):
-        proven(sharpened(Mean()), tiny_inputs())
-
-
-def test_text_that_is_whole_but_joined_with_sharded_tokens_fails() -> None:
-    """The replicated part would enter the attention once for every rank."""
-
-    class Joint(TinyAttention):
-        def forward(self, x: Tensor, text: Tensor) -> Tensor:
-            joined = torch.cat((self.enter(text), self.enter(x)), dim=1)
-            q, k, v = self.qkv(joined).unflatten(-1, (3, 12, -1)).permute(2, 0, 3, 1, 4)
-            out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            return self.leave(out[:, text.shape[1] :])
-
-    torch.manual_seed(0)
-    for name in STRATEGY_NAMES:
-        with pytest.raises(ProofFailed, match="went astray"):
-            proven(sharpened(Joint()), tiny_inputs(), name)
-
-
 def test_a_model_whose_attention_does_not_matter_proves_nothing() -> None:
     module = tiny()
     with torch.no_grad():
@@ -234,21 +202,15 @@ def test_ranks_do_not_see_one_anothers_writes() -> None:
 
     x = torch.randn(4, 4)
     plan = {"": {"x": ContextParallelInput(0)}}
-    program, _ = trace(Interleaved(), {"x": x}, plan, axis_of(2))
-    parts = torch.cat([out for (out,) in run(program, {"x": x}, 2)])
-    torch.testing.assert_close(parts, x.unflatten(-1, (2, 2)).transpose(1, 2).flatten(1))
+    program = sharded(Interleaved(), {"x": x}, plan, 2).program
+    ((out,), _) = run(program, {"x": x}, 2)
+    torch.testing.assert_close(out, x.unflatten(-1, (2, 2)).transpose(1, 2).flatten(1))
 
 
 def test_what_all_ranks_have_in_common_is_computed_once() -> None:
-    program, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(4))
+    program = rewritten(tiny(), tiny_inputs(), "ulysses", 4).control
     common: dict[str, bool] = {}
     run(program, tiny_inputs(), 4, watch=lambda n, v: common.update({n.name: v.is_common}))
     sharded = {"shard", "scaled_dot_product_attention"}
     assert all(not common[name] for name in sharded)
     assert common["linear_3"], "the text's projection does not depend on the rank"
-
-
-def test_stages_are_plain_data() -> None:
-    local, _ = trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(2))
-    stages = Stages(local, local, local, [], 2)
-    assert replace(stages, world=3).world == 3

@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+from conftest import rewritten, tiny, tiny_inputs
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -27,12 +27,9 @@ from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_inputs, cast_module
 from cp_convert.network import Layer, Network
 from cp_convert.program import Lowered
-from cp_convert.prove import Proof, Stages, flat_inputs, prove, prove_networks
+from cp_convert.prove import Proof, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.layers import LAYERS
 from cp_convert.prove.replay import replay
-from cp_convert.rewrite import rewrite
-from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 pytestmark = pytest.mark.engine
 prepare(BACKENDS["tensorrt-rtx"])
@@ -282,11 +279,9 @@ def prepared(
     module = tiny()
     cast_module(module, dtype)
     inputs = cast_inputs(tiny_inputs(), dtype)
-    local, _ = trace(module, inputs, TINY_PLAN, axis_of(world))
-    rewritten, outcomes = rewrite(local, STRATEGIES[name], name, axis_of(world))
-    lowered = lower(rewritten)
-    sites = [(o.site, o.node) for o in outcomes]
-    proof = prove(module, inputs, Stages(local, rewritten, lowered, sites, world))
+    stages = rewritten(module, inputs, name, world)
+    lowered = lower(stages.rewritten)
+    proof = prove(measure(module, inputs), inputs, replace(stages, lowered=lowered))
     networks: list[Network] = []
     for rank in range(world):
         interpreter = network_of(specialise(lowered, rank))
@@ -436,11 +431,9 @@ def test_constants_that_lowering_rounded_are_told_from_faults() -> None:
     module = Table().eval()
     cast_module(module, torch.float16)
     inputs = cast_inputs(tiny_inputs(), torch.float16)
-    local, _ = trace(module, inputs, plan, axis_of(2))
-    rewritten, outcomes = rewrite(local, STRATEGIES["ring"], "ring", axis_of(2))
-    lowered = lower(rewritten)
-    sites = [(o.site, o.node) for o in outcomes]
-    proof = prove(module, inputs, Stages(local, rewritten, lowered, sites, 2))
+    stages = rewritten(module, inputs, "ring", 2, plan)
+    lowered = lower(stages.rewritten)
+    proof = prove(measure(module, inputs), inputs, replace(stages, lowered=lowered))
     interpreters = [network_of(specialise(lowered, rank)) for rank in range(2)]
     networks = [read_network(interpreter.ctx.net) for interpreter in interpreters]
     flat = flat_inputs(lowered, inputs)

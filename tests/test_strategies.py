@@ -1,5 +1,7 @@
 """Every strategy by itself: numerics, dependence on other ranks, collectives, memory."""
 
+import math
+
 import pytest
 import torch
 from conftest import axis_of
@@ -9,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from cp_convert import ops
 from cp_convert.job import STRATEGY_NAMES
+from cp_convert.layout import Layout
 from cp_convert.program import Binding, Lowered
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.strategies import STRATEGIES, Site
@@ -23,13 +26,24 @@ def sdpa_inputs(batch: int = 2) -> list[Tensor]:
     return [torch.randn(batch, HEADS, SEQUENCE, DIM, generator=generator) * s for s in scales]
 
 
+def site_of(world: int, **changes: object) -> Site:
+    layout = Layout.even([SEQUENCE], world)
+    values: dict[str, object] = {
+        "index": 0, "module": "blocks.0.attn", "source": None, "batch": 2, "heads": HEADS,
+        "kv_heads": HEADS, "head_dim": DIM, "queries": layout.local, "keys": layout.local,
+        "query_layout": layout, "key_layout": layout,
+    }  # fmt: skip
+    return Site(**{**values, **changes})  # type: ignore[arg-type]
+
+
 def program(name: str, world: int, like: list[Tensor], scale: float | None = None) -> Lowered:
     """The strategy alone: shards its three inputs, attends, gathers the output."""
     axis = axis_of(world)
+    site = site_of(world, scale=scale, kv_heads=like[1].shape[1])
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [ops.shard(x, 2, axis) for x in (q, k, v)]
-        out = STRATEGIES[name].attend(*parts, scale=scale, axis=axis)
+        out = STRATEGIES[name].attend(*parts, None, site=site, axis=axis)
         return ops.all_gather(out.movedim(2, 0), axis).movedim(0, 2)
 
     with torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
@@ -142,29 +156,49 @@ def test_half_precision_loses_no_more_than_the_dense_attention(
         assert (out - truth).norm() / truth.norm() <= 1.5 * loss
 
 
-def site(**changes: object) -> Site:
-    values: dict[str, object] = {
-        "index": 0, "module": "blocks.0.attn", "source": None, "batch": 1, "heads": 12,
-        "kv_heads": 12, "head_dim": 16, "queries": 6, "keys": 6, "queries_sharded": True,
-        "keys_sharded": True, "world": 4, "mask": False, "causal": False,
-    }  # fmt: skip
-    return Site(**{**values, **changes})  # type: ignore[arg-type]
-
-
 def test_only_ulysses_is_limited() -> None:
     for name in STRATEGY_NAMES:
-        assert STRATEGIES[name].why_not(site(), axis_of(4)) is None
+        assert STRATEGIES[name].why_not(site_of(4), axis_of(4)) is None
     for name in ("ring", "allgather-kv"):
-        assert STRATEGIES[name].why_not(site(heads=5, queries_sharded=False), axis_of(4)) is None
+        assert STRATEGIES[name].why_not(site_of(4, heads=3), axis_of(4)) is None
 
 
 def test_ulysses_says_why_not() -> None:
-    refusal = STRATEGIES["ulysses"].why_not(site(heads=6), axis_of(4))
+    refusal = STRATEGIES["ulysses"].why_not(site_of(4, heads=3), axis_of(4))
     assert refusal is not None
-    assert refusal.reason == "6 heads do not divide among 4 ranks."
+    assert refusal.reason == "3 heads are fewer than the 4 ranks."
     assert refusal.hint is not None
     assert "ring" in refusal.hint
     assert "allgather-kv" in refusal.hint
-    refusal = STRATEGIES["ulysses"].why_not(site(queries_sharded=False), axis_of(4))
-    assert refusal is not None
-    assert "whole on every rank" in refusal.reason
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("name", "heads_sent"),
+    [
+        # heads of K (and of V) that a rank sends a token's worth of, to how many others
+        ("allgather-kv", lambda kv, w: kv * (w - 1)),
+        ("ring", lambda kv, w: kv * (w - 1)),
+        ("ulysses", lambda kv, w: math.lcm(kv, w) * (w - 1) / w),
+    ],
+)
+def test_grouped_keys_move_no_more_bytes_than_they_must(  # type: ignore[no-untyped-def]
+    name, heads_sent, kv_heads: int, world: int
+) -> None:
+    from cp_convert.describe import bytes_sent
+
+    q, k, v = sdpa_inputs()
+    qkv = [q, k[:, :kv_heads].contiguous(), v[:, :kv_heads].contiguous()]
+    lowered = program(name, world, qkv)
+    dense = torch.nn.functional.scaled_dot_product_attention(*qkv, enable_gqa=True)
+    for out in outputs(lowered, world, *qkv):
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5 * dense.abs().max().item())
+    payload = [(n, n.args[0].meta["val"]) for n in collectives(lowered)]  # type: ignore[union-attr]
+    sent = sum(
+        bytes_sent(str(n.target).split(".")[1].upper(), x.numel() * 4, world) for n, x in payload
+    )
+    token_head = 2 * SEQUENCE // world * DIM * 4  # batch, local tokens, numbers of 4 bytes
+    if name == "ulysses":  # Q and O travel as well
+        sent -= round(2 * HEADS * (world - 1) / world * token_head)
+    assert sent == pytest.approx(2 * heads_sent(kv_heads, world) * token_head)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, axis_of, tiny, tiny_inputs
+from conftest import TINY_PLAN, sharded, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
@@ -39,7 +39,7 @@ class Nested(nn.Module):
 def test_bindings_are_named_after_arguments_and_fields() -> None:
     t = torch.ones(2, 4)
     inputs = {"x": t, "pair": (t, t), "options": {"deep": t}, "scale": 2.0, "nothing": None}
-    program, _ = trace(Nested(), inputs, {}, axis_of(1))
+    program, _ = trace(Nested(), inputs, {})
     assert [b.name for b in program.inputs] == ["x", "pair.0", "pair.1", "options.deep"]
     assert [b.name for b in program.outputs] == ["sample", "extra.0", "extra.1"]
     assert [(c.name, c.value) for c in program.frozen] == [("scale", 2.0), ("nothing", None)]
@@ -50,7 +50,7 @@ def test_bindings_are_named_after_arguments_and_fields() -> None:
     [(nn.Identity(), ["output"]), (nn.Softmax(-1), ["output"])],
 )
 def test_a_single_output_is_called_output(module: nn.Module, names: list[str]) -> None:
-    program, _ = trace(module, {"input": torch.ones(2, 4)}, {}, axis_of(1))
+    program, _ = trace(module, {"input": torch.ones(2, 4)}, {})
     assert [b.name for b in program.outputs] == names
 
 
@@ -62,11 +62,11 @@ def test_the_plan_is_reported_as_it_was_met() -> None:
         },
         "leave": ContextParallelOutput(1),
     }
-    _, applied = trace(tiny(), tiny_inputs(), plan, axis_of(4))
-    assert [(a.cut.tensor, a.global_size, a.local_size, a.reason) for a in applied] == [
-        ("input x", 24, 6, None),
-        ("input text", None, None, "has 3 dimensions, the plan expects 2"),
-        ("output 0", 24, 6, None),
+    _, applied = trace(tiny(), tiny_inputs(), plan)
+    assert [(a.cut.tensor, a.global_size, a.reason) for a in applied] == [
+        ("input x", 24, None),
+        ("input text", None, "has 3 dimensions, the plan expects 2"),
+        ("output 0", 24, None),
     ]
 
 
@@ -96,22 +96,19 @@ def test_lists_of_tensors_and_outputs_are_split() -> None:
             "tables": [ContextParallelInput(0, expected_dims=9), ContextParallelInput(0)],
         },
     }
-    program, applied = trace(Model(), {"x": x, "table": table}, plan, axis_of(2))
-    parts = [out for (out,) in run(program, {"x": x, "table": table}, 2)]
-    torch.testing.assert_close(torch.cat(parts), x * table.cos() + table)
+    inputs = {"x": x, "table": table}
+    _, applied = trace(Model(), inputs, plan)
     assert sum(a.reason is not None for a in applied) == 1
+    found = sharded(Model(), inputs, plan, 2)
+    assert sum(move.kind == "split" for move in found.moves) >= 2
+    for (out,) in run(found.program, inputs, 2):
+        torch.testing.assert_close(out, x * table.cos() + table)
 
 
 def test_hooks_are_gone_afterwards() -> None:
     module = tiny()
-    trace(module, tiny_inputs(), TINY_PLAN, axis_of(2))
+    trace(module, tiny_inputs(), TINY_PLAN)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
-
-
-def test_a_length_that_does_not_divide_is_named() -> None:
-    with pytest.raises(CannotShard, match=r"input x has 24 tokens .* among 5 ranks") as caught:
-        trace(tiny(), tiny_inputs(), TINY_PLAN, axis_of(5))
-    assert "divides 24" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -121,23 +118,24 @@ def test_a_length_that_does_not_divide_is_named() -> None:
         ({"leave": {3: ContextParallelInput(1, split_output=True)}}, "there are 1 outputs"),
         ({"": {"x": ContextParallelInput(1, expected_dims=7)}}, "nothing would be sharded"),
         ({"leave": ContextParallelOutput(1)}, "nothing would be sharded"),
+        ({"enterr": {"input": ContextParallelInput(1)}}, "a module 'enterr' that the model"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(plan: Mapping[str, Any], message: str) -> None:
     with pytest.raises(CannotShard, match=message):
-        trace(tiny(), tiny_inputs(), plan, axis_of(2))
+        trace(tiny(), tiny_inputs(), plan)
 
 
 def test_inputs_that_do_not_fit_forward_show_its_signature() -> None:
     with pytest.raises(CannotTrace, match="missing a required argument: 'text'") as caught:
-        trace(tiny(), {"x": torch.ones(1, 24, 8)}, {}, axis_of(1))
+        trace(tiny(), {"x": torch.ones(1, 24, 8)}, {})
     assert "forward(x: 'Tensor', text: 'Tensor')" in (caught.value.hint or "")
 
 
 def test_wrong_shapes_show_the_models_line() -> None:
     inputs = {**tiny_inputs(), "x": torch.ones(1, 24, 9)}
     with pytest.raises(CannotTrace) as caught:
-        trace(tiny(), inputs, {}, axis_of(1))
+        trace(tiny(), inputs, {})
     assert "conftest.py" in (caught.value.where or "")
 
 
@@ -150,5 +148,5 @@ class Branch(nn.Module):
 
 def test_a_data_dependent_branch_is_refused_with_its_line() -> None:
     with pytest.raises(CannotTrace) as caught:
-        trace(Branch(), {"x": torch.ones(2)}, {}, axis_of(1))
+        trace(Branch(), {"x": torch.ones(2)}, {})
     assert "test_trace.py" in (caught.value.where or "")

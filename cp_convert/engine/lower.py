@@ -1,4 +1,4 @@
-"""A program in core operators, then in TensorRT's; at last each rank's own."""
+"""A program in TensorRT's operators, once for all ranks; then each rank's own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
-from torch.export.graph_signature import ExportGraphSignature
 
 from .. import ops
 from ..errors import CannotLower
@@ -18,54 +17,14 @@ from ..mesh import split_groups
 from ..program import (
     Binding,
     Lowered,
-    Program,
     copied,
-    hold,
     module_path,
     source_line,
-    state_of,
     tensor_of,
 )
-from .complexes import without_complex
-from .passes import interleave_strided_writes, simplify
-from .runtime import DYNAMO_CONVERTERS, decompositions, post_lowering, settings
+from .runtime import DYNAMO_CONVERTERS, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default
-
-
-def decompose(program: Program) -> Lowered:
-    """``program`` in core operators, functional, still whole and the same for every world.
-
-    Parameters stay placeholders, so that they are neither copied nor folded; buffers and
-    constants become attributes, which may be folded.
-
-    Raises:
-        CannotLower: forward writes to its own state.
-    """
-    with _quiet():
-        exported = program.exported.run_decompositions(decompositions())
-    signature = exported.graph_signature
-    _check_mutation(signature)
-    state = state_of(exported)
-    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
-    inputs = {binding.node for binding in program.inputs}
-    for node in list(graph_module.graph.find_nodes(op="placeholder")):
-        if node.name in inputs or node.name in signature.inputs_to_parameters:
-            continue
-        if node.name in state:
-            hold(graph_module, node, state[node.name])
-        else:
-            graph_module.graph.erase_node(node)
-    interleave_strided_writes(graph_module.graph)
-    simplify(graph_module.graph)
-    without_complex(graph_module)
-    graph_module.recompile()
-    parameters = {n: state[n] for n in signature.inputs_to_parameters}
-    # An output that is not returned as a tensor of its own (a constant, None) has no binding.
-    returned = [v for v in _flat(graph_module.graph.output_node().args[0])]
-    names = [v.name for v in returned if isinstance(v, fx.Node)]
-    outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
-    return Lowered(graph_module, parameters, program.inputs, outputs)
 
 
 def lower(program: Lowered) -> Lowered:
@@ -76,28 +35,59 @@ def lower(program: Lowered) -> Lowered:
     """
     module = program.graph_module
     own = fx.GraphModule(module, copied(module.graph))
+    _truncate_doubles(own)
     with _quiet():
         own = post_lowering(own, settings())
         _make_contiguous(own)
+        _as_tensors(own.graph)
     lowered = Lowered(own, program.state, program.inputs, _outputs(program, own))
     _check_converters(lowered)
     return lowered
+
+
+def _truncate_doubles(graph_module: fx.GraphModule) -> None:
+    """TensorRT has no float64: what was not folded in it (rotary arithmetic) becomes float32."""
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(graph_module, str(node.target))
+            if value.dtype != torch.float64:
+                continue
+            name = f"{node.target}_float32"
+            graph_module.register_buffer(name, value.float(), persistent=False)
+            node.target = name
+        if node.op == "call_function":
+            node.args, node.kwargs = fx.node.map_aggregate(
+                (node.args, node.kwargs), lambda a: torch.float32 if a is torch.float64 else a
+            )
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dtype == torch.float64 and node.op != "placeholder":
+            node.meta["val"] = value.float()
+
+
+_ACTIVATIONS: Final = (
+    torch.ops.aten.tanh.default,
+    torch.ops.aten.sigmoid.default,
+    torch.ops.aten.relu.default,
+    torch.ops.aten.gelu.default,
+    torch.ops.aten.clamp.default,
+)
+
+
+def _as_tensors(graph: fx.Graph) -> None:
+    """Torch-TensorRT's activations refuse a bare weight (a gate, say); an identity makes it one."""
+    for node in list(graph.nodes):
+        if node.target in _ACTIVATIONS and node.args[0].op in ("placeholder", "get_attr"):
+            weight = node.args[0]
+            with graph.inserting_before(node):
+                tensor = graph.call_function(torch.ops.cp.result.default, (weight,))
+            tensor.meta = dict(weight.meta)
+            node.args = (tensor, *node.args[1:])
 
 
 def _make_contiguous(graph_module: fx.GraphModule) -> None:
     """Torch-TensorRT copies other layouts and forgets the copy before TensorRT has read it."""
     for tensor in [*graph_module.parameters(), *graph_module.buffers()]:
         tensor.data = tensor.data.contiguous()
-
-
-def _check_mutation(signature: ExportGraphSignature) -> None:
-    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
-    if mutated:
-        raise CannotLower(
-            f"forward writes to {', '.join(sorted(set(mutated.values())))}, "
-            "which an engine cannot do.",
-            hint="return the new value instead of assigning it.",
-        )
 
 
 @contextmanager

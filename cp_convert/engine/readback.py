@@ -200,6 +200,15 @@ def _address_of(weights: Any) -> int:
     return int(native.values)
 
 
+def _deconvolution(layer: Any, pool: _Pool) -> dict[str, Any]:
+    read = _convolution(layer, pool)
+    if "kernel" in read:
+        outputs = layer.num_output_maps // layer.num_groups
+        shape = (layer.get_input(0).shape[1], outputs, *tuple(layer.kernel_size_nd))
+        read["kernel"] = read["kernel"].reshape(shape)
+    return read
+
+
 def _convolution(layer: Any, pool: _Pool) -> dict[str, Any]:
     names = ("stride_nd", "dilation_nd", "pre_padding", "post_padding", "num_groups")
     read = dict(_plain(*names, "padding_mode", "num_output_maps", "kernel_size_nd")(layer, pool))
@@ -257,6 +266,7 @@ _READERS: Final[Mapping[str, tuple[Any, Attributes]]] = {
     "CONCATENATION": (trt.IConcatenationLayer, _plain("axis")),
     "CONSTANT": (trt.IConstantLayer, _constant),
     "CONVOLUTION": (trt.IConvolutionLayer, _convolution),
+    "DECONVOLUTION": (trt.IDeconvolutionLayer, _deconvolution),
     "DIST_COLLECTIVE": (trt.IDistCollectiveLayer, _collective),
     "ELEMENTWISE": (trt.IElementWiseLayer, _plain("op")),
     "GATHER": (trt.IGatherLayer, _plain("axis", "mode", "num_elementwise_dims")),
@@ -266,7 +276,22 @@ _READERS: Final[Mapping[str, tuple[Any, Attributes]]] = {
         trt.INormalizationLayer,
         _plain("axes", "epsilon", "num_groups", "is_v2"),
     ),
+    "POOLING": (
+        trt.IPoolingLayer,
+        lambda layer, pool: {
+            "type": trt.IPoolingLayer.type.fget(layer).name,
+            **_plain(
+                "window_size_nd",
+                "stride_nd",
+                "pre_padding",
+                "post_padding",
+                "padding_mode",
+                "average_count_excludes_padding",
+            )(layer, pool),
+        },
+    ),
     "REDUCE": (trt.IReduceLayer, _plain("op", "axes", "keep_dims")),
+    "SCATTER": (trt.IScatterLayer, _plain("mode", "axis")),
     "SELECT": (trt.ISelectLayer, _plain()),
     "SHAPE": (trt.IShapeLayer, _plain()),
     "SHUFFLE": (trt.IShuffleLayer, _shuffle),

@@ -1,14 +1,16 @@
 """Proof that all ranks together compute what the model computes."""
 
 from .network import NetworkProof, prove_networks
-from .program import Error, Proof, Stages, flat_inputs, prove
+from .program import Error, Proof, Stages, Truth, flat_inputs, measure, prove
 
 __all__ = [
     "Error",
     "NetworkProof",
     "Proof",
     "Stages",
+    "Truth",
     "flat_inputs",
+    "measure",
     "prove",
     "prove_networks",
 ]

@@ -159,20 +159,34 @@ def _slice(layer: Layer, values: Values) -> Tensor:
         _list_at(values, index, p[name])
         for index, name in ((1, "start"), (2, "shape"), (3, "stride"), (5, "axes"))
     )
-    if p["mode"] != "STRICT_BOUNDS":
-        raise ProofFailed(f"{layer.name}: a slice with mode {p['mode']} is not understood.")
+    mode = p["mode"]
+    if mode not in ("STRICT_BOUNDS", "CLAMP", "WRAP", "FILL"):
+        raise ProofFailed(f"{layer.name}: a slice with mode {mode} is not understood.")
     dims = range(x.dim()) if axes is None else [axis % x.dim() for axis in axes]
     for dim, first, count, step in zip(dims, start, size, stride, strict=True):
-        index = first + step * torch.arange(count, device=x.device)
-        if count and not 0 <= int(index.min()) <= int(index.max()) < x.shape[dim]:
+        index, length = first + step * torch.arange(count, device=x.device), x.shape[dim]
+        if mode == "WRAP":
+            index = index % length
+        beyond = (index < 0) | (index >= length)
+        if mode == "STRICT_BOUNDS" and bool(beyond.any()):
             raise ProofFailed(f"{layer.name} reads beyond dimension {dim} of {list(x.shape)}.")
-        if step == 0:
-            x = x.narrow(dim, first, 1).expand(*x.shape[:dim], count, *x.shape[dim + 1 :])
-        elif step == 1:
-            x = x.narrow(dim, first, count)
-        else:
-            x = x.index_select(dim, index)
+        x = _taken(x, dim, index.clamp(0, length - 1), step)
+        if mode == "FILL" and bool(beyond.any()):
+            fill = values[4] if len(values) > 4 else None
+            shape = [-1 if d == dim else 1 for d in range(x.dim())]
+            x = torch.where(beyond.reshape(shape), 0 if fill is None else fill.to(x.dtype), x)
     return x
+
+
+def _taken(x: Tensor, dim: int, index: Tensor, step: int) -> Tensor:
+    """A view where there is one."""
+    count = len(index)
+    if count and step == 0:
+        first = int(index[0])
+        return x.narrow(dim, first, 1).expand(*x.shape[:dim], count, *x.shape[dim + 1 :])
+    if count and step == 1 and int(index[-1]) - int(index[0]) == count - 1:
+        return x.narrow(dim, int(index[0]), count)
+    return x.index_select(dim, index)
 
 
 def _list_at(values: Values, index: int, attribute: Any) -> Any:
@@ -189,12 +203,24 @@ def _concatenation(layer: Layer, values: Values) -> Tensor:
 def _normalization(layer: Layer, values: Values) -> Tensor:
     """``(x - mean) / sqrt(variance + epsilon) * scale + bias`` over the masked axes."""
     p = layer.parameters
-    if p["num_groups"] != 1:
-        raise ProofFailed(f"{layer.name}: group normalization is not understood.")
     x, scale, bias = (_given(values, i).float() for i in range(3))
+    if p["num_groups"] != 1:
+        return _group_normalization(x, scale, bias, p["num_groups"], p["epsilon"])
     dims = _dims(p["axes"], x.dim())
     variance, mean = torch.var_mean(x, dim=dims, correction=0, keepdim=True)
     return (x - mean) / torch.sqrt(variance + p["epsilon"]) * scale + bias
+
+
+def _group_normalization(
+    x: Tensor, scale: Tensor, bias: Tensor, groups: int, epsilon: float
+) -> Tensor:
+    """Channels (dimension 1) in groups, each normalized on its own; one scale and bias a group."""
+    parts = x.unflatten(1, (groups, -1))
+    variance, mean = torch.var_mean(
+        parts, dim=list(range(2, parts.dim())), correction=0, keepdim=True
+    )
+    normal = (parts - mean) / torch.sqrt(variance + epsilon)
+    return (normal * scale.unsqueeze(2) + bias.unsqueeze(2)).flatten(1, 2)
 
 
 def _reduce(layer: Layer, values: Values) -> Tensor:
@@ -257,12 +283,9 @@ def _convolution(layer: Layer, values: Values) -> Tensor:
     x = _given(values, 0)
     kernel = _given(values, 1) if len(values) > 1 else p["kernel"]
     bias = _given(values, 2) if len(values) > 2 else p["bias"]
-    pads = [n for pair in zip(p["pre_padding"], p["post_padding"], strict=True) for n in pair][::-1]
-    # functional.pad wants the last dimension first, each as (before, after).
-    pads = [n for i in range(0, len(pads), 2) for n in (pads[i + 1], pads[i])]
     spatial = len(p["stride_nd"])
     convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[spatial]
-    x = functional.pad(x, pads)
+    x = functional.pad(x, _pads(p))
     bias = None if bias is None else bias.to(x.dtype)
     return convolve(
         x,
@@ -272,6 +295,70 @@ def _convolution(layer: Layer, values: Values) -> Tensor:
         dilation=p["dilation_nd"],
         groups=p["num_groups"],
     )
+
+
+def _pads(p: Mapping[str, Any]) -> list[int]:
+    """Padding as functional.pad wants it: the last dimension first, each as (before, after)."""
+    pairs = list(zip(p["pre_padding"], p["post_padding"], strict=True))
+    return [n for pair in reversed(pairs) for n in pair]
+
+
+def _deconvolution(layer: Layer, values: Values) -> Tensor:
+    p = layer.parameters
+    if p["padding_mode"] != "EXPLICIT_ROUND_DOWN":
+        raise ProofFailed(f"{layer.name}: padding mode {p['padding_mode']} is not understood.")
+    x = _given(values, 0)
+    kernel = _given(values, 1) if len(values) > 1 else p["kernel"]
+    bias = _given(values, 2) if len(values) > 2 else p["bias"]
+    spatial = len(p["stride_nd"])
+    spread = {
+        1: functional.conv_transpose1d,
+        2: functional.conv_transpose2d,
+        3: functional.conv_transpose3d,
+    }[spatial]
+    whole = spread(
+        x,
+        kernel.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        stride=p["stride_nd"],
+        dilation=p["dilation_nd"],
+        groups=p["num_groups"],
+    )
+    # Here padding takes away from the result.
+    return functional.pad(whole, [-n for n in _pads(p)])
+
+
+def _pooling(layer: Layer, values: Values) -> Tensor:
+    p = layer.parameters
+    if p["padding_mode"] != "EXPLICIT_ROUND_DOWN" or p["type"] not in ("MAX", "AVERAGE"):
+        raise ProofFailed(f"{layer.name}: {p['type']} pooling is not understood.")
+    if p["pre_padding"] != p["post_padding"]:
+        raise ProofFailed(f"{layer.name}: one-sided padding is not understood.")
+    spatial, x = len(p["window_size_nd"]), _given(values, 0)
+    window = {
+        "kernel_size": p["window_size_nd"],
+        "stride": p["stride_nd"],
+        "padding": p["pre_padding"],
+    }
+    if p["type"] == "MAX":
+        pool = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+        result: Tensor = pool[spatial](x, **window)
+        return result
+    mean = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+    counted = not p["average_count_excludes_padding"]
+    averaged: Tensor = mean[spatial](x, **window, count_include_pad=counted)
+    return averaged
+
+
+def _scatter(layer: Layer, values: Values) -> Tensor:
+    """``ND``: rows of updates at indices; ``ELEMENT``: numbers at indices along one axis."""
+    p = layer.parameters
+    data, indices, updates = (_given(values, i) for i in range(3))
+    if p["mode"] == "ELEMENT":
+        return data.scatter(p["axis"], indices.long(), updates)
+    if p["mode"] != "ND":
+        raise ProofFailed(f"{layer.name}: the SCATTER mode {p['mode']} is not understood.")
+    return data.index_put(tuple(indices.long().unbind(-1)), updates)
 
 
 def _attention(layer: Layer, values: Values) -> Tensor:
@@ -285,9 +372,13 @@ def _attention(layer: Layer, values: Values) -> Tensor:
     for name, value in understood.items():
         if p[name] != value:
             raise ProofFailed(f"{layer.name}: attention with {name} {p[name]} is not understood.")
-    if p["causal_kind"] != "NONE" or p["num_ranks"] != 1:
-        raise ProofFailed(f"{layer.name}: causal or multi-device attention is not understood.")
     q, k, v = (_given(values, i) for i in range(3))
+    # The kinds differ in where the diagonal begins, which is the same in a square.
+    causal = p["causal_kind"] in ("LOWER_RIGHT", "UPPER_LEFT")
+    if (causal and q.shape[2] != k.shape[2]) or (not causal and p["causal_kind"] != "NONE"):
+        raise ProofFailed(f"{layer.name}: attention, {p['causal_kind']}, is not understood.")
+    if p["num_ranks"] != 1:
+        raise ProofFailed(f"{layer.name}: multi-device attention is not understood.")
     mask = values[3]
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(
@@ -303,6 +394,9 @@ LAYERS: Final[Mapping[str, Callable[[Layer, Values], Tensor]]] = {
     "CONCATENATION": _concatenation,
     "CONSTANT": _constant,
     "CONVOLUTION": _convolution,
+    "DECONVOLUTION": _deconvolution,
+    "POOLING": _pooling,
+    "SCATTER": _scatter,
     "ELEMENTWISE": _elementwise,
     "GATHER": _gather,
     "IDENTITY": _identity,

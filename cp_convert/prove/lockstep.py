@@ -6,7 +6,6 @@ A value that is the same on every rank is computed once and held once; the weigh
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ops
-from ..program import Executable
+from ..program import Executable, written_in_place
 
 Watch = Callable[[fx.Node, "PerRank"], None]
 
@@ -62,7 +61,7 @@ def run(
     env: dict[fx.Node, PerRank] = {}
     bound = {b.node: inputs[b.name] for b in program.inputs}
     graph = program.graph_module.graph
-    dying, own = _last_uses(graph), _written_in_place(graph)
+    dying, own = _last_uses(graph), written_in_place(graph)
     results: list[list[Tensor]] = []
     with torch.no_grad(), HalfMatmulsInFloat32():
         for node in graph.nodes:
@@ -140,28 +139,6 @@ def _outputs(
     return [[env[n][rank] for n in wanted] for rank in range(world)]
 
 
-def _written_in_place(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that a later operator writes into, and what they are views of.
-
-    Every rank needs its own: ranks that shared one would see one another's writes.
-    """
-    written: set[fx.Node] = set()
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
-            if argument.is_write:
-                _add_with_base(value, written)
-    return written
-
-
-def _add_with_base(node: Any, written: set[fx.Node]) -> None:
-    while isinstance(node, fx.Node) and node not in written:
-        written.add(node)
-        schema = getattr(node.target, "_schema", None)
-        is_view = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        node = node.args[0] if is_view or node.target is operator.getitem else None
-
-
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For every node, the nodes whose values are not needed after it."""
     last: dict[fx.Node, fx.Node] = {}
@@ -191,6 +168,8 @@ class HalfMatmulsInFloat32(TorchDispatchMode):
 
     A CPU without half-precision units is several times faster this way, and nearer to a GPU.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

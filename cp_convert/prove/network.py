@@ -54,7 +54,7 @@ def prove_networks(
             are not of one program.
     """
     start = time.perf_counter()
-    wide = replay(networks, inputs, widen=True)
+    wide = replay(networks, inputs, widen=not proof.is_wide)
     algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
     if not all(error.within(proof.algebra_bound) for error in algebra):
         _check_against_program(wide, inputs, proof, lowered)

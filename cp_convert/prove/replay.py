@@ -38,12 +38,14 @@ def replay(
     """
     world = len(networks)
     _check_alike(networks)
+    order = _order(networks[0])
     env: dict[str, PerRank] = {
         b.name: PerRank((_in(inputs[b.name], b.dtype, widen),)) for b in networks[0].inputs
     }
-    dying = _last_uses(networks[0])
+    dying = _last_uses(networks[0], order)
     with torch.no_grad(), HalfMatmulsInFloat32():
-        for position, layer in enumerate(networks[0].layers):
+        for position in order:
+            layer = networks[0].layers[position]
             alike = [network.layers[position] for network in networks]
             env[_result_of(layer)] = _run(alike, env, world, widen=widen)
             for name in dying.get(position, ()):
@@ -64,7 +66,8 @@ def _check_alike(networks: Sequence[Network]) -> None:
 
 
 def _result_of(layer: Layer) -> str:
-    assert len(layer.outputs) == 1, f"{layer.kind} with {len(layer.outputs)} outputs"
+    if len(layer.outputs) != 1:
+        raise ProofFailed(f"{layer.name}: a {layer.kind} of several results is not understood.")
     return layer.outputs[0].name
 
 
@@ -74,9 +77,29 @@ def _in(tensor: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
     return tensor.float() if widen and dtype in HALF else tensor
 
 
-def _last_uses(network: Network) -> dict[int, list[str]]:
+def _order(network: Network) -> list[int]:
+    """Every layer after what it reads; an attention's mask may be added after the attention."""
+    known = {binding.name for binding in network.inputs}
+    waiting, order = list(range(len(network.layers))), []
+    while waiting:
+        late = []
+        for position in waiting:
+            layer = network.layers[position]
+            if all(name in known for name in _reads(layer)):
+                order.append(position)
+                known.add(_result_of(layer))
+            else:
+                late.append(position)
+        if len(late) == len(waiting):
+            raise ProofFailed(f"{network.layers[late[0]].name} reads what no layer computes.")
+        waiting = late
+    return order
+
+
+def _last_uses(network: Network, order: Sequence[int]) -> dict[int, list[str]]:
     last: dict[str, int] = {}
-    for position, layer in enumerate(network.layers):
+    for position in order:
+        layer = network.layers[position]
         for name in (*_reads(layer), _result_of(layer)):
             last[name] = position
     kept = {b.name for b in network.outputs}

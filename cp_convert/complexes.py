@@ -5,8 +5,8 @@ written as ``view_as_real(view_as_complex(x) * freqs)`` become::
 
     (a + ib)(c + id)  ->  [a c - b d, a d + b c]
 
-Complex constants that are computed from other constants (tables of frequencies) are evaluated
-once, in their own precision, and stored.
+Tables of frequencies that are computed from constants have been evaluated before
+(:func:`.passes.fold_constants`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from ..errors import CannotLower
-from ..program import erase_dead, fake_mode_of, module_path, source_line
+from .errors import CannotLower
+from .links import arguments, with_argument
+from .program import erase_dead, fake_mode_of, module_path, source_line
 
 aten: Final = torch.ops.aten
 
@@ -32,7 +33,6 @@ def without_complex(graph_module: fx.GraphModule) -> int:
     graph = graph_module.graph
     if not any(_is_complex(n) for n in graph.nodes):
         return 0
-    _fold(graph_module)
     pairs = _Pairs(graph_module)
     count = 0
     for node in list(graph.nodes):
@@ -48,30 +48,6 @@ def without_complex(graph_module: fx.GraphModule) -> int:
 def _is_complex(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.dtype.is_complex
-
-
-def _fold(graph_module: fx.GraphModule) -> None:
-    """Evaluate complex values that depend on constants alone."""
-    graph = graph_module.graph
-    known: dict[fx.Node, Any] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            known[node] = graph_module.get_buffer(str(node.target))
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
-            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    for node in [n for n in known if n.op == "call_function" and _is_complex(n)]:
-        if any(user not in known or not _is_complex(user) for user in node.users):
-            name = f"_folded_{node.name}"
-            graph_module.register_buffer(name, known[node].clone(), persistent=False)
-            with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
-    erase_dead(graph)
 
 
 class _Pairs:
@@ -170,8 +146,6 @@ def _elementwise(pairs: _Pairs, node: fx.Node) -> fx.Node:
 
 def _moved(pairs: _Pairs, node: fx.Node) -> fx.Node:
     """Operators with one ``dim``, counted from the front before the pair is appended."""
-    from ..links import arguments, with_argument
-
     rank = node.all_input_nodes[0].meta["val"].dim()
     extra = 1 if node.target is aten.unsqueeze.default else 0
     dim = arguments(node)["dim"] % (rank + extra)

@@ -1,0 +1,67 @@
+"""A traced program in core operators, functional, free of complex numbers, constants folded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+from torch.export.graph_signature import ExportGraphSignature
+
+from .complexes import without_complex
+from .errors import CannotLower
+from .passes import fold_constants, interleave_strided_writes, simplify
+from .program import Lowered, Program, hold, state_of
+
+
+def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
+    """``program`` in core operators, functional, still whole and the same for every world.
+
+    Parameters stay placeholders, so that they are neither copied nor folded; buffers and
+    constants become attributes, which may be folded.
+
+    Args:
+        program: as it was traced.
+        table: the decompositions; the backend's, so that its converters know what is left.
+
+    Raises:
+        CannotLower: forward writes to its own state.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = program.exported.run_decompositions(dict(table))
+    signature = exported.graph_signature
+    _check_mutation(signature)
+    state = state_of(exported)
+    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    inputs = {binding.node for binding in program.inputs}
+    for node in list(graph_module.graph.find_nodes(op="placeholder")):
+        if node.name in inputs or node.name in signature.inputs_to_parameters:
+            continue
+        if node.name in state:
+            hold(graph_module, node, state[node.name])
+        else:
+            graph_module.graph.erase_node(node)
+    interleave_strided_writes(graph_module.graph)
+    simplify(graph_module.graph)
+    fold_constants(graph_module)
+    without_complex(graph_module)
+    graph_module.recompile()
+    parameters = {n: state[n] for n in signature.inputs_to_parameters}
+    # An output that is not returned as a tensor of its own (a constant, None) has no binding.
+    returned = list(graph_module.graph.output_node().args[0])
+    names = [v.name for v in returned if isinstance(v, fx.Node)]
+    outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
+    return Lowered(graph_module, parameters, program.inputs, outputs)
+
+
+def _check_mutation(signature: ExportGraphSignature) -> None:
+    mutated = {**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}
+    if mutated:
+        raise CannotLower(
+            f"forward writes to {', '.join(sorted(set(mutated.values())))}, "
+            "which an engine cannot do.",
+            hint="return the new value instead of assigning it.",
+        )

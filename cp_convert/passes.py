@@ -1,0 +1,268 @@
+"""Passes over a decomposed graph, before it is sharded."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from .program import erase_dead, tensor_of
+
+_SLICE_SCATTER = torch.ops.aten.slice_scatter.default
+_COPY = torch.ops.aten.copy.default
+
+
+def interleave_strided_writes(graph: fx.Graph) -> int:
+    """Turn strided writes that fill a tensor completely into one stack; returns how many.
+
+    Before and after, for rotary embeddings written as ``out[..., 0::2] = a; out[..., 1::2] = b``::
+
+        slice_scatter(slice_scatter(base, a, dim, 0, end, 2), b, dim, 1, end, 2)
+        reshape(stack([a, b], dim + 1), base.shape)
+
+    The base, a constant as large as the activation, and the scatters disappear.
+    """
+    done = 0
+    for node in reversed(list(graph.nodes)):
+        parts = _parts(node) if node.users else None
+        if parts is None:
+            continue
+        dim = _slice_arguments(node)[2]
+        with graph.inserting_before(node):
+            like = tensor_of(node)
+            sources = [_source(graph, part, like.dtype) for part in parts]
+            columns = [
+                _call(graph, torch.ops.aten.unsqueeze.default, source, dim + 1)
+                for source in sources
+            ]
+            stacked = _call(graph, torch.ops.aten.cat.default, columns, dim + 1)
+            result = _call(graph, torch.ops.aten.reshape.default, stacked, list(like.shape))
+        node.replace_all_uses_with(result)
+        _erase_chain(node)
+        done += 1
+    return done
+
+
+def fold_constants(graph_module: fx.GraphModule) -> None:
+    """Evaluate once, in its own precision, what depends on constants alone.
+
+    Half-precision values are left for later: with them, folding would round what the proof wants
+    to compute in float32.
+    """
+    graph = graph_module.graph
+    known: dict[fx.Node, Any] = {}
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            value = graph_module.get_buffer(str(node.target))
+            if _is_exact(value):
+                known[node] = value
+        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
+            if not _is_exact(node.meta.get("val")) or _is_random(node.target):
+                continue
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    for node, value in known.items():
+        if node.op != "call_function" or not isinstance(value, torch.Tensor):
+            continue
+        if any(user not in known for user in node.users):
+            name = f"_folded_{node.name}"
+            graph_module.register_buffer(name, value.contiguous().clone(), persistent=False)
+            with graph.inserting_before(node):
+                constant = graph.get_attr(name)
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+    erase_dead(graph)
+
+
+def _is_exact(value: Any) -> bool:
+    leaves = value if isinstance(value, list | tuple) else [value]
+    return all(
+        not isinstance(x, torch.Tensor)
+        or (x.dtype not in (torch.float16, torch.bfloat16) and x.numel() <= _LARGEST)
+        for x in leaves
+    )
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+_LARGEST: Final = 1 << 26
+"""Numbers in the largest constant that is folded."""
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Fewer kinds of operators: contiguous writes become concatenations, repeats become views.
+
+    ::
+
+        slice_scatter(base, src, dim, start, end)  ->  cat([base[:start], src, base[end:]], dim)
+        repeat(x, [.., n, ..])                     ->  reshape(expand(unsqueeze(x)))
+        split(x, size)                             ->  split_with_sizes(x, [size, ..])
+    bitwise_and(a, b) on booleans              ->  logical_and(a, b)
+    """
+    for node in list(graph.nodes):
+        rule = _SIMPLER.get(node.target)
+        if rule is not None:
+            with graph.inserting_before(node):
+                result = rule(graph, node)
+            if result is not None:
+                result.meta = {**node.meta, **result.meta}
+                node.replace_all_uses_with(result)
+    erase_dead(graph)
+
+
+def _write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    base, source, dim, start, end, step = _slice_arguments(node)
+    size = tensor_of(node).shape[dim]
+    if step != 1:
+        return None
+    start, end, _ = slice(start, end).indices(size)
+    if start >= end:
+        return None
+    source = _source(graph, source, tensor_of(node).dtype)
+    return _joined(graph, node, base, source, dim, start, end)
+
+
+def _write_one(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    base, source, dim, index = node.args
+    dim = int(dim) % tensor_of(node).dim()  # type: ignore[call-overload]
+    start = int(index) % tensor_of(node).shape[dim]  # type: ignore[call-overload]
+    column = _call(graph, torch.ops.aten.unsqueeze.default, source, dim)
+    return _joined(graph, node, base, column, dim, start, start + 1)
+
+
+def _joined(
+    graph: fx.Graph, node: fx.Node, base: Any, source: fx.Node, dim: int, start: int, end: int
+) -> fx.Node:
+    size, parts = tensor_of(node).shape[dim], [source]
+    if start > 0:
+        parts.insert(0, _call(graph, torch.ops.aten.slice.Tensor, base, dim, 0, start))
+    if end < size:
+        parts.append(_call(graph, torch.ops.aten.slice.Tensor, base, dim, end, size))
+    if len(parts) == 1:
+        return source
+    return _call(graph, torch.ops.aten.cat.default, parts, dim)
+
+
+def _repeat(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    x, times = node.args
+    assert isinstance(x, fx.Node) and isinstance(times, list | tuple)
+    given = tensor_of(x).shape
+    sizes = [1] * (len(times) - len(given)) + list(given)
+    columns, wide = [], []
+    for size, count in zip(sizes, times, strict=True):
+        if count != 1 and size != 1:
+            columns.append(1)
+            wide.append(count)
+        columns.append(size)
+        wide.append(size if size != 1 else count)
+    reshape = torch.ops.aten._reshape_copy.default
+    expanded = _call(graph, torch.ops.aten.expand.default, _call(graph, reshape, x, columns), wide)
+    return _call(graph, reshape, expanded, list(tensor_of(node).shape))
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    x, _, *dim = node.args
+    along = int(dim[0] if dim else node.kwargs.get("dim", 0))  # type: ignore[call-overload]
+    sizes = [part.shape[along] for part in node.meta["val"]]
+    node.target = torch.ops.aten.split_with_sizes.default
+    node.args, node.kwargs = (x, sizes, along), {}
+
+
+_LOGICAL: Final[dict[Any, Any]] = {
+    torch.ops.aten.bitwise_and.Tensor: torch.ops.aten.logical_and.default,
+    torch.ops.aten.bitwise_or.Tensor: torch.ops.aten.logical_or.default,
+    torch.ops.aten.bitwise_xor.Tensor: torch.ops.aten.logical_xor.default,
+    torch.ops.aten.bitwise_not.default: torch.ops.aten.logical_not.default,
+}
+
+
+def _logical(graph: fx.Graph, node: fx.Node) -> None:
+    """On booleans the two are the same, and TensorRT has the logical one."""
+    if tensor_of(node).dtype == torch.bool:
+        node.target = _LOGICAL[node.target]
+
+
+_SIMPLER: Final[dict[Any, Any]] = {
+    _SLICE_SCATTER: _write,
+    torch.ops.aten.select_scatter.default: _write_one,
+    torch.ops.aten.repeat.default: _repeat,
+    torch.ops.aten.split.Tensor: _split,
+    torch.ops.aten.bitwise_and.Tensor: _logical,
+    torch.ops.aten.bitwise_or.Tensor: _logical,
+    torch.ops.aten.bitwise_xor.Tensor: _logical,
+    torch.ops.aten.bitwise_not.default: _logical,
+}
+
+
+def _erase_chain(node: fx.Node) -> None:
+    """Remove the writes that nothing reads any more, last to first."""
+    while node.target is _SLICE_SCATTER and not node.users:
+        base, source = node.args[0], node.args[1]
+        node.graph.erase_node(node)
+        for dead in (source, base):
+            if isinstance(dead, fx.Node) and dead.target is _COPY and not dead.users:
+                destination = dead.args[0]
+                node.graph.erase_node(dead)
+                if isinstance(destination, fx.Node) and not destination.users:
+                    node.graph.erase_node(destination)
+        assert isinstance(base, fx.Node)
+        node = base
+
+
+def _parts(last: fx.Node) -> list[fx.Node] | None:
+    """What is written at offsets 0, 1, ... of every stride, when that fills the tensor."""
+    if last.target is not _SLICE_SCATTER:
+        return None
+    _, _, dim, _, _, step = _slice_arguments(last)
+    size = tensor_of(last).shape[dim]
+    written: dict[int, fx.Node] = {}
+    node: Any = last
+    while isinstance(node, fx.Node) and node.target is _SLICE_SCATTER:
+        base, source, own_dim, start, end, own_step = _slice_arguments(node)
+        if (own_dim, own_step) != (dim, step) or end < size or not 0 <= start < step:
+            return None
+        written.setdefault(start, source)
+        node = base
+    if step < 2 or size % step or sorted(written) != list(range(step)):
+        return None
+    return [written[offset] for offset in range(step)]
+
+
+def _slice_arguments(node: fx.Node) -> tuple[Any, Any, int, int, int, int]:
+    names = ("self", "src", "dim", "start", "end", "step")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    size = tensor_of(node).shape[given.get("dim", 0)]
+    return (
+        given["self"],
+        given["src"],
+        int(given.get("dim", 0)) % tensor_of(node).dim(),
+        int(given.get("start") or 0),
+        size if given.get("end") is None else int(given["end"]),
+        int(given.get("step", 1)),
+    )
+
+
+def _source(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """The value that is written, free of the tensor that it is written into."""
+    if node.target is not _COPY:
+        return node
+    shape = list(tensor_of(node).shape)
+    source = node.args[1]
+    assert isinstance(source, fx.Node)
+    if tensor_of(source).dtype != dtype:
+        source = _call(graph, torch.ops.aten._to_copy.default, source, dtype=dtype)
+    if list(tensor_of(source).shape) != shape:
+        source = _call(graph, torch.ops.aten.expand.default, source, shape)
+    return source
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new node with the fake tensor that tells its shape."""
+    node = graph.call_function(target, args, kwargs)
+    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta["val"] = target(*values[0], **values[1])
+    return node
