@@ -51,7 +51,8 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     graph_module.recompile()
     parameters = {n: state[n] for n in signature.inputs_to_parameters}
     # An output that is not returned as a tensor of its own (a constant, None) has no binding.
-    returned = list(graph_module.graph.output_node().args[0])
+    values: Any = graph_module.graph.output_node().args[0]
+    returned = list(values)
     names = [v.name for v in returned if isinstance(v, fx.Node)]
     outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
     return Lowered(graph_module, parameters, program.inputs, outputs)

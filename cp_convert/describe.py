@@ -63,7 +63,7 @@ def describe(
         torch_tensorrt=backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
         frozen=[m.Frozen(name=c.name, value=repr(c.value)) for c in program.frozen],
-        plan_source=_plan_source(job, applied),
+        plan_source=_plan_source(job, applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in applied],
         sharding=[_sharding(move) for move in sharded.moves],
         attention=[_attention(outcome, job) for outcome in outcomes],

@@ -173,8 +173,8 @@ def _hold(exported: torch.export.ExportedProgram, origin: str, value: Tensor, fa
     argument = TensorArgument(name=constant.name)
     specs.insert(position, InputSpec(InputKind.CONSTANT_TENSOR, argument, name, None))
     exported.constants[name] = value.detach().clone().contiguous()
-    return constant
+    return constant  # type: ignore[no-any-return]
 
 
 def _first_call(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    return next(node for node in graph.nodes if node.op != "placeholder")  # type: ignore[no-any-return]

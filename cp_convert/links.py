@@ -184,7 +184,7 @@ def _outermost(ins: Sequence[int], outs: Sequence[int]) -> list[tuple[int, int]]
     return found
 
 
-_SIZED: Final = {
+_SIZED: Final[dict[Any, str]] = {
     aten.view.default: "size",
     aten.reshape.default: "shape",
     aten._unsafe_view.default: "size",
@@ -388,7 +388,9 @@ def _pad(node: fx.Node) -> list[Link]:
 def _along(node: fx.Node) -> list[Link]:
     """Operators that mix one dimension, named ``dim`` or ``dims``, and no other."""
     given, rank = arguments(node), len(shape(operands(node)[0]))
-    named = given.get("dim", given.get("dims"))
+    named: Any = given.get("dim", given.get("dims"))
+    if named == []:
+        return []  # roll without dimensions goes through all of them
     mixed = {d % rank for d in ([named] if isinstance(named, int) else named)}
     several = node.meta["val"]
     results = 1 if isinstance(several, Tensor) else len(several)
@@ -529,11 +531,12 @@ def _rms_norm(node: fx.Node) -> list[Link]:
 def _reduction(how: str | None) -> Callable[[fx.Node], list[Link]]:
     def rule(node: fx.Node) -> list[Link]:
         given, ins = arguments(node), shape(operands(node)[0])
-        named = given.get("dim")
+        named: Any = given.get("dim")
         if named is None or named == []:
             reduced = set(range(len(ins)))
         else:
-            reduced = {d % len(ins) for d in ([named] if isinstance(named, int) else named)}
+            dims = [named] if isinstance(named, int) else list(named)
+            reduced = {d % len(ins) for d in dims}
         keep = bool(given.get("keepdim", False))
         found = []
         for d, n in enumerate(ins):

@@ -182,7 +182,7 @@ def _meaning_broadcast(group: Group, root: int) -> Group:
     return [group[root]] * len(group)
 
 
-_REDUCTIONS: Final = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+_REDUCTIONS: Final[dict[str, Any]] = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
 
 
 def _meaning_all_reduce(group: Group, kind: str) -> Group:

@@ -62,7 +62,7 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                known[node] = node.target(*args, **kwargs)
     for node, value in known.items():
         if node.op != "call_function" or not isinstance(value, torch.Tensor):
             continue
@@ -127,10 +127,19 @@ def _write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 
 def _write_one(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
-    base, source, dim, index = node.args
-    dim = int(dim) % tensor_of(node).dim()  # type: ignore[call-overload]
-    start = int(index) % tensor_of(node).shape[dim]  # type: ignore[call-overload]
+    given: Any = node.args
+    base, source, dim, index = given
+    dim = int(dim) % tensor_of(node).dim()
+    start = int(index) % tensor_of(node).shape[dim]
     column = _call(graph, torch.ops.aten.unsqueeze.default, source, dim)
+    if tensor_of(node).dtype == torch.bool:
+        # TensorRT does not join booleans with a constant.
+        sizes = [1] * tensor_of(node).dim()
+        sizes[dim] = tensor_of(node).shape[dim]
+        places = _call(graph, torch.ops.aten.arange.start_step, 0, sizes[dim])
+        here = _call(graph, torch.ops.aten.eq.Scalar, places, start)
+        here = _call(graph, torch.ops.aten._reshape_copy.default, here, sizes)
+        return _call(graph, torch.ops.aten.where.self, here, column, base)
     return _joined(graph, node, base, column, dim, start, start + 1)
 
 
@@ -164,9 +173,28 @@ def _repeat(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return _call(graph, reshape, expanded, list(tensor_of(node).shape))
 
 
+def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
+    """TensorRT has no tensors without elements; in a concatenation they can be left out."""
+    parts, *dim = node.args
+    assert isinstance(parts, list | tuple)
+    full = [x for x in parts if isinstance(x, fx.Node) and tensor_of(x).numel()]
+    if full and len(full) < len(parts):
+        node.args = (full, *dim)
+
+
+def _no_write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+    """A write to no place at all."""
+    base, indices, *_ = node.args
+    assert isinstance(base, fx.Node) and isinstance(indices, list | tuple)
+    places = [tensor_of(index).numel() for index in indices if isinstance(index, fx.Node)]
+    return base if 0 in places else None
+
+
 def _split(graph: fx.Graph, node: fx.Node) -> None:
-    x, _, *dim = node.args
-    along = int(dim[0] if dim else node.kwargs.get("dim", 0))  # type: ignore[call-overload]
+    given: Any = node.args
+    x, _, *dim = given
+    named: Any = dim[0] if dim else node.kwargs.get("dim", 0)
+    along = int(named)
     sizes = [part.shape[along] for part in node.meta["val"]]
     node.target = torch.ops.aten.split_with_sizes.default
     node.args, node.kwargs = (x, sizes, along), {}
@@ -191,6 +219,8 @@ _SIMPLER: Final[dict[Any, Any]] = {
     torch.ops.aten.select_scatter.default: _write_one,
     torch.ops.aten.repeat.default: _repeat,
     torch.ops.aten.split.Tensor: _split,
+    torch.ops.aten.cat.default: _without_empty,
+    torch.ops.aten.index_put.default: _no_write,
     torch.ops.aten.bitwise_and.Tensor: _logical,
     torch.ops.aten.bitwise_or.Tensor: _logical,
     torch.ops.aten.bitwise_xor.Tensor: _logical,

@@ -47,6 +47,7 @@ def recognise(graph: fx.Graph) -> int:
     Raises:
         CannotTrace: an attention has more dimensions than TensorRT's.
     """
+    graph.eliminate_dead_code()  # such as averaged weights that nothing reads
     writer = _Writer(graph)
     count = 0
     for node in list(graph.nodes):

@@ -116,11 +116,14 @@ class _Value:
 
     whole: fx.Node | None = None
     parts: dict[Place, fx.Node] = field(default_factory=dict)
+    wanted: Place | None = None
     tuple_parts: tuple[fx.Node, int, list[Layout]] | None = None
 
     @property
     def must(self) -> Place | None:
-        """Where it is sharded, if it is not held whole as well."""
+        """Where it is sharded, if it is not held whole as well or was split on purpose."""
+        if self.wanted is not None:
+            return self.wanted
         return next(iter(self.parts)) if self.whole is None and self.parts else None
 
 
@@ -152,7 +155,7 @@ class _Walk:
                 self._finish(node)
             elif node.op != "call_function":
                 copy = self.graph.node_copy(node)
-                assert copy.name == node.name
+                copy.name = node.name  # bindings and weights are known by it
                 self.env[node] = _Value(whole=copy)
                 if node in self.wants:
                     self._split_wanted(node)
@@ -320,7 +323,9 @@ class _Walk:
     def _split_wanted(self, node: fx.Node) -> None:
         want = self.wants[node]
         length = shape(node)[want.dim]
-        self._part(node, want.dim, self._even(length, want.cuts))
+        place = want.dim, self._even(length, want.cuts)
+        self._part(node, *place)
+        self.env[node].wanted = place
 
     def _even(self, length: int, cuts: frozenset[int]) -> Layout:
         ends = sorted({0, length, *cuts})

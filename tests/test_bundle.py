@@ -19,7 +19,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
     files = [folder / bundle.engine_name(rank) for rank in range(world)]
     error = m.Error(max=1e-7, rms=1e-8)
     return m.Manifest(
-        schema_version=1,
+        schema_version=2,
         tool=m.Tool(name="cp-convert", version="0"),
         created="2026-01-01T00:00:00+00:00",
         model=m.Model(name="x", source="x.py", source_sha256="0" * 64, parameters=1, weights=None),
@@ -33,15 +33,24 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         torch_tensorrt="2",
         io=[m.Io(name="x", mode="input", dtype="float16", shape=[1, 2])],
         frozen=[m.Frozen(name="flag", value="True")],
+        plan_source="model",
+        sharding=[
+            m.Sharding(
+                kind="split", operator="x", module="model", source=None, dim=1, tokens=4, local=2,
+                segments=[4], padding=0, padding_percent=0.0,
+            )
+        ],
         plan=[
             m.PlanEntry(
                 kind="split", module="", tensor="input x", dim=1, applied=True, reason=None,
-                global_size=4, local_size=2,
+                global_size=4,
             )
         ],
         attention=[
             m.Attention(
-                module=f"blocks.{i}.attn", source="x.py:1", batch=1, heads=4, head_dim=8,
+                module=f"blocks.{i}.attn", source="x.py:1", batch=1, heads=4, kv_heads=4,
+                head_dim=8, mask=None, causal=False, padded_heads=0, padded_queries=0,
+                padded_keys=0, padding_percent=0.0,
                 local_query=2, global_query=4, local_key=2, global_key=4, rewritten=True,
                 reason=None,
             )
@@ -184,7 +193,7 @@ def test_ranks_must_be_complete(tmp_path: Path) -> None:
         ({"world": "2"}, r"Expected `int`, got `str` - at `\$.world`"),
         ({"world": 0}, ">= 1"),
         ({"surprise": 1}, "unknown field `surprise`"),
-        ({"schema_version": 2}, "Invalid enum value 2"),
+        ({"schema_version": 1}, "Invalid enum value 1"),
         ({"engines": None}, "engines"),
     ],
 )
@@ -222,4 +231,4 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     text = (out / "manifest.json").read_bytes()
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
-    assert msgspec.json.decode(text)["schema_version"] == 1
+    assert msgspec.json.decode(text)["schema_version"] == 2

@@ -133,10 +133,11 @@ def test_hints_say_what_to_try(cp_convert: Run, model_file: Write) -> None:
     ("change", "args", "code", "message"),
     [
         (("def build_model", "def x"), [], 2, "does not define build_model"),
-        (("(1, 16, 8)", "(1, 16, 9)"), [], 3, "same reduction dim"),
+        (("(1, 16, 8)", "(1, 16, 9)"), [], 3, "shapes cannot be multiplied"),
         (('{"x":', '{"y":'), [], 3, "example_inputs() does not fit Model.forward"),
-        (("", ""), ["-w", 3], 3, "16 tokens"),
-        (("", ""), ["-s", "ulysses", "-w", 8], 3, "4 heads do not divide among 8 ranks"),
+        (("", ""), ["-w", 17], 3, "16 tokens along dimension 1 are fewer than the 17 ranks"),
+        (("", ""), ["-s", "ulysses", "-w", 8], 3, "4 heads are fewer than the 8 ranks"),
+        (("", ""), ["--freeze", "mask"], 2, "cannot freeze mask"),
         (("", ""), ["--rtol", "1e-12"], 4, "went astray"),
         (("8 * q, k, v)", "q, k, 0 * v)"), [], 4, "nothing was proven"),
         (("", ""), ["--weights", "absent.safetensors"], 2, "there is no absent.safetensors"),
@@ -165,7 +166,7 @@ def test_errors_come_alone(cp_convert: Run, model_file: Write) -> None:
 
 def test_what_the_model_prints_is_not_the_document(cp_convert: Run, model_file: Write) -> None:
     model_file(("    torch.manual_seed(0)\n", "    print('building')\n"))
-    result = cp_convert("model.py", "-s", "ring", "-w", 3, "--json")
+    result = cp_convert("model.py", "-s", "ring", "-w", 17, "--json")
     assert json.loads(result.out)["exit_code"] == 3
     assert "building" in result.err
 
@@ -184,8 +185,8 @@ def test_a_config_file_gives_defaults_and_flags_win(
     result = cp_convert("model.py", "--config", config)
     assert "9.0" in result.err, "the list in the file was taken"
     config.write_text('strategy = "ulysses"\nworld = 8\nno-proof = true\n')
-    assert "4 heads do not divide among 8 ranks" in cp_convert("model.py", "--config", config).err
-    assert "16 tokens" in cp_convert("model.py", "--config", config, "--world", 3).err
+    assert "4 heads are fewer than the 8 ranks" in cp_convert("model.py", "--config", config).err
+    assert "16 tokens" in cp_convert("model.py", "--config", config, "--world", 17).err
 
 
 @pytest.mark.parametrize(

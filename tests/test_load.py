@@ -70,10 +70,23 @@ def test_mistakes_in_the_model_file_are_named(
     assert (caught.value.where or "").endswith(f"model.py{line}")
 
 
-def test_a_model_without_a_plan_is_refused(model_file: Write) -> None:
+def test_a_model_without_a_plan_is_refused_only_when_its_plan_is_asked_for(
+    model_file: Write,
+) -> None:
+    path = model_file(("cp_plan = {", "unused = {"))
     with pytest.raises(CannotShard, match="Model has no plan") as caught:
-        load(job(model_file(("cp_plan = {", "unused = {"))))
+        load(job(path, plan="model"))
     assert "cp_plan" in (caught.value.hint or "")
+    assert load(job(path)).plan == {}
+
+
+def test_auto_leaves_the_models_plan_aside(model_file: Write) -> None:
+    assert load(job(model_file(), plan="auto")).plan == {}
+
+
+def test_arguments_to_freeze_come_from_the_file_and_the_command(model_file: Write) -> None:
+    path = model_file(("cp_plan = {", "freeze = ('mask',)\ncp_plan = {"))
+    assert load(job(path, freeze=("ids",))).freeze == ("mask", "ids")
 
 
 def test_the_modules_own_plan_is_used(model_file: Write) -> None:

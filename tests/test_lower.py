@@ -13,12 +13,12 @@ from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
-from cp_convert.passes import interleave_strided_writes
 from cp_convert.engine.readback import read_network
 from cp_convert.errors import CannotLower
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_module
 from cp_convert.mesh import Mesh
+from cp_convert.passes import interleave_strided_writes
 from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
@@ -62,7 +62,8 @@ def test_the_shard_of_a_constant_is_not_folded_away() -> None:
     program = sharded(module, inputs, module._cp_plan, 2).program
     graph = lower(program).graph_module.graph
     shards = graph.find_nodes(op="call_function", target=torch.ops.cp.shard.default)
-    assert sum(node.args[0].op == "get_attr" for node in shards) == 2
+    tables = [node for node in shards if node.args[0].op == "get_attr"]
+    assert len(tables) >= 2, "cosines and sines"
     assert not graph.find_nodes(op="call_function", target=SCATTER)
 
 

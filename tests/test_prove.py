@@ -195,7 +195,7 @@ def test_ranks_do_not_see_one_anothers_writes() -> None:
 
     class Interleaved(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            out = torch.zeros(2, 4)
+            out = torch.zeros_like(x)
             out[..., 0::2] = x[..., :2]
             out[..., 1::2] = x[..., 2:]
             return out
@@ -211,6 +211,7 @@ def test_what_all_ranks_have_in_common_is_computed_once() -> None:
     program = rewritten(tiny(), tiny_inputs(), "ulysses", 4).control
     common: dict[str, bool] = {}
     run(program, tiny_inputs(), 4, watch=lambda n, v: common.update({n.name: v.is_common}))
-    sharded = {"shard", "scaled_dot_product_attention"}
-    assert all(not common[name] for name in sharded)
+    parts = [name for name in common if name.startswith(("shard", "control_0_attention"))]
+    assert parts
+    assert not any(common[name] for name in parts)
     assert common["linear_3"], "the text's projection does not depend on the rank"

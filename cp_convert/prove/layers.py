@@ -220,7 +220,8 @@ def _group_normalization(
         parts, dim=list(range(2, parts.dim())), correction=0, keepdim=True
     )
     normal = (parts - mean) / torch.sqrt(variance + epsilon)
-    return (normal * scale.unsqueeze(2) + bias.unsqueeze(2)).flatten(1, 2)
+    result: Tensor = (normal * scale.unsqueeze(2) + bias.unsqueeze(2)).flatten(1, 2)
+    return result
 
 
 def _reduce(layer: Layer, values: Values) -> Tensor:
@@ -382,7 +383,7 @@ def _attention(layer: Layer, values: Values) -> Tensor:
     mask = values[3]
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=1.0, enable_gqa=grouped
+        q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=grouped
     )
 
 

@@ -179,7 +179,7 @@ def prove(
     if not is_wide and not all(error.within(limit) for error in algebra):
         algebra = _against_program(wide, inputs, bound, algebra, truth, stages)
     if not all(error.within(limit) for error in algebra):
-        raise _failure(algebra, limit, inputs, reference, stages)
+        raise _failure(algebra, limit, bound, inputs, reference, stages)
     if not all(error.within(bound) for error in ranks):
         raise ProofFailed(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
@@ -327,12 +327,13 @@ def deviation(errors: Sequence[Error], bound: Error) -> str:
 
 def _failure(
     errors: Sequence[Error],
+    limit: Error,
     bound: Error,
     inputs: Mapping[str, Any],
     reference: Sequence[Tensor],
     stages: Stages,
 ) -> ProofFailed:
-    message = f"all ranks together went astray: {deviation(errors, bound)}."
+    message = f"all ranks together went astray: {deviation(errors, limit)}."
     dense = _errors(stages.dense, inputs, 1, reference)
     if not dense[0].within(bound):
         return ProofFailed(

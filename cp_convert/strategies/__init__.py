@@ -5,8 +5,8 @@ A strategy is a module of its own with
 - ``why_not(site, axis)``: the reason why the attention cannot be split this way, and a hint, or
   ``None``; it never changes anything;
 - ``attend(q, k, v, mask, site=..., axis=...)``: the attention of this rank's queries over all
-  ranks' keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of attention and
-  put in the place of the model's own.
+  ranks' keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of
+  attention and put in the place of the model's own.
 
 Shape suffixes: B batch, H heads, h = H / W heads of one rank, S this rank's sequence, D head
 dimension, W world (the axis' size).
