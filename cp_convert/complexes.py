@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from .errors import CannotLower
 from .links import arguments, with_argument
-from .program import erase_dead, fake_mode_of, module_path, source_line
+from .program import Writer, erase_dead, module_path, source_line
 
 aten: Final = torch.ops.aten
 
@@ -50,14 +50,13 @@ def _is_complex(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dtype.is_complex
 
 
-class _Pairs:
+class _Pairs(Writer):
     """Complex nodes and the real ones that stand for them."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.module, self.graph = graph_module, graph_module.graph
-        self.mode = fake_mode_of(self.graph)
+        super().__init__(graph_module.graph)
+        self.module = graph_module
         self.of: dict[fx.Node, fx.Node] = {}
-        self.origin: fx.Node | None = None
 
     def replace(self, node: fx.Node) -> None:
         """Put real operators in the place of ``node``."""
@@ -88,16 +87,6 @@ class _Pairs:
         with self.mode:
             pair.meta["val"] = torch.empty(value.shape, dtype=value.dtype)
         return pair
-
-    def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new node with its fake value."""
-        assert self.origin is not None
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in self.origin.meta.items() if k != "val"}
-        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            node.meta["val"] = target(*values, **named)
-        return node
 
     def parts(self, x: Any) -> tuple[fx.Node, fx.Node]:
         """Real and imaginary part of an operand; a real one has an imaginary part of zero."""

@@ -21,12 +21,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import UsageError
-from .program import fake_mode_of, written_in_place
+from .program import HALF, fake_mode_of, settled, written_in_place
 
 _FOLLOWED: Final = 1 << 20
 """Elements of the largest tensor that is followed by value."""
 _FACTORIES: Final = (torch.ones, torch.zeros, torch.full, torch.arange)
-_HALF: Final = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def _constant(leaf: Any) -> Any:
 def settle(exported: torch.export.ExportedProgram) -> None:
     """Store what the constants decide, so that no later stage has to know their values.
 
-    Half-precision values are left alone; see :func:`cp_convert.engine.passes.fold_constants`.
+    Half-precision values are left alone; see :func:`cp_convert.passes.fold_constants`.
     """
     graph, signature = exported.graph, exported.graph_signature
     known: dict[fx.Node, Any] = {}
@@ -110,17 +109,9 @@ def settle(exported: torch.export.ExportedProgram) -> None:
         if isinstance(value, Tensor):
             known[nodes[name]] = value
     written = written_in_place(graph)
-    for node in graph.nodes:
-        if node in written:
-            known.pop(node, None)
-        elif _is_foldable(node) and all(n in known for n in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for node, value in known.items():
-        is_frontier = any(user not in known for user in node.users)
-        is_tensor = isinstance(value, Tensor) and value.dtype not in _HALF
-        if node.op == "call_function" and is_frontier and is_tensor:
+    known = {node: value for node, value in known.items() if node not in written}
+    for node, value in settled(graph, known, lambda n: n not in written):
+        if value.dtype not in HALF:
             constant = _hold(exported, node.name, value, node.meta["val"])
             node.replace_all_uses_with(constant)
     for node in list(graph.nodes):
@@ -128,11 +119,6 @@ def settle(exported: torch.export.ExportedProgram) -> None:
             _by_position(exported, node)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
-
-
-def _is_foldable(node: fx.Node) -> bool:
-    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-    return node.op == "call_function" and not random
 
 
 _INDEXING: Final = (

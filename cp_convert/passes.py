@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from .program import erase_dead, tensor_of
+from .program import HALF, Writer, erase_dead, settled, tensor_of
 
 _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
 _COPY = torch.ops.aten.copy.default
@@ -23,21 +23,21 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
 
     The base, a constant as large as the activation, and the scatters disappear.
     """
-    done = 0
+    done, write = 0, Writer(graph)
     for node in reversed(list(graph.nodes)):
         parts = _parts(node) if node.users else None
         if parts is None:
             continue
         dim = _slice_arguments(node)[2]
+        write.origin = node
         with graph.inserting_before(node):
             like = tensor_of(node)
-            sources = [_source(graph, part, like.dtype) for part in parts]
+            sources = [_source(write, part, like.dtype) for part in parts]
             columns = [
-                _call(graph, torch.ops.aten.unsqueeze.default, source, dim + 1)
-                for source in sources
+                write.op(torch.ops.aten.unsqueeze.default, source, dim + 1) for source in sources
             ]
-            stacked = _call(graph, torch.ops.aten.cat.default, columns, dim + 1)
-            result = _call(graph, torch.ops.aten.reshape.default, stacked, list(like.shape))
+            stacked = write.op(torch.ops.aten.cat.default, columns, dim + 1)
+            result = write.op(torch.ops.aten.reshape.default, stacked, list(like.shape))
         node.replace_all_uses_with(result)
         _erase_chain(node)
         done += 1
@@ -51,42 +51,26 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
     to compute in float32.
     """
     graph = graph_module.graph
-    known: dict[fx.Node, Any] = {}
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            value = graph_module.get_buffer(str(node.target))
-            if _is_exact(value):
-                known[node] = value
-        elif node.op == "call_function" and all(n in known for n in node.all_input_nodes):
-            if not _is_exact(node.meta.get("val")) or _is_random(node.target):
-                continue
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            with torch.no_grad():
-                known[node] = node.target(*args, **kwargs)
-    for node, value in known.items():
-        if node.op != "call_function" or not isinstance(value, torch.Tensor):
-            continue
-        if any(user not in known for user in node.users):
-            name = f"_folded_{node.name}"
-            graph_module.register_buffer(name, value.contiguous().clone(), persistent=False)
-            with graph.inserting_before(node):
-                constant = graph.get_attr(name)
-            constant.meta = dict(node.meta)
-            node.replace_all_uses_with(constant)
+    attributes = {
+        n: graph_module.get_buffer(str(n.target)) for n in graph.find_nodes(op="get_attr")
+    }
+    known = {n: value for n, value in attributes.items() if _is_exact(value)}
+    for node, value in settled(graph, known, lambda n: _is_exact(n.meta.get("val"))):
+        name = f"_folded_{node.name}"
+        graph_module.register_buffer(name, value.contiguous().clone(), persistent=False)
+        with graph.inserting_before(node):
+            constant = graph.get_attr(name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
     erase_dead(graph)
 
 
 def _is_exact(value: Any) -> bool:
     leaves = value if isinstance(value, list | tuple) else [value]
     return all(
-        not isinstance(x, torch.Tensor)
-        or (x.dtype not in (torch.float16, torch.bfloat16) and x.numel() <= _LARGEST)
+        not isinstance(x, torch.Tensor) or (x.dtype not in HALF and x.numel() <= _LARGEST)
         for x in leaves
     )
-
-
-def _is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 _LARGEST: Final = 1 << 26
@@ -101,20 +85,21 @@ def simplify(graph: fx.Graph) -> None:
         slice_scatter(base, src, dim, start, end)  ->  cat([base[:start], src, base[end:]], dim)
         repeat(x, [.., n, ..])                     ->  reshape(expand(unsqueeze(x)))
         split(x, size)                             ->  split_with_sizes(x, [size, ..])
-    bitwise_and(a, b) on booleans              ->  logical_and(a, b)
+        bitwise_and(a, b) on booleans              ->  logical_and(a, b)
     """
+    write = Writer(graph)
     for node in list(graph.nodes):
         rule = _SIMPLER.get(node.target)
         if rule is not None:
+            write.origin = node
             with graph.inserting_before(node):
-                result = rule(graph, node)
+                result = rule(write, node)
             if result is not None:
-                result.meta = {**node.meta, **result.meta}
                 node.replace_all_uses_with(result)
     erase_dead(graph)
 
 
-def _write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _write(write: Writer, node: fx.Node) -> fx.Node | None:
     base, source, dim, start, end, step = _slice_arguments(node)
     size = tensor_of(node).shape[dim]
     if step != 1:
@@ -122,41 +107,41 @@ def _write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     start, end, _ = slice(start, end).indices(size)
     if start >= end:
         return None
-    source = _source(graph, source, tensor_of(node).dtype)
-    return _joined(graph, node, base, source, dim, start, end)
+    source = _source(write, source, tensor_of(node).dtype)
+    return _joined(write, node, base, source, dim, start, end)
 
 
-def _write_one(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _write_one(write: Writer, node: fx.Node) -> fx.Node | None:
     given: Any = node.args
     base, source, dim, index = given
     dim = int(dim) % tensor_of(node).dim()
     start = int(index) % tensor_of(node).shape[dim]
-    column = _call(graph, torch.ops.aten.unsqueeze.default, source, dim)
+    column = write.op(torch.ops.aten.unsqueeze.default, source, dim)
     if tensor_of(node).dtype == torch.bool:
         # TensorRT does not join booleans with a constant.
         sizes = [1] * tensor_of(node).dim()
         sizes[dim] = tensor_of(node).shape[dim]
-        places = _call(graph, torch.ops.aten.arange.start_step, 0, sizes[dim])
-        here = _call(graph, torch.ops.aten.eq.Scalar, places, start)
-        here = _call(graph, torch.ops.aten._reshape_copy.default, here, sizes)
-        return _call(graph, torch.ops.aten.where.self, here, column, base)
-    return _joined(graph, node, base, column, dim, start, start + 1)
+        places = write.op(torch.ops.aten.arange.start_step, 0, sizes[dim])
+        here = write.op(torch.ops.aten.eq.Scalar, places, start)
+        here = write.op(torch.ops.aten._reshape_copy.default, here, sizes)
+        return write.op(torch.ops.aten.where.self, here, column, base)
+    return _joined(write, node, base, column, dim, start, start + 1)
 
 
 def _joined(
-    graph: fx.Graph, node: fx.Node, base: Any, source: fx.Node, dim: int, start: int, end: int
+    write: Writer, node: fx.Node, base: Any, source: fx.Node, dim: int, start: int, end: int
 ) -> fx.Node:
     size, parts = tensor_of(node).shape[dim], [source]
     if start > 0:
-        parts.insert(0, _call(graph, torch.ops.aten.slice.Tensor, base, dim, 0, start))
+        parts.insert(0, write.op(torch.ops.aten.slice.Tensor, base, dim, 0, start))
     if end < size:
-        parts.append(_call(graph, torch.ops.aten.slice.Tensor, base, dim, end, size))
+        parts.append(write.op(torch.ops.aten.slice.Tensor, base, dim, end, size))
     if len(parts) == 1:
         return source
-    return _call(graph, torch.ops.aten.cat.default, parts, dim)
+    return write.op(torch.ops.aten.cat.default, parts, dim)
 
 
-def _repeat(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _repeat(write: Writer, node: fx.Node) -> fx.Node:
     x, times = node.args
     assert isinstance(x, fx.Node) and isinstance(times, list | tuple)
     given = tensor_of(x).shape
@@ -169,11 +154,11 @@ def _repeat(graph: fx.Graph, node: fx.Node) -> fx.Node:
         columns.append(size)
         wide.append(size if size != 1 else count)
     reshape = torch.ops.aten._reshape_copy.default
-    expanded = _call(graph, torch.ops.aten.expand.default, _call(graph, reshape, x, columns), wide)
-    return _call(graph, reshape, expanded, list(tensor_of(node).shape))
+    expanded = write.op(torch.ops.aten.expand.default, write.op(reshape, x, columns), wide)
+    return write.op(reshape, expanded, list(tensor_of(node).shape))
 
 
-def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
+def _without_empty(write: Writer, node: fx.Node) -> None:
     """TensorRT has no tensors without elements; in a concatenation they can be left out."""
     parts, *dim = node.args
     assert isinstance(parts, list | tuple)
@@ -182,7 +167,7 @@ def _without_empty(graph: fx.Graph, node: fx.Node) -> None:
         node.args = (full, *dim)
 
 
-def _no_write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
+def _no_write(write: Writer, node: fx.Node) -> fx.Node | None:
     """A write to no place at all."""
     base, indices, *_ = node.args
     assert isinstance(base, fx.Node) and isinstance(indices, list | tuple)
@@ -190,7 +175,7 @@ def _no_write(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
     return base if 0 in places else None
 
 
-def _split(graph: fx.Graph, node: fx.Node) -> None:
+def _split(write: Writer, node: fx.Node) -> None:
     given: Any = node.args
     x, _, *dim = given
     named: Any = dim[0] if dim else node.kwargs.get("dim", 0)
@@ -208,7 +193,7 @@ _LOGICAL: Final[dict[Any, Any]] = {
 }
 
 
-def _logical(graph: fx.Graph, node: fx.Node) -> None:
+def _logical(write: Writer, node: fx.Node) -> None:
     """On booleans the two are the same, and TensorRT has the logical one."""
     if tensor_of(node).dtype == torch.bool:
         node.target = _LOGICAL[node.target]
@@ -276,7 +261,7 @@ def _slice_arguments(node: fx.Node) -> tuple[Any, Any, int, int, int, int]:
     )
 
 
-def _source(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _source(write: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     """The value that is written, free of the tensor that it is written into."""
     if node.target is not _COPY:
         return node
@@ -284,15 +269,7 @@ def _source(graph: fx.Graph, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     source = node.args[1]
     assert isinstance(source, fx.Node)
     if tensor_of(source).dtype != dtype:
-        source = _call(graph, torch.ops.aten._to_copy.default, source, dtype=dtype)
+        source = write.op(torch.ops.aten._to_copy.default, source, dtype=dtype)
     if list(tensor_of(source).shape) != shape:
-        source = _call(graph, torch.ops.aten.expand.default, source, shape)
+        source = write.op(torch.ops.aten.expand.default, source, shape)
     return source
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new node with the fake tensor that tells its shape."""
-    node = graph.call_function(target, args, kwargs)
-    values = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    node.meta["val"] = target(*values[0], **values[1])
-    return node

@@ -7,13 +7,17 @@ converters. Both are SPMD: the same for every rank.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+
+HALF: Final = (torch.float16, torch.bfloat16)
+PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
+"""What a node's ``meta`` tells about the model's code that made it."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,69 @@ def erase_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op in ("call_function", "get_attr") and not node.users:
             graph.erase_node(node)
+
+
+class Writer:
+    """Adds operators to a graph, each with its fake value.
+
+    Attributes:
+        graph: what is added to, at its insertion point.
+        origin: the node whose provenance (module and source line) the new ones carry.
+    """
+
+    def __init__(self, graph: fx.Graph, mode: FakeTensorMode | None = None) -> None:
+        self.graph = graph
+        self.mode = fake_mode_of(graph) if mode is None else mode
+        self.origin: fx.Node | None = None
+
+    def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of ``target``."""
+        node: fx.Node = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta = {k: self.origin.meta[k] for k in PROVENANCE if k in self.origin.meta}
+        node.meta["val"] = self.value(node)
+        return node
+
+    def value(self, node: fx.Node) -> Any:
+        """What ``node`` gives on the fake values of its operands."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        target: Any = node.target
+        with self.mode, torch.no_grad():
+            return target(*args, **kwargs)
+
+
+def settled(
+    graph: fx.Graph, known: dict[fx.Node, Any], wanted: Callable[[fx.Node], bool]
+) -> list[tuple[fx.Node, Tensor]]:
+    """Evaluate what depends on ``known`` values alone; returns the tensors that others read.
+
+    Args:
+        graph: what is walked.
+        known: values by node; those of more nodes are added.
+        wanted: whether an operator may be evaluated. Random ones never are.
+    """
+    for node in graph.nodes:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.op != "call_function" or random or not wanted(node):
+            continue
+        if all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            with torch.no_grad():
+                known[node] = node.target(*args, **kwargs)
+    return [
+        (node, value)
+        for node, value in known.items()
+        if node.op == "call_function"
+        and isinstance(value, Tensor)
+        and any(user not in known for user in node.users)
+    ]
+
+
+def with_dtypes(arguments: Any, dtypes: Mapping[torch.dtype, torch.dtype]) -> Any:
+    """An operator's arguments, dtypes among them replaced."""
+    return fx.node.map_aggregate(
+        arguments, lambda a: dtypes.get(a, a) if isinstance(a, torch.dtype) else a
+    )
 
 
 def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from .errors import CannotTrace
 from .links import arguments, shape
 from .ops import ATTENTION
-from .program import fake_mode_of, module_path, source_line
+from .program import Writer, module_path, source_line
 
 aten: Final = torch.ops.aten
 _SDPA: Final = aten.scaled_dot_product_attention.default
@@ -48,7 +48,7 @@ def recognise(graph: fx.Graph) -> int:
         CannotTrace: an attention has more dimensions than TensorRT's.
     """
     graph.eliminate_dead_code()  # such as averaged weights that nothing reads
-    writer = _Writer(graph)
+    writer = _Attentions(graph)
     count = 0
     for node in list(graph.nodes):
         if node.target is _SDPA:
@@ -157,12 +157,8 @@ def _added_product(node: fx.Node, found: _Found) -> bool:
     return True
 
 
-class _Writer:
+class _Attentions(Writer):
     """Builds ``cp::attention`` with four-dimensional operands."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph, self.mode = graph, fake_mode_of(graph)
-        self.origin: fx.Node | None = None
 
     def sdpa(self, node: fx.Node) -> None:
         """``scaled_dot_product_attention`` of any number of dimensions from 2 to 4."""
@@ -178,22 +174,22 @@ class _Writer:
         """``softmax(Q K^T * scale + mask) V``."""
         with self.graph.inserting_before(found.result):
             self.origin = found.result
-            key = self._op(aten.transpose.int, found.key_t, -1, -2)
+            key = self.op(aten.transpose.int, found.key_t, -1, -2)
             q, v = found.query, found.value
             mask = self._mask(found, q.meta["val"].dtype)
             self._attention(found.result, q, key, v, mask, found.scale, False)
 
     def _mask(self, found: _Found, dtype: torch.dtype) -> fx.Node | None:
         masks = [
-            m if m.meta["val"].dtype == dtype else self._op(aten.to.dtype, m, dtype)
+            m if m.meta["val"].dtype == dtype else self.op(aten.to.dtype, m, dtype)
             for m in found.added
         ]
         for hidden in found.hidden:
-            zeros = self._op(aten.zeros_like.default, hidden, dtype=dtype)
-            masks.append(self._op(aten.masked_fill.Scalar, zeros, hidden, -math.inf))
+            zeros = self.op(aten.zeros_like.default, hidden, dtype=dtype)
+            masks.append(self.op(aten.masked_fill.Scalar, zeros, hidden, -math.inf))
         total = masks[0] if masks else None
         for mask in masks[1:]:
-            total = self._op(aten.add.Tensor, total, mask)
+            total = self.op(aten.add.Tensor, total, mask)
         return total
 
     def _attention(
@@ -214,29 +210,19 @@ class _Writer:
                 hint="reshape to [batch, heads, sequence, head_dim] first.",
             )
         for _ in range(4 - rank):
-            q, k, v = (self._op(aten.unsqueeze.default, x, 0) for x in (q, k, v))
+            q, k, v = (self.op(aten.unsqueeze.default, x, 0) for x in (q, k, v))
             if mask is not None and len(shape(mask)) > 2:
-                mask = self._op(aten.unsqueeze.default, mask, 0)
+                mask = self.op(aten.unsqueeze.default, mask, 0)
         k, v = (self._over_batch(x, shape(q)[0]) for x in (k, v))
         grouped = shape(q)[1] != shape(k)[1]
-        out = self._op(ATTENTION, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+        out = self.op(ATTENTION, q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
         for _ in range(4 - rank):
-            out = self._op(aten.squeeze.dim, out, 0)
+            out = self.op(aten.squeeze.dim, out, 0)
         if out.meta["val"].dtype != node.meta["val"].dtype:
-            out = self._op(aten.to.dtype, out, node.meta["val"].dtype)
+            out = self.op(aten.to.dtype, out, node.meta["val"].dtype)
         node.replace_all_uses_with(out)
 
     def _over_batch(self, x: fx.Node, batch: int) -> fx.Node:
         if shape(x)[0] == batch:
             return x
-        return self._op(aten.expand.default, x, [batch, *shape(x)[1:]])
-
-    def _op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        assert self.origin is not None
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in self.origin.meta.items() if k != "val"}
-        values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            value: Tensor = target(*values, **named)
-        node.meta["val"] = value
-        return node
+        return self.op(aten.expand.default, x, [batch, *shape(x)[1:]])

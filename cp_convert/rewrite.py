@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,12 +13,10 @@ from .errors import CannotShard
 from .links import arguments
 from .mesh import Axis
 from .ops import ATTENTION
-from .program import Lowered, copied, module_path, source_line, tensor_of
+from .program import PROVENANCE, Lowered, copied, module_path, source_line, tensor_of
 from .shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated
-
-_PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,7 @@ def _inline(template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: 
                     fx.map_arg(part.kwargs, copies.__getitem__),
                     name=f"{prefix}_{part.name}",
                 )
-                copies[part].meta = {k: node.meta[k] for k in _PROVENANCE if k in node.meta}
+                copies[part].meta = {k: node.meta[k] for k in PROVENANCE if k in node.meta}
                 copies[part].meta["val"] = _in_mode(part.meta.get("val"), mode)
     assert result is not None
     node.replace_all_uses_with(result)

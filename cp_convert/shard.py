@@ -25,7 +25,7 @@ from .layout import Layout, Segment
 from .links import GETITEM, Link, elements, links, operands, shape
 from .mesh import Axis
 from .ops import ATTENTION, MARK
-from .program import Lowered, erase_dead, fake_mode_of, module_path, source_line, tensor_of
+from .program import Lowered, Writer, erase_dead, fake_mode_of, module_path, source_line, tensor_of
 from .wants import Want, is_tensor, wants
 
 aten: Final = torch.ops.aten
@@ -127,13 +127,13 @@ class _Value:
         return next(iter(self.parts)) if self.whole is None and self.parts else None
 
 
-class _Walk:
+class _Walk(Writer):
     """One walk over the dense graph, building the sharded one."""
 
     def __init__(self, program: Lowered, axis: Axis) -> None:
         self.program, self.axis = program, axis
         self.dense = program.graph_module.graph
-        self.graph = fx.Graph()
+        super().__init__(fx.Graph(), fake_mode_of(self.dense))
         self.env: dict[fx.Node, _Value] = {}
         self.places: dict[str, tuple[Layout, Layout]] = {}
         self.moves: list[Move] = []
@@ -143,14 +143,12 @@ class _Walk:
         self.wants: Mapping[fx.Node, Want] = (
             {} if marked else wants(self.dense, self.linked, self.inputs, axis.size)
         )
-        self.current: fx.Node | None = None
-        self.mode = fake_mode_of(self.dense)
         self.outputs = program.outputs
 
     def run(self) -> None:
         """Build the sharded graph."""
         for node in self.dense.nodes:
-            self.current = node
+            self.origin = node
             if node.op == "output":
                 self._finish(node)
             elif node.op != "call_function":
@@ -270,23 +268,21 @@ class _Walk:
             nodes[0] = self._blanked(nodes[0], link.inputs[0], layout, neutral)
         part = self._emit(node, node.args, node.kwargs, nodes)
         if link.reduce == "mean":
-            part = self._op(aten.mul.Tensor, part, layout.local / layout.length)
+            part = self.op(aten.mul.Tensor, part, layout.local / layout.length)
         kind = "sum" if link.reduce == "mean" else str(link.reduce)
-        whole = self._op(
-            torch.ops.cp.all_reduce.default, part, kind, self.axis.flat, self.axis.size
-        )
+        whole = self.op(torch.ops.cp.all_reduce.default, part, kind, self.axis.flat, self.axis.size)
         self._note("all_reduce", node, 0, layout, elements(node))
         self.env[node] = _Value(whole=whole)
 
     def _blanked(self, part: fx.Node, dim: int, layout: Layout, value: float) -> fx.Node:
         """Padding replaced by ``value``, so that it takes no part in a reduction."""
-        ones = self._op(aten.full.default, [layout.length], True, dtype=torch.bool)
+        ones = self.op(aten.full.default, [layout.length], True, dtype=torch.bool)
         real = self._sharded(ones, 0, layout)
         sizes = [1] * tensor_of(part).dim()
         sizes[dim] = layout.local
-        like = self._op(aten._reshape_copy.default, real, sizes)
-        fill = self._op(aten.full.default, [], value, dtype=tensor_of(part).dtype)
-        return self._op(aten.where.self, like, part, fill)
+        like = self.op(aten._reshape_copy.default, real, sizes)
+        fill = self.op(aten.full.default, [], value, dtype=tensor_of(part).dtype)
+        return self.op(aten.where.self, like, part, fill)
 
     def _getitem(self, node: fx.Node) -> None:
         base, index = node.args
@@ -343,8 +339,8 @@ class _Walk:
         if value.whole is None and value.parts:
             (dim, layout), part = next(iter(value.parts.items()))
             value.whole = self._gathered(part, dim, layout)
-            assert self.current is not None
-            self._note("gather", self.current, dim, layout, elements(node))
+            assert self.origin is not None
+            self._note("gather", self.origin, dim, layout, elements(node))
         elif value.whole is None:
             raise CannotShard(
                 f"{node.target} returns several tensors that are needed whole at once.",
@@ -372,12 +368,12 @@ class _Walk:
             piece = whole
             if len(layout.segments) > 1:
                 stop = start + segment.length
-                piece = self._op(aten.slice.Tensor, whole, dim, start, stop)
+                piece = self.op(aten.slice.Tensor, whole, dim, start, stop)
             piece = self._padded(piece, dim, segment, layout.size)
             parts.append(
-                self._op(torch.ops.cp.shard.default, piece, dim, self.axis.flat, self.axis.size)
+                self.op(torch.ops.cp.shard.default, piece, dim, self.axis.flat, self.axis.size)
             )
-        return parts[0] if len(parts) == 1 else self._op(aten.cat.default, parts, dim)
+        return parts[0] if len(parts) == 1 else self.op(aten.cat.default, parts, dim)
 
     def _padded(self, piece: fx.Node, dim: int, segment: Segment, size: int) -> fx.Node:
         missing = size * segment.local - segment.length
@@ -385,8 +381,8 @@ class _Walk:
             return piece
         sizes = list(tensor_of(piece).shape)
         sizes[dim] = missing
-        zeros = self._op(aten.full.default, sizes, 0, dtype=tensor_of(piece).dtype)
-        return self._op(aten.cat.default, [piece, zeros], dim)
+        zeros = self.op(aten.full.default, sizes, 0, dtype=tensor_of(piece).dtype)
+        return self.op(aten.cat.default, [piece, zeros], dim)
 
     def _gathered(self, part: fx.Node, dim: int, layout: Layout) -> fx.Node:
         """All ranks' parts in the model's order, padding dropped."""
@@ -397,30 +393,30 @@ class _Walk:
         dtype = tensor_of(part).dtype
         carried = {torch.bool: torch.float32, torch.int64: torch.int32}.get(dtype, dtype)
         if carried != dtype:
-            part = self._op(aten._to_copy.default, part, dtype=carried)
-        front = part if dim == 0 else self._op(aten.permute.default, part, order)
-        joined = self._op(torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size)
+            part = self.op(aten._to_copy.default, part, dtype=carried)
+        front = part if dim == 0 else self.op(aten.permute.default, part, order)
+        joined = self.op(torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size)
         if not layout.is_plain:
             joined = self._reordered(joined, layout)
         if carried != dtype:
-            joined = self._op(aten._to_copy.default, joined, dtype=dtype)
-        return joined if dim == 0 else self._op(aten.permute.default, joined, back)
+            joined = self.op(aten._to_copy.default, joined, dtype=dtype)
+        return joined if dim == 0 else self.op(aten.permute.default, joined, back)
 
     def _reordered(self, joined: fx.Node, layout: Layout) -> fx.Node:
         """From shard order to the model's order, along dimension 0."""
         rest = list(tensor_of(joined).shape[1:])
-        by_rank = self._op(aten._reshape_copy.default, joined, [layout.size, layout.local, *rest])
+        by_rank = self.op(aten._reshape_copy.default, joined, [layout.size, layout.local, *rest])
         pieces, begin = [], 0
         for segment in layout.segments:
             end = begin + segment.local
-            own = self._op(aten.slice.Tensor, by_rank, 1, begin, end)
+            own = self.op(aten.slice.Tensor, by_rank, 1, begin, end)
             slots = layout.size * segment.local
-            flat = self._op(aten._reshape_copy.default, own, [slots, *rest])
+            flat = self.op(aten._reshape_copy.default, own, [slots, *rest])
             if slots > segment.length:
-                flat = self._op(aten.slice.Tensor, flat, 0, 0, segment.length)
+                flat = self.op(aten.slice.Tensor, flat, 0, 0, segment.length)
             pieces.append(flat)
             begin = end
-        return pieces[0] if len(pieces) == 1 else self._op(aten.cat.default, pieces, 0)
+        return pieces[0] if len(pieces) == 1 else self.op(aten.cat.default, pieces, 0)
 
     # ------------------------------------------------------------ nodes
 
@@ -430,22 +426,8 @@ class _Walk:
         args, kwargs = fx.map_arg((args, kwargs), lambda _: next(replacements))
         new = self.graph.create_node("call_function", node.target, tuple(args), kwargs, node.name)
         new.meta = dict(node.meta)
-        new.meta["val"] = self._value(new)
+        new.meta["val"] = self.value(new)
         return new
-
-    def _op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        new = self.graph.call_function(target, args, kwargs)
-        if self.current is not None:
-            kept = ("nn_module_stack", "stack_trace")
-            new.meta = {k: self.current.meta[k] for k in kept if k in self.current.meta}
-        new.meta["val"] = self._value(new)
-        return new
-
-    def _value(self, node: fx.Node) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        target: Any = node.target
-        with self.mode, torch.no_grad():
-            return target(*args, **kwargs)
 
 
 def _check(node: fx.Node, part: fx.Node, dim: int, layouts: list[Layout]) -> None:

@@ -21,6 +21,7 @@ from ..program import (
     module_path,
     source_line,
     tensor_of,
+    with_dtypes,
 )
 from .runtime import DYNAMO_CONVERTERS, post_lowering, settings
 
@@ -56,9 +57,8 @@ def _truncate_doubles(graph_module: fx.GraphModule) -> None:
             graph_module.register_buffer(name, value.float(), persistent=False)
             node.target = name
         if node.op == "call_function":
-            node.args, node.kwargs = fx.node.map_aggregate(
-                (node.args, node.kwargs), lambda a: torch.float32 if a is torch.float64 else a
-            )
+            single = {torch.float64: torch.float32}
+            node.args, node.kwargs = with_dtypes((node.args, node.kwargs), single)
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype == torch.float64 and node.op != "placeholder":
             node.meta["val"] = value.float()

@@ -277,20 +277,26 @@ def _select(layer: Layer, values: Values) -> Tensor:
     return torch.where(_given(values, 0), _given(values, 1), _given(values, 2))
 
 
-def _convolution(layer: Layer, values: Values) -> Tensor:
+def _kernel(layer: Layer, values: Values) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a convolution is given: as inputs or, else, as weights of its own."""
     p = layer.parameters
     if p["padding_mode"] != "EXPLICIT_ROUND_DOWN":
         raise ProofFailed(f"{layer.name}: padding mode {p['padding_mode']} is not understood.")
     x = _given(values, 0)
     kernel = _given(values, 1) if len(values) > 1 else p["kernel"]
     bias = _given(values, 2) if len(values) > 2 else p["bias"]
+    return x, kernel.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def _convolution(layer: Layer, values: Values) -> Tensor:
+    p = layer.parameters
+    x, kernel, bias = _kernel(layer, values)
     spatial = len(p["stride_nd"])
     convolve = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[spatial]
     x = functional.pad(x, _pads(p))
-    bias = None if bias is None else bias.to(x.dtype)
     return convolve(
         x,
-        kernel.to(x.dtype),
+        kernel,
         bias,
         stride=p["stride_nd"],
         dilation=p["dilation_nd"],
@@ -306,11 +312,7 @@ def _pads(p: Mapping[str, Any]) -> list[int]:
 
 def _deconvolution(layer: Layer, values: Values) -> Tensor:
     p = layer.parameters
-    if p["padding_mode"] != "EXPLICIT_ROUND_DOWN":
-        raise ProofFailed(f"{layer.name}: padding mode {p['padding_mode']} is not understood.")
-    x = _given(values, 0)
-    kernel = _given(values, 1) if len(values) > 1 else p["kernel"]
-    bias = _given(values, 2) if len(values) > 2 else p["bias"]
+    x, kernel, bias = _kernel(layer, values)
     spatial = len(p["stride_nd"])
     spread = {
         1: functional.conv_transpose1d,
@@ -319,8 +321,8 @@ def _deconvolution(layer: Layer, values: Values) -> Tensor:
     }[spatial]
     whole = spread(
         x,
-        kernel.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
+        kernel,
+        bias,
         stride=p["stride_nd"],
         dilation=p["dilation_nd"],
         groups=p["num_groups"],

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ops
-from ..program import Executable, written_in_place
+from ..program import HALF, Executable, with_dtypes, written_in_place
 
 Watch = Callable[[fx.Node, "PerRank"], None]
 
@@ -95,8 +95,9 @@ def _call(
     differs = own or any(not env[n].is_common for n in node.all_input_nodes)
     count = world if differs else 1
     function: Any = node.target
-    args = _widened_dtypes(node.args) if widen else node.args
-    kwargs = _widened_dtypes(node.kwargs) if widen else node.kwargs
+    args, kwargs = node.args, node.kwargs
+    if widen:
+        args, kwargs = with_dtypes((args, kwargs), dict.fromkeys(HALF, torch.float32))
 
     def on(rank: int) -> Any:
         values = {n: env[n][rank] for n in node.all_input_nodes}
@@ -105,12 +106,6 @@ def _call(
         )
 
     return PerRank(tuple(on(rank) for rank in range(count)))
-
-
-def _widened_dtypes(arguments: Any) -> Any:
-    return fx.node.map_aggregate(
-        arguments, lambda a: torch.float32 if isinstance(a, torch.dtype) and a in HALF else a
-    )
 
 
 def _all_arguments(node: fx.Node) -> list[Any]:
@@ -152,7 +147,6 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
-HALF: Final = (torch.float16, torch.bfloat16)
 _MATMULS: Final = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,

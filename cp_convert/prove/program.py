@@ -30,10 +30,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ProofFailed
 from ..forward import blamed_on_forward, check_arguments
-from ..program import Executable
+from ..program import HALF, Executable
 from ..strategies import Site
 from ..strategies.tokens import picked
-from .lockstep import HALF, HalfMatmulsInFloat32, PerRank, run, widened
+from .lockstep import HalfMatmulsInFloat32, PerRank, run, widened
 
 FLOOR: Final = 1e-5
 """The error that is always allowed: a few hundred roundings of float32."""

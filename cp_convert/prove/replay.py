@@ -16,8 +16,9 @@ from torch import Tensor
 from .. import ops
 from ..errors import ProofFailed
 from ..network import Layer, Network
+from ..program import HALF
 from .layers import LAYERS
-from .lockstep import HALF, HalfMatmulsInFloat32, PerRank, merged
+from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 
 
 def replay(
