@@ -1,10 +1,11 @@
 """Every transformer class of diffusers x every strategy: built and proven, refused, or failed.
 
-    python -m benchmarks.models [--world 2] [--jobs 2] [--out docs/models.md] [CLASS ...]
+    python -m benchmarks.models [--jobs 2] [--out docs/models.md] [CLASS ...]
 
-The plan is inferred for all of them (``--plan auto``), also where the class has one. Each class
-runs in a process of its own; engines are really built, every rank's, and thrown away. Precision is
-float32, so that nothing hides behind rounding.
+The plan is inferred for all of them, also where the class has one, at world 2; classes that declare
+a ``_cp_plan`` are run with that as well, at worlds 2 and 4. Each run is a process of its own;
+engines are really built, every rank's, and thrown away. Precision is float32, so that nothing hides
+behind rounding.
 """
 
 from __future__ import annotations
@@ -17,42 +18,67 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TIMEOUT = 900
 
 
+@dataclass(frozen=True, order=True)
+class Run:
+    """One class with one plan at one world."""
+
+    name: str
+    plan: str
+    world: int
+
+    @property
+    def key(self) -> str:
+        """How the results name it."""
+        return f"{self.name} {self.plan} {self.world}"
+
+    @classmethod
+    def named(cls, key: str) -> Run:
+        """The inverse of :attr:`key`."""
+        name, plan, world = key.split()
+        return cls(name, plan, int(world))
+
+
 def main() -> None:
     """Run the classes and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("classes", nargs="*")
-    parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/models.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(options.one, options.world)))
+        print(json.dumps(one(Run.named(options.one))))
         return
     from benchmarks.zoo import classes
 
-    names = options.classes or list(classes())
+    found = classes()
+    runs = [Run(name, "inferred", 2) for name in options.classes or found]
+    runs += [
+        Run(name, "declared", world)
+        for name in options.classes or found
+        for world in (2, 4)
+        if getattr(found[name], "_cp_plan", None)
+    ]
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
     with ThreadPoolExecutor(options.jobs) as pool:
-        for name, result in zip(
-            names, pool.map(lambda n: run(n, options.world), names), strict=True
-        ):
-            known[name] = result
+        for run, result in zip(runs, pool.map(in_process, runs), strict=True):
+            known[run.key] = result
             options.results.write_text(json.dumps(known, indent=1, sort_keys=True))
-            print(name, json.dumps(result)[:300], flush=True)
-    options.out.write_text(table(known, options.world))
+            print(run.key, json.dumps(result)[:300], flush=True)
+    options.out.write_text(page({Run.named(key): result for key, result in known.items()}))
 
 
-def run(name: str, world: int) -> dict[str, Any]:
-    """One class in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.models", "--one", name, "--world", str(world)]
+def in_process(run: Run) -> dict[str, Any]:
+    """One run in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.models", "--one", run.key]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -64,7 +90,7 @@ def run(name: str, world: int) -> dict[str, Any]:
     return result
 
 
-def one(name: str, world: int) -> dict[str, Any]:
+def one(run: Run) -> dict[str, Any]:
     """Trace once; then every strategy to engines and a proof."""
     import torch
 
@@ -82,13 +108,12 @@ def one(name: str, world: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     prepare(select("auto", ()))
-    if name in zoo.UNSUITABLE:
-        return {"refused": zoo.UNSUITABLE[name]}
-    axis = Mesh.line(world).whole
+    name, axis = run.name, Mesh.line(run.world).whole
     try:
         module, inputs = zoo.build(name), zoo.example_inputs(name)
         truth = measure(module, inputs)
-        traced, _ = trace(module, inputs, {}, zoo.CASES[name].freeze)
+        plan = getattr(module, "_cp_plan", {}) if run.plan == "declared" else {}
+        traced, _ = trace(module, inputs, plan, zoo.CASES[name].freeze)
         dense = decompose(traced, decompositions())
         sharded = shard(dense, axis)
     except ConvertError as error:
@@ -155,40 +180,51 @@ def _told(error: Any) -> str:
     return " ".join(f"{error}{where}".split())[:400]
 
 
-def table(results: dict[str, Any], world: int) -> str:
+def page(results: dict[Run, dict[str, Any]]) -> str:
     """The results as a page of the documentation."""
     from benchmarks.zoo import classes
     from cp_convert.job import STRATEGY_NAMES
 
-    rows, cells = [], Counter[str]()
-    for name, result in sorted(results.items()):
-        if "refused" in result or "failed" in result:
-            kind = "refused" if "refused" in result else "failed"
-            cells[kind] += len(STRATEGY_NAMES)
-            rows.append(f"| {name} | | | | {kind}: {_short(result[kind])} | | |")
-            continue
-        shown = []
-        for strategy in STRATEGY_NAMES:
-            own = result[strategy]
-            cells[own["status"]] += 1
-            shown.append(
-                f"proven, {own['network']:.0e}" if own["status"] == "proven"
-                else f"{own['status']}: {_short(own['reason'])}"
-            )  # fmt: skip
-        frozen = " *" if result["freeze"] else ""
-        other = f"{result['gathers']}" + (
-            f" + {result['all_reduces']} all-reduce" if result["all_reduces"] else ""
-        )
-        rows.append(
-            f"| {name}{frozen} | {result['attentions']} | {result['split']} | {other} | "
-            + " | ".join(shown) + " |"
-        )  # fmt: skip
-    total = sum(cells.values())
-    said = ", ".join(f"{cells[kind]} {kind}" for kind in ("proven", "refused", "failed"))
+    inferred = {run: r for run, r in sorted(results.items()) if run.plan == "inferred"}
+    declared = {run: r for run, r in sorted(results.items()) if run.plan == "declared"}
     return PAGE.format(
-        world=world, total=total, said=said, classes=len(results), known=len(classes()),
-        strategies=" | ".join(STRATEGY_NAMES), rows="\n".join(rows),
+        run=len(inferred), known=len(classes()), strategies=" | ".join(STRATEGY_NAMES),
+        said=_said(inferred), rows="\n".join(_row(run, r) for run, r in inferred.items()),
+        declared_said=_said(declared),
+        declared_rows="\n".join(_row(run, r) for run, r in declared.items()),
     )  # fmt: skip
+
+
+def _said(results: dict[Run, dict[str, Any]]) -> str:
+    from cp_convert.job import STRATEGY_NAMES
+
+    cells: Counter[str] = Counter()
+    for result in results.values():
+        whole = next((kind for kind in ("refused", "failed") if kind in result), None)
+        cells.update(whole or result[strategy]["status"] for strategy in STRATEGY_NAMES)
+    said = ", ".join(f"{cells[kind]} {kind}" for kind in ("proven", "refused", "failed"))
+    return f"{sum(cells.values())} conversions: {said}"
+
+
+def _row(run: Run, result: dict[str, Any]) -> str:
+    from cp_convert.job import STRATEGY_NAMES
+
+    for kind in ("refused", "failed"):
+        if kind in result:
+            return f"| {run.name} | {run.world} | | | | {kind}: {_short(result[kind])} | | |"
+    shown = []
+    for strategy in STRATEGY_NAMES:
+        own = result[strategy]
+        shown.append(
+            f"proven, {own['network']:.0e}" if own["status"] == "proven"
+            else f"{own['status']}: {_short(own['reason'])}"
+        )  # fmt: skip
+    frozen = " *" if result["freeze"] else ""
+    reduces = f" + {result['all_reduces']} all-reduce" if result["all_reduces"] else ""
+    return (
+        f"| {run.name}{frozen} | {run.world} | {result['attentions']} | {result['split']} | "
+        f"{result['gathers']}{reduces} | " + " | ".join(shown) + " |"
+    )
 
 
 def _short(reason: str) -> str:
@@ -201,23 +237,32 @@ def _short(reason: str) -> str:
 
 PAGE = """# Which models convert
 
-Generated by `python -m benchmarks.models`; do not edit by hand. {classes} of the {known}
-transformer classes in diffusers' `models/transformers` were run for this page; the others were not
-run with this version. Each in a small configuration with random weights (`benchmarks/zoo.py`),
-world {world}, float32, the plan inferred. *Proven* means that TensorRT built every rank's
-engine and that both the program and the networks, all ranks in lockstep, agree with the dense
-model; the number is the networks' largest relative error. No engine was executed.
-
-**{total} conversions: {said}.**
+Generated by `python -m benchmarks.models`; do not edit by hand. Every transformer class in
+diffusers' `models/transformers` ({run} of {known}), in a small configuration with random weights
+(`benchmarks/zoo.py`), float32. *Proven* means that TensorRT built every rank's engine and that both
+the program and the networks, all ranks in lockstep, agree with the dense model; the number is the
+networks' largest relative error. No engine was executed.
 
 *split*: attentions whose keys are sharded, so that the strategy does its work; the others read
 whole keys (a text, say) and need no communication. *gathers*: tensors gathered outside attention,
 the final output among them. A star marks classes whose masks or indices decide how many tokens
 there are; these arguments are frozen (`--freeze`).
 
-| class | attentions | split | gathers | {strategies} |
-|---|---|---|---|---|---|---|
+## The plan inferred
+
+**{said}.**
+
+| class | world | attentions | split | gathers | {strategies} |
+|---|---|---|---|---|---|---|---|
 {rows}
+
+## The plan that the class declares
+
+All classes with a `_cp_plan`. **{declared_said}.**
+
+| class | world | attentions | split | gathers | {strategies} |
+|---|---|---|---|---|---|---|---|
+{declared_rows}
 """
 
 

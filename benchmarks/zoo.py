@@ -97,6 +97,20 @@ def _wan(**more: Any) -> Inputs:
     }
 
 
+def _wan_animate_2() -> Inputs:
+    from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
+
+    cache = WanAnimate2KVCache(2)
+    for layer in cache.layer_caches:
+        layer.store(rand(1, 32, 4, 16), rand(1, 32, 4, 16))
+    return {
+        "hidden_states": [rand(4, 2, 8, 8)], "condition_latents": [rand(8, 2, 8, 8)],
+        "timestep": T, "encoder_hidden_states": [rand(9, 32)], "seq_len": 32,
+        "kv_cache": cache, "kv_cache_mode": "cached", "origin_len": 5, "origin_area": [64, 64],
+        "reference_grid_sizes": torch.tensor([[2, 4, 4]]),
+    }  # fmt: skip
+
+
 def _hunyuan(**more: Any) -> Inputs:
     return {
         "hidden_states": rand(1, 4, 2, 8, 8),
@@ -859,6 +873,25 @@ CASES: dict[str, Case] = {
             "timestep": T, "encoder_attention_mask": padded_mask(1, 12, 9),
         },
     ),
+    "RFD4ProteinaTransformer": Case(
+        {
+            "nlayers": 2, "token_dim": 64, "nheads": 4, "dim_cond": 32, "pair_repr_dim": 32,
+            "latent_dim": 8, "t_emb_dim": 32, "tri_mult_c": 16, "token_type_emb_dim": 8,
+            "feats_seq": ("xt_bb_ca", "xt_local_latents", "token_type"),
+            "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+            "feats_pair_repr": ("xt_bb_ca_pair_dists", "molecule_idx_pair"),
+        },
+        lambda: {
+            "bb_ca": rand(1, 24, 3), "local_latents": rand(1, 24, 8),
+            "bb_ca_time": torch.tensor([0.5]), "local_latents_time": torch.tensor([0.4]),
+            "padding_mask": torch.ones(1, 24).bool(), "token_type": ints(7, 1, 24),
+            "conditioning": {
+                "is_in_context_conditioning": torch.zeros(1, 24).bool(),
+                "supports_local_latent": torch.ones(1, 24).bool(),
+                "molecule_iid": ints(3, 1, 24),
+            },
+        },
+    ),
     "SanaWMTransformer3DModel": Case(
         {
             "in_channels": 4, "num_layers": 4, "hidden_size": 64, "num_attention_heads": 4,
@@ -927,6 +960,14 @@ CASES: dict[str, Case] = {
             pose_hidden_states=rand(1, 16, 2, 8, 8), face_pixel_values=rand(1, 3, 5, 16, 16),
         ),
     ),
+    "WanAnimate2Transformer3DModel": Case(
+        {
+            "text_len": 12, "in_dim": 12, "dim": 64, "ffn_dim": 128, "freq_dim": 64,
+            "text_dim": 32, "out_dim": 4, "num_heads": 4, "num_layers": 2, "use_img_emb": False,
+            "refer_offset_w": 0,
+        },
+        _wan_animate_2,
+    ),
     "WanVACETransformer3DModel": Case(
         _WAN | {"vace_layers": [0, 1], "vace_in_channels": 24},
         lambda: _wan(
@@ -945,8 +986,6 @@ CASES: dict[str, Case] = {
         },
     ),
 }  # fmt: skip
-
-UNSUITABLE: dict[str, str] = {}
 
 
 def classes() -> dict[str, type[nn.Module]]:

@@ -12,7 +12,7 @@ from torch.export.graph_signature import ExportGraphSignature
 
 from .complexes import without_complex
 from .errors import CannotLower
-from .passes import fold_constants, interleave_strided_writes, simplify
+from .passes import copies_as_values, fold_constants, interleave_strided_writes, simplify
 from .program import Lowered, Program, hold, state_of
 
 
@@ -44,6 +44,7 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
             hold(graph_module, node, state[node.name])
         else:
             graph_module.graph.erase_node(node)
+    copies_as_values(graph_module.graph)
     interleave_strided_writes(graph_module.graph)
     simplify(graph_module.graph)
     fold_constants(graph_module)

@@ -13,6 +13,22 @@ _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
 _COPY = torch.ops.aten.copy.default
 
 
+def copies_as_values(graph: fx.Graph) -> None:
+    """``copy(destination, source)`` becomes the source, cast and expanded like the destination."""
+    write = Writer(graph)
+    for node in graph.find_nodes(op="call_function", target=_COPY):
+        like, source = tensor_of(node), node.args[1]
+        assert isinstance(source, fx.Node)
+        write.origin = node
+        with graph.inserting_before(node):
+            if tensor_of(source).dtype != like.dtype:
+                source = write.op(torch.ops.aten._to_copy.default, source, dtype=like.dtype)
+            if tensor_of(source).shape != like.shape:
+                source = write.op(torch.ops.aten.expand.default, source, list(like.shape))
+        node.replace_all_uses_with(source)
+    erase_dead(graph)
+
+
 def interleave_strided_writes(graph: fx.Graph) -> int:
     """Turn strided writes that fill a tensor completely into one stack; returns how many.
 
@@ -31,16 +47,12 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
         dim = _slice_arguments(node)[2]
         write.origin = node
         with graph.inserting_before(node):
-            like = tensor_of(node)
-            sources = [_source(write, part, like.dtype) for part in parts]
-            columns = [
-                write.op(torch.ops.aten.unsqueeze.default, source, dim + 1) for source in sources
-            ]
+            columns = [write.op(torch.ops.aten.unsqueeze.default, x, dim + 1) for x in parts]
             stacked = write.op(torch.ops.aten.cat.default, columns, dim + 1)
-            result = write.op(torch.ops.aten.reshape.default, stacked, list(like.shape))
+            result = write.op(torch.ops.aten.reshape.default, stacked, list(tensor_of(node).shape))
         node.replace_all_uses_with(result)
-        _erase_chain(node)
         done += 1
+    erase_dead(graph)
     return done
 
 
@@ -86,6 +98,8 @@ def simplify(graph: fx.Graph) -> None:
         repeat(x, [.., n, ..])                     ->  reshape(expand(unsqueeze(x)))
         split(x, size)                             ->  split_with_sizes(x, [size, ..])
         bitwise_and(a, b) on booleans              ->  logical_and(a, b)
+        where(c, a, b) on booleans                 ->  c and a, or not c and b
+        bucketize(x, boundaries)                   ->  sum(boundaries < x)
     """
     write = Writer(graph)
     for node in list(graph.nodes):
@@ -107,7 +121,6 @@ def _write(write: Writer, node: fx.Node) -> fx.Node | None:
     start, end, _ = slice(start, end).indices(size)
     if start >= end:
         return None
-    source = _source(write, source, tensor_of(node).dtype)
     return _joined(write, node, base, source, dim, start, end)
 
 
@@ -117,14 +130,6 @@ def _write_one(write: Writer, node: fx.Node) -> fx.Node | None:
     dim = int(dim) % tensor_of(node).dim()
     start = int(index) % tensor_of(node).shape[dim]
     column = write.op(torch.ops.aten.unsqueeze.default, source, dim)
-    if tensor_of(node).dtype == torch.bool:
-        # TensorRT does not join booleans with a constant.
-        sizes = [1] * tensor_of(node).dim()
-        sizes[dim] = tensor_of(node).shape[dim]
-        places = write.op(torch.ops.aten.arange.start_step, 0, sizes[dim])
-        here = write.op(torch.ops.aten.eq.Scalar, places, start)
-        here = write.op(torch.ops.aten._reshape_copy.default, here, sizes)
-        return write.op(torch.ops.aten.where.self, here, column, base)
     return _joined(write, node, base, column, dim, start, start + 1)
 
 
@@ -138,7 +143,13 @@ def _joined(
         parts.append(write.op(torch.ops.aten.slice.Tensor, base, dim, end, size))
     if len(parts) == 1:
         return source
-    return write.op(torch.ops.aten.cat.default, parts, dim)
+    if tensor_of(node).dtype != torch.bool:
+        return write.op(torch.ops.aten.cat.default, parts, dim)
+    # TensorRT does not join booleans with a constant.
+    cast = torch.ops.aten._to_copy.default
+    numbers = [write.op(cast, part, dtype=torch.int32) for part in parts]
+    joined = write.op(torch.ops.aten.cat.default, numbers, dim)
+    return write.op(cast, joined, dtype=torch.bool)
 
 
 def _repeat(write: Writer, node: fx.Node) -> fx.Node:
@@ -199,6 +210,29 @@ def _logical(write: Writer, node: fx.Node) -> None:
         node.target = _LOGICAL[node.target]
 
 
+def _where(write: Writer, node: fx.Node) -> fx.Node | None:
+    """Torch-TensorRT makes the result an integer, which attention then adds as a mask."""
+    if tensor_of(node).dtype != torch.bool:
+        return None
+    condition, x, y = node.args
+    both, either = torch.ops.aten.logical_and.default, torch.ops.aten.logical_or.default
+    otherwise = write.op(torch.ops.aten.logical_not.default, condition)
+    return write.op(either, write.op(both, condition, x), write.op(both, otherwise, y))
+
+
+def _bucketize(write: Writer, node: fx.Node) -> fx.Node:
+    """TensorRT has no search; a bucket's number is how many boundaries lie below."""
+    x, boundaries = node.args
+    assert isinstance(x, fx.Node)
+    below = torch.ops.aten.ge.Tensor if node.kwargs.get("right") else torch.ops.aten.gt.Tensor
+    column = write.op(torch.ops.aten.unsqueeze.default, x, tensor_of(x).dim())
+    counted = write.op(
+        torch.ops.aten._to_copy.default, write.op(below, column, boundaries), dtype=torch.int32
+    )
+    total = write.op(torch.ops.aten.sum.dim_IntList, counted, [-1], dtype=torch.int32)
+    return write.op(torch.ops.aten._to_copy.default, total, dtype=tensor_of(node).dtype)
+
+
 _SIMPLER: Final[dict[Any, Any]] = {
     _SLICE_SCATTER: _write,
     torch.ops.aten.select_scatter.default: _write_one,
@@ -206,26 +240,13 @@ _SIMPLER: Final[dict[Any, Any]] = {
     torch.ops.aten.split.Tensor: _split,
     torch.ops.aten.cat.default: _without_empty,
     torch.ops.aten.index_put.default: _no_write,
+    torch.ops.aten.where.self: _where,
+    torch.ops.aten.bucketize.Tensor: _bucketize,
     torch.ops.aten.bitwise_and.Tensor: _logical,
     torch.ops.aten.bitwise_or.Tensor: _logical,
     torch.ops.aten.bitwise_xor.Tensor: _logical,
     torch.ops.aten.bitwise_not.default: _logical,
 }
-
-
-def _erase_chain(node: fx.Node) -> None:
-    """Remove the writes that nothing reads any more, last to first."""
-    while node.target is _SLICE_SCATTER and not node.users:
-        base, source = node.args[0], node.args[1]
-        node.graph.erase_node(node)
-        for dead in (source, base):
-            if isinstance(dead, fx.Node) and dead.target is _COPY and not dead.users:
-                destination = dead.args[0]
-                node.graph.erase_node(dead)
-                if isinstance(destination, fx.Node) and not destination.users:
-                    node.graph.erase_node(destination)
-        assert isinstance(base, fx.Node)
-        node = base
 
 
 def _parts(last: fx.Node) -> list[fx.Node] | None:
@@ -259,17 +280,3 @@ def _slice_arguments(node: fx.Node) -> tuple[Any, Any, int, int, int, int]:
         size if given.get("end") is None else int(given["end"]),
         int(given.get("step", 1)),
     )
-
-
-def _source(write: Writer, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """The value that is written, free of the tensor that it is written into."""
-    if node.target is not _COPY:
-        return node
-    shape = list(tensor_of(node).shape)
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    if tensor_of(source).dtype != dtype:
-        source = write.op(torch.ops.aten._to_copy.default, source, dtype=dtype)
-    if list(tensor_of(source).shape) != shape:
-        source = write.op(torch.ops.aten.expand.default, source, shape)
-    return source
