@@ -12,11 +12,12 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cp_convert.instantiate import randomised
 
 Inputs = dict[str, Any]
 
@@ -1013,19 +1014,3 @@ def example_inputs(name: str) -> Inputs:
     """What to call it with."""
     torch.manual_seed(1)
     return CASES[name].inputs()
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """Random numbers in every parameter, of a size that lets every layer matter."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                fan_in = parameter[0].numel()
-                parameter.copy_(noise * (1.2 / sqrt(max(fan_in, 1))))
-            elif name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                parameter.copy_(0.2 * noise)
-    return module

@@ -1,1 +1,1 @@
-"""Presets, one TOML a model (imported as ``cp_convert.configs``). None is shipped yet."""
+"""Presets, one TOML a model (imported as ``cp_convert.configs``); README.md tells their form."""

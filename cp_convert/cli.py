@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,9 @@ import click
 from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
 from .job import BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
+from .preset import names as preset_names
+from .preset import path_of as preset_path
+from .preset import read as read_preset
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _DEFAULT = "convert"
@@ -40,6 +44,7 @@ def cli() -> None:
 
     \b
       cp-convert model.py --strategy ulysses --world 8
+      cp-convert flux.1-dev --tiny
       cp-convert inspect model-ulysses-w8
       cp-convert verify model-ulysses-w8
 
@@ -95,17 +100,19 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @cli.command(context_settings=_SETTINGS)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "-s", "--strategy", type=click.Choice(STRATEGY_NAMES), required=True,
-    help="How attention is distributed.",
+    "-s", "--strategy", type=click.Choice(STRATEGY_NAMES),
+    help="How attention is distributed.  [a preset knows a good one]",
 )  # fmt: skip
-@click.option("-w", "--world", type=int, required=True, help="The number of ranks (GPUs).")
+@click.option(
+    "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
+)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path),
     help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
 )  # fmt: skip
 @click.option(
-    "-p", "--precision", type=click.Choice(PRECISIONS), default="fp16", show_default=True,
-    help="Of parameters and floating inputs.",
+    "-p", "--precision", type=click.Choice(PRECISIONS),
+    help="Of parameters and floating inputs.  [default: the preset's, else fp16]",
 )  # fmt: skip
 @click.option(
     "--backend", type=click.Choice(BACKEND_NAMES), default="auto", show_default=True,
@@ -113,7 +120,8 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )  # fmt: skip
 @click.option(
     "--weights", type=click.Path(path_type=Path),
-    help="A .safetensors file, a .safetensors.index.json, or a folder holding either.",
+    help="A .safetensors file, a .safetensors.index.json, or a folder holding either; for a preset "
+    "the published folder.",
 )  # fmt: skip
 @click.option(
     "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
@@ -134,6 +142,8 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Make this argument's example value part of the engines; repeatable. For masks and "
     "indices that decide how many tokens there are.",
 )  # fmt: skip
+@click.option("--tiny", is_flag=True, help="A preset's structure in small, with random weights.")
+@click.option("--resolution", metavar="NAME", help="One of the preset's; see `cp-convert presets`.")
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -152,24 +162,57 @@ def convert(
     no_proof: bool,
     **options: Any,
 ) -> None:
-    """Convert MODEL, a Python file, into one TensorRT engine per rank.
+    """Convert MODEL, a Python file or a preset, into one TensorRT engine per rank.
 
-    MODEL defines build_model() -> torch.nn.Module, example_inputs() -> dict of forward's keyword
-    arguments (their shapes become the engines'), and optionally cp_plan: which module inputs are
-    split along the sequence and which outputs are gathered, in diffusers' _cp_plan vocabulary.
+    A Python file defines build_model() -> torch.nn.Module, example_inputs() -> dict of forward's
+    keyword arguments (their shapes become the engines'), and optionally cp_plan: which module
+    inputs are split along the sequence and which outputs are gathered, in diffusers' _cp_plan
+    vocabulary.
     Without cp_plan the model's own _cp_plan is used, and without either the plan is found.
+
+    A preset is one of `cp-convert presets`, or a TOML file of the same form.
     """
     from .render import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
-    if not model.is_file() and (near := difflib.get_close_matches(str(model), cli.commands, 1)):
-        raise UsageError(f"there is no file {model}.", hint=f"did you mean `cp-convert {near[0]}`?")
-    out = out or Path(f"{model.stem}-{options['strategy']}-w{options['world']}")
+    model = _resolved(model)
+    if model.suffix == ".toml":
+        preset = read_preset(model)
+        for name in ("strategy", "world", "precision"):
+            options[name] = getattr(preset, name) if options[name] is None else options[name]
+    for name in ("strategy", "world"):
+        if options[name] is None:
+            raise UsageError(
+                f"Missing option '-{name[0]}' / '--{name}'.",
+                hint="cp-convert convert --help; only a preset knows a good one.",
+            )
+    options["precision"] = options["precision"] or "fp16"
     if no_proof:
         options["proof"] = "none"
-    job = Job(model=model, out=out, command=shlex.join(["cp-convert", *sys.argv[1:]]), **options)
+    job = Job(
+        model=model,
+        out=out or Path(),
+        command=shlex.join(["cp-convert", *sys.argv[1:]]),
+        **options,
+    )
+    if out is None:
+        job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}"))
     manifest = _run(job, screen)
     screen.converted(manifest, job.out)
+
+
+def _resolved(model: Path) -> Path:
+    """The file itself, or that of the preset of this name."""
+    if model.is_file():
+        return model
+    found = preset_path(str(model))
+    if found is None:
+        known = [*cli.commands, *preset_names()]
+        if near := difflib.get_close_matches(str(model), known, 1):
+            raise UsageError(
+                f"there is no file {model}.", hint=f"did you mean `cp-convert {near[0]}`?"
+            )
+    return found or model
 
 
 def _run(job: Job, screen: Any) -> Any:
@@ -185,6 +228,28 @@ def _run(job: Job, screen: Any) -> Any:
         from .pipeline import convert as run
 
         return run(job, backend, progress)
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("name", required=False)
+@_common
+def presets(*, name: str | None, as_json: bool, quiet: bool, verbose: int) -> None:
+    """List the models that need no file; with NAME, print that preset's TOML.
+
+    `cp-convert NAME --tiny` converts one in small, with random weights, within a minute.
+    """
+    from .render import Screen
+
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    if name is None:
+        screen.presets({n: read_preset(_resolved(Path(n))) for n in preset_names()})
+        return
+    path = preset_path(name)
+    if path is None:
+        near = difflib.get_close_matches(name, preset_names(), 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(preset_names())}."
+        raise UsageError(f"there is no preset {name!r}.", hint=hint)
+    screen.preset(read_preset(path), path.read_text())
 
 
 @cli.command(context_settings=_SETTINGS)

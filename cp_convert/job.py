@@ -20,7 +20,7 @@ class Job:
     """One conversion.
 
     Attributes:
-        model: path of the Python file that defines the model.
+        model: path of the Python file that defines the model, or of a preset's TOML.
         strategy: one of :data:`STRATEGY_NAMES`.
         world: the world size, at least 1.
         out: directory of the bundle.
@@ -35,6 +35,8 @@ class Job:
             takes the model's if it has one.
         freeze: arguments of forward whose example values become part of the engines, besides those
             that the model file names.
+        tiny: shrink a preset's depth and width.
+        resolution: one of the preset's; ``None`` takes its usual one.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
         command: the command line, as recorded in the manifest.
@@ -51,6 +53,8 @@ class Job:
     proof: str = "auto"
     plan: str | None = None
     freeze: tuple[str, ...] = ()
+    tiny: bool = False
+    resolution: str | None = None
     rtol: float | None = None
     force: bool = False
     command: str = ""
@@ -76,13 +80,23 @@ class Job:
             raise UsageError(
                 f"there is no file {self.model}.",
                 hint="name a Python file that defines build_model() and example_inputs(); "
-                "examples/flux.py is one.",
+                "examples/flux.py is one. `cp-convert presets` lists models that need no file.",
             )
+        if (self.tiny or self.resolution) and not self.is_preset:
+            raise UsageError(
+                f"--tiny and --resolution are for presets; {self.model} is a Python file.",
+                hint="its build_model() and example_inputs() say how large it is.",
+            )
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether the model is described by a preset."""
+        return self.model.suffix == ".toml"
 
     @property
     def name(self) -> str:
         """The model's name: its file's stem."""
-        return self.model.stem
+        return self.model.name.removesuffix(self.model.suffix) + ("-tiny" if self.tiny else "")
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

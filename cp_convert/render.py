@@ -6,11 +6,12 @@ import json
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +28,7 @@ from rich.table import Table
 from .bundle import Check
 from .errors import ConvertError
 from .manifest import Attention, Manifest, Proof
+from .preset import TINY, Preset
 from .progress import Progress
 
 
@@ -128,6 +130,31 @@ class Screen:
             print_(_plan_table(manifest))
         if manifest.sharding:
             print_(_sharding_table(manifest))
+
+    def presets(self, presets: Mapping[str, Preset]) -> None:
+        """All presets as a table."""
+        if self.as_json:
+            self.document({name: msgspec.to_builtins(one) for name, one in presets.items()})
+            return
+        table = _table(
+            "", "preset", "parameters", "resolution", "tokens", "strategy", "world",
+            right=("parameters", "tokens", "world"),
+        )  # fmt: skip
+        for name, one in presets.items():
+            facts = (name, _count(one.parameters), one.strategy, str(one.world))
+            for resolution in (r for r in one.resolutions if r != TINY):
+                title, parameters, strategy, world = facts
+                tokens = f"{one.numbers(resolution, one.config)['tokens']:,}"
+                table.add_row(title, parameters, resolution, tokens, strategy, world)
+                facts = ("", "", "", "")
+        self.out.print(table)
+
+    def preset(self, preset: Preset, text: str) -> None:
+        """One preset, as its file says it."""
+        if self.as_json:
+            self.document(msgspec.to_builtins(preset))
+        else:
+            self.out.print(text, end="", markup=False, soft_wrap=True)
 
     def verified(self, checks: Sequence[Check]) -> None:
         """What ``verify`` looked at."""

@@ -40,7 +40,7 @@ def cp_convert(
     return run
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["inspect"], ["verify"]])
+@pytest.mark.parametrize("command", [[], ["convert"], ["presets"], ["inspect"], ["verify"]])
 def test_help_reads(cp_convert: Run, command: list[str]) -> None:
     result = cp_convert(*command, "--help")
     assert result.code == 0
@@ -50,7 +50,10 @@ def test_help_reads(cp_convert: Run, command: list[str]) -> None:
 
 def test_torch_is_imported_only_to_convert(tmp_path: Path) -> None:
     out = written(tmp_path / "out")
-    for args in (["--help"], ["convert", "--help"], ["inspect", str(out)], ["verify", str(out)]):
+    for args in (
+        ["--help"], ["convert", "--help"], ["presets"], ["presets", "flux.1-dev"],
+        ["inspect", str(out)], ["verify", str(out)],
+    ):  # fmt: skip
         script = (
             "import sys\nfrom cp_convert import cli\n"
             f"try: cli.main({args!r})\nexcept SystemExit as stop: assert not stop.code\n"
@@ -233,3 +236,38 @@ def test_sigterm_leaves_nothing(model_file: Write, tmp_path: Path) -> None:
     assert done.returncode == 130
     assert "nothing was written" in done.stderr
     assert [p.name for p in tmp_path.iterdir() if p.name != "__pycache__"] == ["model.py"]
+
+
+# --- presets --------------------------------------------------------------------------------------
+
+
+def test_presets_are_listed_and_printed(cp_convert: Run, tmp_path: Path) -> None:
+    listed = cp_convert("presets")
+    assert "flux.1-dev" in listed.out
+    assert "75,600" in listed.out
+    told = json.loads(cp_convert("presets", "--json").out)
+    assert told["wan2.1-14b"]["config"]["num_layers"] == 40
+    (tmp_path / "mine.toml").write_text(cp_convert("presets", "flux.1-dev").out)
+    assert json.loads(cp_convert("presets", "--json", "flux.1-dev").out) == told["flux.1-dev"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["presets", "flux.1-dv"], "there is no preset 'flux.1-dv'"),
+        (["flux.1-dv", "--tiny"], "there is no file flux.1-dv"),
+        (["wan2.1-14b", "--tiny", "--world", "0"], "--world 0"),
+        (["model.py", "--world", "2"], "Missing option '-s' / '--strategy'"),
+        (
+            ["model.py", "-s", "ring", "-w", "2", "--tiny"],
+            "--tiny and --resolution are for",
+        ),
+    ],
+)
+def test_mistakes_with_presets(
+    cp_convert: Run, model_file: Write, args: list[str], message: str
+) -> None:
+    model_file()
+    result = cp_convert(*args)
+    assert result.code == 2
+    assert message in result.err

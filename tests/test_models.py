@@ -1,0 +1,84 @@
+"""Real classes of diffusers, small: the plans that they declare, and the ones that are found."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import axis_of, table
+from torch import Tensor
+
+from benchmarks import zoo
+from cp_convert.decompose import decompose
+from cp_convert.job import STRATEGY_NAMES
+from cp_convert.program import Lowered
+from cp_convert.prove import flat_inputs
+from cp_convert.prove.lockstep import run
+from cp_convert.prove.program import dense_outputs, worst
+from cp_convert.rewrite import rewrite
+from cp_convert.shard import Sharded, shard
+from cp_convert.strategies import STRATEGIES
+from cp_convert.trace import trace
+
+PLANNED = sorted(name for name, kind in zoo.classes().items() if getattr(kind, "_cp_plan", None))
+NAMED = (
+    "Cosmos3OmniTransformer", "CosmosTransformer3DModel", "SD3Transformer2DModel",
+    "HunyuanVideoTransformer3DModel", "CogVideoXTransformer3DModel", "PixArtTransformer2DModel",
+    "MochiTransformer3DModel", "Lumina2Transformer2DModel", "ZImageTransformer2DModel",
+    "SanaVideoTransformer3DModel",
+)  # fmt: skip
+
+
+@cache
+def dense(name: str, plan: str) -> tuple[Lowered, dict[str, Any], list[Tensor]]:
+    """The whole program in core operators, its inputs, and what the model returns."""
+    module, inputs = zoo.build(name), zoo.example_inputs(name)
+    truth = dense_outputs(module, inputs)
+    declared = module._cp_plan if plan == "declared" else {}
+    traced, _ = trace(module, inputs, declared, zoo.CASES[name].freeze)
+    return decompose(traced, table()), inputs, truth
+
+
+def gathers(found: Sharded) -> int:
+    return sum(move.kind == "gather" for move in found.moves)
+
+
+def agrees(name: str, plan: str, strategy: str, world: int) -> None:
+    program, inputs, truth = dense(name, plan)
+    axis = axis_of(world)
+    done, _ = rewrite(shard(program, axis), STRATEGIES[strategy], strategy, axis, table())
+    for outputs in run(done, flat_inputs(done, inputs), world):
+        assert worst(outputs, truth).max < 1e-5
+
+
+def test_all_classes_that_declare_a_plan_are_known() -> None:
+    assert len(PLANNED) >= 9
+    assert set(zoo.CASES) == set(zoo.classes())
+
+
+def among_themselves(found: Sharded) -> int:
+    """Attentions whose queries and keys are the same tokens; others may as well read whole keys."""
+    return sum(queries == keys for queries, keys in found.places.values())
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_declared_plans(name: str) -> None:
+    """They convert, and the plan that is found is as good as the declared one.
+
+    All strategies at both worlds, down to the engines: ``python -m benchmarks.models``.
+    """
+    for strategy, world in (("allgather-kv", 2), ("ring", 4), ("ulysses", 2), ("ulysses", 4)):
+        agrees(name, "declared", strategy, world)
+    own, found = (shard(dense(name, plan)[0], axis_of(4)) for plan in ("declared", "inferred"))
+    assert among_themselves(found) >= among_themselves(own) > 0
+    assert gathers(found) <= gathers(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"), [(n, STRATEGY_NAMES[i % 3]) for i, n in enumerate(NAMED)]
+)
+def test_found_plans(name: str, strategy: str) -> None:
+    torch.manual_seed(0)
+    agrees(name, "inferred", strategy, 4)
