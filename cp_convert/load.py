@@ -119,11 +119,20 @@ def cast_module(module: nn.Module, dtype: torch.dtype) -> None:
     """
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     persistent = set(module.state_dict(keep_vars=True))
+
+    def wanted(name: str, tensor: Tensor) -> torch.dtype:
+        if name not in persistent or tensor.dtype not in _CASTABLE:
+            return tensor.dtype
+        return torch.float32 if _is_kept(name, kept) else dtype
+
     with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if name in persistent and tensor.dtype in _CASTABLE:
-                wanted = torch.float32 if _is_kept(name, kept) else dtype
-                tensor.data = tensor.data.to(wanted)
+        for name, parameter in module.named_parameters():
+            parameter.data = parameter.data.to(wanted(name, parameter))
+        for prefix, owner in module.named_modules():
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                path = f"{prefix}.{name}" if prefix else name
+                # Not through .data: a buffer may be a view, whose base would keep its dtype.
+                setattr(owner, name, buffer.to(wanted(path, buffer)))
 
 
 def _is_kept(name: str, kept: Collection[str]) -> bool:

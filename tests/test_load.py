@@ -144,3 +144,20 @@ def test_inputs_are_cast_but_for_integers_doubles_and_the_kept() -> None:
     assert cast["step"].dtype == torch.int64
     assert cast["table"].dtype == torch.float64
     assert cast["flag"] is True
+
+
+def test_a_buffer_that_is_a_view_is_cast_with_all_that_tracing_sees_of_it() -> None:
+    """SD3's position table is one; torch.export compares a view with its base."""
+
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.ones(4, 8).unsqueeze(0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.table
+
+    module = Table()
+    cast_module(module, torch.bfloat16)
+    exported = torch.export.export(module, (torch.ones(1, 4, 8, dtype=torch.bfloat16),))
+    assert exported.state_dict["table"].dtype == torch.bfloat16

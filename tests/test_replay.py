@@ -12,8 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import rewritten, tiny, tiny_inputs
+from conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
 from onnx import TensorProto, helper, numpy_helper
+from test_shard import joint, joint_inputs, mask_of, model, sdpa, tokens
 from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
@@ -272,14 +273,25 @@ def test_a_layer_that_is_not_known_is_an_error() -> None:
 # --- networks of our own, with and without faults -------------------------------------------------
 
 
-def prepared(
-    name: str, world: int, dtype: torch.dtype = torch.float32
-) -> tuple[list[Network], Proof, dict[str, Tensor], Lowered]:
+Prepared = tuple[list[Network], Proof, dict[str, Tensor], Lowered]
+
+
+def prepared(name: str, world: int, dtype: torch.dtype = torch.float32) -> Prepared:
     """All ranks' networks of the tiny model, and the proof of its program."""
     module = tiny()
     cast_module(module, dtype)
-    inputs = cast_inputs(tiny_inputs(), dtype)
-    stages = rewritten(module, inputs, name, world)
+    return prepared_from(module, cast_inputs(tiny_inputs(), dtype), name, world, TINY_PLAN)
+
+
+def prepared_from(
+    module: nn.Module,
+    inputs: dict[str, Any],
+    name: str,
+    world: int,
+    plan: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """The same of any model; without a plan, one is found."""
+    stages = rewritten(module, inputs, name, world, plan or {})
     lowered = lower(stages.rewritten)
     proof = prove(measure(module, inputs), inputs, replace(stages, lowered=lowered))
     networks: list[Network] = []
@@ -297,6 +309,23 @@ def test_networks_are_proven(name: str, dtype: torch.dtype) -> None:
     found = prove_networks(networks, inputs, proof, lowered)
     assert all(error.max < 1e-5 for error in found.algebra)
     assert all(error.within(proof.bound) for error in found.ranks)
+
+
+def selected(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+    """A boolean mask made the way HunyuanVideo makes its: selected, then written into."""
+    mask = torch.where(given > 0.5, given < 0.9, given > 0.2)
+    mask[..., 0] = True
+    return sdpa(q, k, v, mask)
+
+
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_networks_with_boolean_masks_are_proven(name: str) -> None:
+    """Torch-TensorRT makes such a mask an integer, and adds it to the scores."""
+    mask = torch.rand(23, 23, generator=torch.Generator().manual_seed(5))
+    inputs = {"x": tokens(23), "given": mask}
+    networks, proof, flat, lowered = prepared_from(model(selected), inputs, name, 2)
+    found = prove_networks(networks, flat, proof, lowered)
+    assert all(error.max < 1e-5 for error in found.algebra)
 
 
 def test_weights_are_held_once() -> None:
@@ -356,6 +385,26 @@ def test_a_fault_in_every_ranks_network_is_caught(edit: Edit) -> None:
     networks, proof, inputs, lowered = prepared("ulysses", 2)
     with pytest.raises(ProofFailed, match="astray"):
         prove_networks([edited(network, edit) for network in networks], inputs, proof, lowered)
+
+
+def test_a_mask_in_the_wrong_order_is_caught() -> None:
+    """Columns in the model's order (text, image), where keys stand as text0, image0, text1, ..."""
+
+    def unordered(layers: list[Layer]) -> list[Layer]:
+        by_result = {layer.outputs[0].name: i for i, layer in enumerate(layers)}
+        attention = layers[first(layers, "ATTENTION_INPUT")]
+        i = by_result[attention.parameters["mask"]]
+        while layers[i].kind != "CONCATENATION":
+            i = by_result[layers[i].inputs[0]]
+        text0, image0, text1, image1 = layers[i].inputs
+        layers[i] = replace(layers[i], inputs=(text0, text1, image0, image1))
+        return layers
+
+    inputs = {**joint_inputs(12), "given": mask_of((1, 1, 36), "additive")}
+    networks, proof, flat, lowered = prepared_from(joint(), inputs, "ulysses", 2)
+    prove_networks(networks, flat, proof, lowered)
+    with pytest.raises(ProofFailed, match="astray"):
+        prove_networks([edited(network, unordered) for network in networks], flat, proof, lowered)
 
 
 def test_a_slice_of_the_wrong_rank_is_caught() -> None:

@@ -177,7 +177,8 @@ class HalfMatmulsInFloat32(TorchDispatchMode):
         if func not in _MATMULS or first is None or first.dtype not in HALF or first.is_cuda:
             return func(*args, **kwargs)
         half = first.dtype
-        result = func(*pytree.tree_map(widened, args), **kwargs)
+        args, kwargs = pytree.tree_map(widened, (args, kwargs))
+        result = func(*args, **kwargs)
         return pytree.tree_map(lambda t: _down(t, half), result)
 
 
