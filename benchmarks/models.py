@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 900
+LONGEST = 240
 
 
 @dataclass(frozen=True, order=True)
@@ -100,10 +102,10 @@ def one(run: Run) -> dict[str, Any]:
     from cp_convert.engine.build import prepare
     from cp_convert.engine.runtime import decompositions
     from cp_convert.errors import ConvertError
-    from cp_convert.job import STRATEGY_NAMES
     from cp_convert.mesh import Mesh
     from cp_convert.prove import measure
     from cp_convert.shard import shard
+    from cp_convert.strategies import STRATEGIES
     from cp_convert.trace import trace
 
     torch.set_num_threads(1)
@@ -129,7 +131,7 @@ def one(run: Run) -> dict[str, Any]:
         "all_reduces": moves["all_reduce"],
         "freeze": list(zoo.CASES[name].freeze),
     }  # fmt: skip
-    for strategy in STRATEGY_NAMES:
+    for strategy in list(STRATEGIES):
         result[strategy] = _converted(truth, inputs, dense, sharded, strategy, axis)
     return result
 
@@ -183,12 +185,12 @@ def _told(error: Any) -> str:
 def page(results: dict[Run, dict[str, Any]]) -> str:
     """The results as a page of the documentation."""
     from benchmarks.zoo import classes
-    from cp_convert.job import STRATEGY_NAMES
+    from cp_convert.strategies import STRATEGIES
 
     inferred = {run: r for run, r in sorted(results.items()) if run.plan == "inferred"}
     declared = {run: r for run, r in sorted(results.items()) if run.plan == "declared"}
     return PAGE.format(
-        run=len(inferred), known=len(classes()), strategies=" | ".join(STRATEGY_NAMES),
+        run=len(inferred), known=len(classes()), strategies=" | ".join(STRATEGIES),
         said=_said(inferred), rows="\n".join(_row(run, r) for run, r in inferred.items()),
         declared_said=_said(declared),
         declared_rows="\n".join(_row(run, r) for run, r in declared.items()),
@@ -196,24 +198,24 @@ def page(results: dict[Run, dict[str, Any]]) -> str:
 
 
 def _said(results: dict[Run, dict[str, Any]]) -> str:
-    from cp_convert.job import STRATEGY_NAMES
+    from cp_convert.strategies import STRATEGIES
 
     cells: Counter[str] = Counter()
     for result in results.values():
         whole = next((kind for kind in ("refused", "failed") if kind in result), None)
-        cells.update(whole or result[strategy]["status"] for strategy in STRATEGY_NAMES)
+        cells.update(whole or result[strategy]["status"] for strategy in list(STRATEGIES))
     said = ", ".join(f"{cells[kind]} {kind}" for kind in ("proven", "refused", "failed"))
     return f"{sum(cells.values())} conversions: {said}"
 
 
 def _row(run: Run, result: dict[str, Any]) -> str:
-    from cp_convert.job import STRATEGY_NAMES
+    from cp_convert.strategies import STRATEGIES
 
     for kind in ("refused", "failed"):
         if kind in result:
             return f"| {run.name} | {run.world} | | | | {kind}: {_short(result[kind])} | | |"
     shown = []
-    for strategy in STRATEGY_NAMES:
+    for strategy in list(STRATEGIES):
         own = result[strategy]
         shown.append(
             f"proven, {own['network']:.0e}" if own["status"] == "proven"
@@ -228,11 +230,9 @@ def _row(run: Run, result: dict[str, Any]) -> str:
 
 
 def _short(reason: str) -> str:
-    path = reason.replace("|", "\\|")
-    for part in path.split():
-        if "/diffusers/" in part:
-            path = path.replace(part, "diffusers/" + part.split("/diffusers/", 1)[1])
-    return path
+    """The reason's beginning, without the paths of this machine."""
+    short = re.sub(r"/\S*/(site-packages|lib/python[^/]*)/", "", reason.replace("|", "\\|"))
+    return short if len(short) <= LONGEST else f"{short[:LONGEST]} ..."
 
 
 PAGE = """# Which models convert

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cp_convert.job import STRATEGY_NAMES
+from cp_convert.strategies import STRATEGIES
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "flux_dev.py"
 
@@ -56,7 +56,7 @@ def main() -> None:
     )
     print(f"| strategy | {' | '.join(stages)} | whole process | peak RSS, GB | engines, GB |")
     print("|---" * (len(stages) + 4) + "|", flush=True)
-    for strategy in STRATEGY_NAMES:
+    for strategy in list(STRATEGIES):
         runs = [convert(args.model, strategy, options) for _ in range(args.runs)]
         cells = [statistics.median(r["timings"].get(stage, 0) for r in runs) for stage in stages]
         cells += [statistics.median(r[key] for r in runs) for key in ("wall", "peak")]

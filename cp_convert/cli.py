@@ -106,6 +106,8 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @click.option(
     "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
 )
+@click.option("--ulysses", type=int, help="For usp: neighbours that trade heads for tokens.")
+@click.option("--ring", type=int, help="For usp: groups of such neighbours that form the ring.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path),
     help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
@@ -160,6 +162,7 @@ def convert(
     out: Path | None,
     model: Path,
     no_proof: bool,
+    ring: int | None,
     **options: Any,
 ) -> None:
     """Convert MODEL, a Python file or a preset, into one TensorRT engine per rank.
@@ -187,6 +190,7 @@ def convert(
                 hint="cp-convert convert --help; only a preset knows a good one.",
             )
     options["precision"] = options["precision"] or "fp16"
+    options["ulysses"] = _factor(options["ulysses"], ring, options["world"])
     if no_proof:
         options["proof"] = "none"
     job = Job(
@@ -199,6 +203,19 @@ def convert(
         job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}"))
     manifest = _run(job, screen)
     screen.converted(manifest, job.out)
+
+
+def _factor(ulysses: int | None, ring: int | None, world: int) -> int | None:
+    """How many ranks exchange, from either factor of the world."""
+    if ring is None:
+        return ulysses
+    if ring < 1 or ring * (ulysses or world // ring) != world:
+        raise UsageError(
+            f"--ulysses {ulysses} times --ring {ring} is not the world of {world}."
+            if ulysses
+            else f"--ring {ring} does not divide the world of {world}."
+        )
+    return ulysses or world // ring
 
 
 def _resolved(model: Path) -> Path:

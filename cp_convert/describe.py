@@ -14,10 +14,12 @@ from .backends import Backend
 from .engine.build import Engine
 from .job import Job
 from .load import Source
+from .mesh import Axis, Mesh
 from .program import Binding, Program
 from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
 from .shard import Move, Sharded
+from .strategies import Strategy, choose
 from .trace import Applied
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
@@ -38,6 +40,7 @@ def describe(
     timings: Mapping[str, float],
 ) -> m.Manifest:
     """The manifest of a conversion that has come to its end."""
+    strategy, axis = choose(job.strategy, job.ulysses), Mesh.line(job.world).whole
     targets = job.compute_capabilities or backend.default_targets
     return m.Manifest(
         schema_version=m.SCHEMA_VERSION,
@@ -66,8 +69,8 @@ def describe(
         plan_source=_plan_source(job, applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in applied],
         sharding=[_sharding(move) for move in sharded.moves],
-        attention=[_attention(outcome, job) for outcome in outcomes],
-        collectives=_collectives(engines[0], job.world),
+        attention=[_attention(outcome, strategy, axis) for outcome in outcomes],
+        collectives=_collectives(engines[0]),
         engines=[
             m.Engine(rank=e.rank, file=e.path.name, bytes=e.size, sha256=e.sha256) for e in engines
         ],
@@ -125,12 +128,10 @@ def _percent(done: int, needed: int) -> float:
     return round(100 * (done - needed) / needed, 2)
 
 
-def _attention(outcome: Outcome, job: Job) -> m.Attention:
+def _attention(outcome: Outcome, strategy: Strategy, axis: Axis) -> m.Attention:
     site = outcome.site
     queries, keys = site.query_layout, site.key_layout
-    heads = site.heads
-    if job.strategy == "ulysses" and site.keys_sharded:
-        heads = -(-heads // job.world) * job.world
+    heads = strategy.cost(site, axis).heads if site.keys_sharded else site.heads
     slots = site.queries if queries is None else queries.size * queries.local
     return m.Attention(
         module=site.module,
@@ -154,11 +155,11 @@ def _attention(outcome: Outcome, job: Job) -> m.Attention:
     )
 
 
-def _collectives(engine: Engine, world: int) -> list[m.Collective]:
+def _collectives(engine: Engine) -> list[m.Collective]:
     groups: dict[tuple[str, str], list[int]] = {}
     for one in engine.collectives:
         groups.setdefault((one.operator, one.kind), []).append(
-            bytes_sent(one.kind, one.payload, world)
+            bytes_sent(one.kind, one.payload, len(one.group))
         )
     return [
         m.Collective(kind=operator, layer=layer, count=len(sent), bytes_sent=sum(sent))

@@ -8,7 +8,7 @@ from typing import Final
 
 from .errors import UsageError
 
-STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses")
+STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
@@ -24,6 +24,8 @@ class Job:
         strategy: one of :data:`STRATEGY_NAMES`.
         world: the world size, at least 1.
         out: directory of the bundle.
+        ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
+            form the ring.
         precision: floating-point type of parameters and floating inputs.
         backend: one of :data:`BACKEND_NAMES`.
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
@@ -46,6 +48,7 @@ class Job:
     strategy: str
     world: int
     out: Path
+    ulysses: int | None = None
     precision: str = "fp16"
     backend: str = "auto"
     weights: Path | None = None
@@ -70,6 +73,15 @@ class Job:
             raise UsageError(
                 f"--world {self.world}: a world has at least one rank.",
                 hint="--world 1 builds one plain engine; 2 and more distribute the attention.",
+            )
+        if (self.strategy == "usp") != (self.ulysses is not None):
+            raise UsageError(
+                "--strategy usp needs --ulysses and --ring, and no other strategy has them.",
+                hint="--strategy usp --ulysses 4 --ring 2 takes eight ranks.",
+            )
+        if self.ulysses is not None and (self.ulysses < 1 or self.world % self.ulysses):
+            raise UsageError(
+                f"--ulysses {self.ulysses}: {self.world} ranks cannot be put into such groups."
             )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise UsageError(

@@ -23,6 +23,19 @@ class Axis:
     name: str
     groups: tuple[tuple[int, ...], ...]
 
+    def inner(self, size: int) -> Axis:
+        """Groups of ``size`` neighbours: members ``0 .. size-1``, then the next."""
+        return Axis(
+            f"{self.name}.inner",
+            tuple(g[i : i + size] for g in self.groups for i in range(0, len(g), size)),
+        )
+
+    def outer(self, size: int) -> Axis:
+        """Groups of the members that stand at the same place in the groups of :meth:`inner`."""
+        return Axis(
+            f"{self.name}.outer", tuple(g[i::size] for g in self.groups for i in range(size))
+        )
+
     @property
     def size(self) -> int:
         """How many ranks communicate with one another along the axis."""

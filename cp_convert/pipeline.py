@@ -22,7 +22,7 @@ from .progress import Clock, Progress
 from .prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
 from .rewrite import rewrite
 from .shard import shard
-from .strategies import CONTROL, STRATEGIES
+from .strategies import CONTROL, choose
 from .trace import trace
 
 
@@ -53,7 +53,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         with clock.stage("shard"):
             sharded = shard(dense, mesh.whole)
         with clock.stage("rewrite"):
-            strategy = STRATEGIES[job.strategy]
+            strategy = choose(job.strategy, job.ulysses)
             rewritten, outcomes = rewrite(sharded, strategy, job.strategy, mesh.whole, table)
         with clock.stage("lower"):
             lowered = lower(rewritten)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from cp_convert import bundle, cli
 from cp_convert import manifest as m
 from cp_convert.engine.runtime import trt
-from cp_convert.job import STRATEGY_NAMES
+from cp_convert.strategies import STRATEGIES
 
 pytestmark = pytest.mark.engine
 
@@ -35,7 +35,7 @@ def assert_built_by_tensorrt(engine: Path) -> None:
     assert not diagnostics & MALFORMED
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
 @pytest.mark.parametrize("name", ["flux", "wan", "plain_dit"])
 def test_an_example_becomes_a_proven_bundle(
     name: str, strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

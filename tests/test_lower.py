@@ -15,13 +15,13 @@ from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
 from cp_convert.errors import CannotLower
-from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_module
 from cp_convert.mesh import Mesh
 from cp_convert.passes import interleave_strided_writes
 from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
+from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
 
 prepare(BACKENDS["tensorrt-rtx"])
@@ -37,7 +37,7 @@ def traced(module: nn.Module, inputs: dict[str, Tensor]) -> Lowered:
     return decompose(trace(module, inputs, {})[0], table())
 
 
-@pytest.mark.parametrize("name", STRATEGY_NAMES)
+@pytest.mark.parametrize("name", list(STRATEGIES))
 def test_the_lowered_program_computes_the_same(name: str) -> None:
     dense = tiny()(**tiny_inputs())
     for (out,) in run(lowered(name, 3), tiny_inputs(), 3):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks import zoo
 from cp_convert.decompose import decompose
-from cp_convert.job import STRATEGY_NAMES
 from cp_convert.program import Lowered
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
@@ -77,7 +76,7 @@ def test_declared_plans(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [(n, STRATEGY_NAMES[i % 3]) for i, n in enumerate(NAMED)]
+    ("name", "strategy"), [(n, list(STRATEGIES)[i % 3]) for i, n in enumerate(NAMED)]
 )
 def test_found_plans(name: str, strategy: str) -> None:
     torch.manual_seed(0)

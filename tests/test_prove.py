@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
-from cp_convert.job import STRATEGY_NAMES
 from cp_convert.load import cast_inputs, cast_module
 from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import FLOOR
+from cp_convert.strategies import STRATEGIES
 
 Sabotage = Callable[[fx.Graph], None]
 
@@ -38,7 +38,7 @@ def proven(
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", STRATEGY_NAMES)
+@pytest.mark.parametrize("name", list(STRATEGIES))
 def test_what_is_right_passes_in_float32(name: str, world: int) -> None:
     proof = proven(tiny(), tiny_inputs(), name, world)
     assert len(proof.ranks) == world
@@ -48,7 +48,7 @@ def test_what_is_right_passes_in_float32(name: str, world: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", STRATEGY_NAMES)
+@pytest.mark.parametrize("name", list(STRATEGIES))
 def test_half_precision_is_measured_by_the_dense_models_own_loss(
     name: str, dtype: torch.dtype
 ) -> None:

@@ -305,7 +305,8 @@ def prepared_from(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", STRATEGY_NAMES)
 def test_networks_are_proven(name: str, dtype: torch.dtype) -> None:
-    networks, proof, inputs, lowered = prepared(name, 3 if dtype == torch.float32 else 2, dtype)
+    world = 4 if name == "usp" else 3 if dtype == torch.float32 else 2
+    networks, proof, inputs, lowered = prepared(name, world, dtype)
     found = prove_networks(networks, inputs, proof, lowered)
     assert all(error.max < 1e-5 for error in found.algebra)
     assert all(error.within(proof.bound) for error in found.ranks)

@@ -8,6 +8,7 @@ from conftest import (
     axis_of,
     rewritten,
     sharded,
+    strategy,
     table,
     tiny,
     tiny_inputs,
@@ -28,7 +29,7 @@ def done(name: str, world: int = 2) -> tuple[Lowered, tuple[Outcome, ...]]:
     """The tiny model with a strategy in it."""
     axis = axis_of(world)
     split = sharded(tiny(), tiny_inputs(), TINY_PLAN if world > 1 else {}, world)
-    return rewrite(split, STRATEGIES[name], name, axis, table())
+    return rewrite(split, strategy(name, world), name, axis, table())
 
 
 def attentions(program: Lowered) -> list[torch.fx.Node]:

@@ -17,18 +17,17 @@ from torch.nn import functional
 
 from cp_convert import ContextParallelInput
 from cp_convert.errors import CannotShard, CannotTrace, UsageError
-from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove import Stages
 from cp_convert.prove.lockstep import run
 from cp_convert.shard import Sharded
+from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
 
 WORLDS = (2, 3, 4)
 WIDTH, HEADS = 48, 12
 
-every_way = pytest.mark.parametrize(
-    ("name", "world"), [(name, world) for name in STRATEGY_NAMES for world in WORLDS]
-)
+WAYS = [(name, world) for name in STRATEGIES for world in WORLDS] + [("usp", 4)]
+every_way = pytest.mark.parametrize(("name", "world"), WAYS)
 
 
 class Attends(nn.Module):
@@ -404,13 +403,12 @@ def ragged_inputs() -> dict[str, Tensor]:
 
 @every_way
 def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
-    from conftest import table
+    from conftest import strategy, table
 
     from cp_convert.decompose import decompose
     from cp_convert.mesh import Mesh
     from cp_convert.rewrite import rewrite
     from cp_convert.shard import shard
-    from cp_convert.strategies import STRATEGIES
 
     torch.manual_seed(0)
     module, inputs = sharpened(Ragged()), ragged_inputs()
@@ -419,7 +417,7 @@ def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
     assert torch.equal(program.frozen[0].value, inputs["mask"])
     axis = Mesh.line(world).whole
     split = shard(decompose(program, table()), axis)
-    done, _ = rewrite(split, STRATEGIES[name], name, axis, table())
+    done, _ = rewrite(split, strategy(name, world), name, axis, table())
     for (out,) in run(done, {"x": inputs["x"]}, world):
         torch.testing.assert_close(out, module(**inputs), rtol=1e-4, atol=1e-4)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import axis_of
+from conftest import axis_of, strategy
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -14,7 +14,7 @@ from cp_convert.job import STRATEGY_NAMES
 from cp_convert.layout import Layout
 from cp_convert.program import Binding, Lowered
 from cp_convert.prove.lockstep import PerRank, run
-from cp_convert.strategies import STRATEGIES, Site
+from cp_convert.strategies import STRATEGIES, Site, Usp
 
 WORLDS = (2, 3, 4)
 HEADS, DIM, SEQUENCE = 12, 16, 24
@@ -36,14 +36,16 @@ def site_of(world: int, **changes: object) -> Site:
     return Site(**{**values, **changes})  # type: ignore[arg-type]
 
 
-def program(name: str, world: int, like: list[Tensor], scale: float | None = None) -> Lowered:
+def program(
+    name: str, world: int, like: list[Tensor], scale: float | None = None, by: Usp | None = None
+) -> Lowered:
     """The strategy alone: shards its three inputs, attends, gathers the output."""
     axis = axis_of(world)
     site = site_of(world, scale=scale, kv_heads=like[1].shape[1])
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [ops.shard(x, 2, axis) for x in (q, k, v)]
-        out = STRATEGIES[name].attend(*parts, None, site=site, axis=axis)
+        out = (by or strategy(name, world)).attend(*parts, None, site=site, axis=axis)
         return ops.all_gather(out.movedim(2, 0), axis).movedim(0, 2)
 
     with torch._subclasses.FakeTensorMode() as mode, torch.no_grad():
@@ -68,7 +70,7 @@ def collectives(lowered: Lowered) -> list[torch.fx.Node]:
 
 
 def test_the_command_line_offers_exactly_these() -> None:
-    assert tuple(sorted(STRATEGIES)) == STRATEGY_NAMES
+    assert (*sorted(STRATEGIES), "usp") == STRATEGY_NAMES
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -158,7 +160,7 @@ def test_half_precision_loses_no_more_than_the_dense_attention(
 
 def test_only_ulysses_is_limited() -> None:
     for name in STRATEGY_NAMES:
-        assert STRATEGIES[name].why_not(site_of(4), axis_of(4)) is None
+        assert strategy(name, 4).why_not(site_of(4), axis_of(4)) is None
     for name in ("ring", "allgather-kv"):
         assert STRATEGIES[name].why_not(site_of(4, heads=3), axis_of(4)) is None
 
@@ -170,6 +172,78 @@ def test_ulysses_says_why_not() -> None:
     assert refusal.hint is not None
     assert "ring" in refusal.hint
     assert "allgather-kv" in refusal.hint
+
+
+def test_usp_says_why_not() -> None:
+    refusal = Usp(4).why_not(site_of(8, heads=3), axis_of(8))
+    assert refusal is not None
+    assert refusal.reason == "3 heads are fewer than the 4 ranks of --ulysses."
+
+
+def sent_by_one(lowered: Lowered) -> int:
+    """Bytes, of the attention's own collectives."""
+    from cp_convert.describe import bytes_sent
+
+    total = 0
+    for node in collectives(lowered):
+        value, size = node.args[0], node.args[-1]
+        assert isinstance(value, torch.fx.Node)
+        assert isinstance(size, int)
+        x = value.meta["val"]
+        kind = str(node.target).split(".")[1].upper()
+        total += bytes_sent(kind, x.numel() * x.element_size(), size)
+    return total
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (4, 2), (2, 4), (1, 4), (4, 1)])
+def test_usp_is_at_its_lower_bound(ulysses: int, ring: int) -> None:
+    """Both exchanges of Ulysses among U ranks, and the ring's broadcasts of what U ranks share."""
+    qkv, world = sdpa_inputs(), ulysses * ring
+    lowered = program("usp", world, qkv, by=Usp(ulysses))
+    assert len(collectives(lowered)) == 2 + ring
+    of_q = 4 * (ulysses - 1) / (ulysses * world) + 2 * (ring - 1) / world
+    assert sent_by_one(lowered) == pytest.approx(of_q * qkv[0].numel() * 4)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("kv_heads", [3, 12])
+@pytest.mark.parametrize("name", STRATEGY_NAMES)
+def test_the_arithmetic_of_cost_is_what_the_program_does(
+    name: str, kv_heads: int, world: int
+) -> None:
+    q, k, v = sdpa_inputs()
+    qkv = [q, k[:, :kv_heads].contiguous(), v[:, :kv_heads].contiguous()]
+    lowered = program(name, world, qkv)
+    told = strategy(name, world).cost(site_of(world, kv_heads=kv_heads), axis_of(world))
+    assert told.collectives == len(collectives(lowered))
+    assert 4 * told.sent == pytest.approx(sent_by_one(lowered))
+    dense = 4 * 2 * HEADS * SEQUENCE**2 * DIM
+    assert told.operations * world == dense * told.heads / HEADS
+
+
+@pytest.mark.parametrize("name", ["ring", "usp"])
+def test_long_chunks_are_worked_off_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores are never larger than allowed, and the result is the same."""
+    from cp_convert.strategies import online
+
+    qkv = sdpa_inputs()
+    dense = torch.nn.functional.scaled_dot_product_attention(*qkv)
+    whole = max_scores(program(name, 4, qkv))
+    monkeypatch.setattr(online, "SCORES", whole // 3)
+    lowered = program(name, 4, qkv)
+    assert max_scores(lowered) <= whole // 3
+    told = strategy(name, 4).cost(site_of(4), axis_of(4))
+    assert told.scores == max_scores(lowered)
+    for out in outputs(lowered, 4, *qkv):
+        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5 * dense.abs().max().item())
+
+
+def max_scores(lowered: Lowered) -> int:
+    """The largest operand of an exponential: the scores."""
+    nodes = lowered.graph_module.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.exp.default
+    )
+    return max(n.meta["val"].numel() for n in nodes)
 
 
 @pytest.mark.parametrize("world", [2, 4])

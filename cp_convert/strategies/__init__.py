@@ -1,9 +1,10 @@
 """The context-parallel strategies, by name.
 
-A strategy is a module of its own with
+A strategy is a module of its own (or, where it has parameters, an object of one) with
 
 - ``why_not(site, axis)``: the reason why the attention cannot be split this way, and a hint, or
   ``None``; it never changes anything;
+- ``cost(site, axis)``: what it costs one rank, by arithmetic;
 - ``attend(q, k, v, mask, site=..., axis=...)``: the attention of this rank's queries over all
   ranks' keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of
   attention and put in the place of the model's own.
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from ..mesh import Axis
 from . import allgather_kv, alone, ring, ulysses
-from .site import Refusal, Site
+from .site import Cost, Refusal, Site
+from .usp import Usp
 
 
 class Strategy(Protocol):
@@ -26,6 +28,9 @@ class Strategy(Protocol):
 
     def why_not(self, site: Site, axis: Axis) -> Refusal | None:
         """Why the attention cannot be split this way, or ``None``."""
+
+    def cost(self, site: Site, axis: Axis) -> Cost:
+        """What the attention costs one rank."""
 
     def attend(
         self,
@@ -49,4 +54,18 @@ STRATEGIES: Final[dict[str, Strategy]] = {
 CONTROL: Final[Strategy] = alone
 """What the proof's control runs instead; never part of an engine."""
 
-__all__ = ["CONTROL", "STRATEGIES", "Refusal", "Site", "Strategy"]
+
+def choose(name: str, ulysses: int | None = None) -> Strategy:
+    """The strategy called ``name``.
+
+    Args:
+        name: a key of :data:`STRATEGIES`, or ``usp``.
+        ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens.
+    """
+    if name == "usp":
+        assert ulysses is not None
+        return Usp(ulysses)
+    return STRATEGIES[name]
+
+
+__all__ = ["CONTROL", "STRATEGIES", "Cost", "Refusal", "Site", "Strategy", "Usp", "choose"]

@@ -21,13 +21,24 @@ from torch import Tensor
 
 from .. import ops
 from ..mesh import Axis
-from .site import Refusal, Site
+from .site import Cost, Refusal, Site
 from .tokens import mask_columns, mask_of, mask_rows, real_keys, repeated
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
     """Every attention can be split this way."""
     return None
+
+
+def cost(site: Site, axis: Axis) -> Cost:
+    """One all-gather; every rank computes its own queries over all keys."""
+    return Cost(
+        collectives=1,
+        sent=(axis.size - 1) * site.own_key_values,
+        key_values=axis.size * site.own_key_values,
+        heads=site.heads,
+        operations=site.operations(site.heads, site.queries),
+    )
 
 
 def attend(

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from .. import ops
 from ..mesh import Axis
-from .site import Refusal, Site
+from .site import Cost, Refusal, Site
 from .tokens import repeated
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
     """It always can be done; it is just wrong."""
     return None
+
+
+def cost(site: Site, axis: Axis) -> Cost:
+    """Nothing is communicated."""
+    own = site.own_key_values
+    return Cost(0, 0, own, site.heads, site.operations(site.heads, site.queries) // axis.size)
 
 
 def attend(

@@ -17,7 +17,7 @@ s being rank s. TensorRT's collectives have no send and receive, which a true ri
 broadcast is the one-to-all it does have (ADR 1).
 Bytes sent by a rank: ``2 (W-1)/W`` of one full Q, all of it in the one step it is root of.
 Memory: its own K and V and one other rank's, ``4 S`` tokens, however large the world; plus the
-scores ``[B, H, S, S]`` of one chunk.
+scores of one chunk, ``[B, H, S, S]``, or of as many of its queries as fit (:mod:`.online`).
 With grouped queries only the key heads travel. Masks: a rank's own rows, the columns of the chunk.
 Limits: none.
 """
@@ -25,20 +25,34 @@ Limits: none.
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..mesh import Axis
-from .site import Refusal, Site
-from .tokens import mask_columns, mask_of, mask_rows, picked, repeated
+from .online import OnlineAttention, blocks_for
+from .site import Cost, Refusal, Site
+from .tokens import mask_of, mask_rows, picked, repeated
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
     """Every attention can be split this way."""
     return None
+
+
+def cost(site: Site, axis: Axis) -> Cost:
+    """Every rank sends its keys to all others, and holds those of one other."""
+    heads = site.batch * site.heads
+    blocks = blocks_for(heads, site.queries, site.keys)
+    return Cost(
+        collectives=axis.size,
+        sent=(axis.size - 1) * site.own_key_values,
+        key_values=2 * site.own_key_values,
+        heads=site.heads,
+        operations=site.operations(site.heads, site.queries),
+        scores=heads * -(-site.queries // blocks) * site.keys,
+    )
 
 
 def attend(
@@ -50,50 +64,13 @@ def attend(
     ratio = site.heads // site.kv_heads
     mask = mask_of(site, mask, q_BHSD)
     rows = None if mask is None else mask_rows(mask, site.query_layout, axis)
-    q = q_BHSD.float() * scale
+    attention = OnlineAttention(q_BHSD, scale, rows, site.keys)
     own_2BHSD = torch.stack((k_BHSD, v_BHSD))
-    top = total = out = None
     for root in range(axis.size):
         slots = site.key_layout.slots_of(root)
         if not slots:
             continue  # nothing but padding there
         arrived = ops.broadcast(own_2BHSD, root, axis).float().unbind(0)
         k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived)
-        scores = q @ k.transpose(-1, -2)
-        seen = None
-        if rows is not None:
-            columns = mask_columns(rows, site.key_layout.tokens_of(root))
-            scores, seen = _masked(scores, columns)
-        new_top = scores.amax(-1, keepdim=True)
-        if top is not None:
-            new_top = torch.maximum(top, new_top)
-        weights = torch.exp(scores - new_top)
-        if seen is not None:
-            weights = weights * seen
-        if top is None or total is None or out is None:
-            total = weights.sum(-1, keepdim=True)
-            out = weights @ v
-        else:
-            decay = torch.exp(top - new_top)
-            total = total * decay + weights.sum(-1, keepdim=True)
-            out = out * decay + weights @ v
-        top = new_top
-    assert out is not None and total is not None
-    if rows is not None:
-        total = total + (total == 0).float()  # a query that sees nothing gives zeros, as in torch
-    return (out / total).to(q_BHSD.dtype)
-
-
-def _masked(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Masked scores, finite even where nothing is seen, and where something is (1 or 0)."""
-    if mask.dtype == torch.bool:
-        seen, added = mask, scores
-    else:
-        wide = mask.float()
-        seen = wide != -math.inf
-        added = scores + torch.where(seen, wide, 0.0)
-    return torch.where(seen, added, _HIDDEN), seen.float()
-
-
-_HIDDEN: Final = -1e30
-"""Below every score, and far enough from float32's limit to be subtracted from."""
+        attention.add(k, v, site.key_layout.tokens_of(root))
+    return attention.result()

@@ -16,6 +16,27 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """What one attention costs one rank, by arithmetic alone.
+
+    Attributes:
+        collectives: how many.
+        sent: numbers put on the wire, averaged over the ranks.
+        key_values: numbers of K and V that are held at once.
+        heads: query heads that all ranks compute together, padding included.
+        operations: floating-point operations of the two products, padding included.
+        scores: scores that are held at once in float32; none where the attention is fused.
+    """
+
+    collectives: int
+    sent: int
+    key_values: int
+    heads: int
+    operations: int
+    scores: int = 0
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention of the model.
 
@@ -66,3 +87,12 @@ class Site:
     def global_keys(self) -> int:
         """Keys of all ranks together, without padding."""
         return self.keys if self.key_layout is None else self.key_layout.length
+
+    def operations(self, heads: int, queries: int) -> int:
+        """Floating-point operations of ``Q K^T`` and ``P V`` over all real keys."""
+        return 4 * self.batch * heads * queries * self.global_keys * self.head_dim
+
+    @property
+    def own_key_values(self) -> int:
+        """Numbers of K and V that one rank holds before anything is exchanged."""
+        return 2 * self.batch * self.kv_heads * self.keys * self.head_dim

@@ -19,22 +19,13 @@ Source: DeepSpeed Ulysses (Jacobs et al., arXiv:2309.14509).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import ops
 from ..mesh import Axis
-from .site import Refusal, Site
-from .tokens import (
-    grouped,
-    mask_all_rows,
-    mask_columns,
-    mask_heads,
-    mask_of,
-    padded_heads,
-    real_keys,
-    repeated,
-)
+from .exchange import key_heads, padded, to_heads, to_tokens
+from .site import Cost, Refusal, Site
+from .tokens import mask_all_rows, mask_columns, mask_heads, mask_of, real_keys, repeated
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
@@ -48,17 +39,26 @@ def why_not(site: Site, axis: Axis) -> Refusal | None:
     return None
 
 
+def cost(site: Site, axis: Axis) -> Cost:
+    """Two exchanges; every rank computes its share of the heads over all tokens."""
+    size, heads, keys = axis.size, padded(site.heads, axis.size), key_heads(site, axis.size)
+    numbers = site.batch * site.head_dim
+    travelling = 2 * heads * site.queries + 2 * keys * site.keys
+    return Cost(
+        collectives=2,
+        sent=numbers * travelling * (size - 1) // size,
+        key_values=2 * numbers * keys * site.keys,
+        heads=heads,
+        operations=site.operations(heads, site.queries),
+    )
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:
     """This rank's queries over all keys, a share of the heads at a time, ``[B, H, S, D]``."""
     assert site.query_layout is not None and site.key_layout is not None
-    heads = -(-site.heads // axis.size) * axis.size
-    if heads > site.heads or site.kv_heads < site.heads:
-        k_BHSD, v_BHSD = (grouped(x, site.heads, axis.size) for x in (k_BHSD, v_BHSD))
-    if heads > site.heads:
-        q_BHSD, k_BHSD, v_BHSD = (padded_heads(x, heads) for x in (q_BHSD, k_BHSD, v_BHSD))
-    q, k, v = _exchanged((q_BHSD, k_BHSD, v_BHSD), axis)
+    q, k, v = to_heads(q_BHSD, k_BHSD, v_BHSD, site, axis)
     ratio = q.shape[1] // k.shape[1]
     k, v = (repeated(real_keys(x, site.key_layout), ratio) for x in (k, v))
     in_order = site.query_layout.is_plain and site.query_layout == site.key_layout
@@ -66,33 +66,6 @@ def attend(
     mask = None if causal else mask_of(site, mask, q_BHSD)
     if mask is not None:
         mask = mask_all_rows(mask_columns(mask, site.key_layout.order), site.query_layout)
-        mask = mask_heads(mask, heads, axis)
+        mask = mask_heads(mask, padded(site.heads, axis.size), axis)
     out_BhTD = ops.attention(q, k, v, mask, scale=site.scale, causal=causal)
-    out_WSBhD = out_BhTD.permute(2, 0, 1, 3).unflatten(0, (axis.size, -1))
-    back_WSBhD = ops.all_to_all(out_WSBhD, axis)
-    out_BHSD = back_WSBhD.permute(2, 0, 3, 1, 4).flatten(1, 2)
-    return out_BHSD if heads == site.heads else out_BHSD[:, : site.heads]
-
-
-def _exchanged(qkv: tuple[Tensor, ...], axis: Axis) -> list[Tensor]:
-    """All tokens of this rank's heads, in one collective: ``[B, H, S, D] -> [B, h, W S, D]``."""
-    blocks = [_by_head_group(x, axis.size) for x in qkv]
-    if len({x.shape[3] for x in blocks}) == 1:
-        packed = torch.cat(blocks, dim=1)
-        arrived = ops.all_to_all(packed, axis).split([x.shape[1] for x in blocks], dim=1)
-        return [_all_tokens(x) for x in arrived]
-    # Grouped queries: other numbers of heads, so that only flat blocks can be packed.
-    flat = torch.cat([x.flatten(1) for x in blocks], dim=1)
-    arrived = ops.all_to_all(flat, axis).split([x[0].numel() for x in blocks], dim=1)
-    return [_all_tokens(x.view(b.shape)) for x, b in zip(arrived, blocks, strict=True)]
-
-
-def _by_head_group(x_BHSD: Tensor, size: int) -> Tensor:
-    """``[B, H, S, D] -> [W, S, B, h, D]``."""
-    x_BWhSD: Tensor = x_BHSD.unflatten(1, (size, -1))
-    return x_BWhSD.permute(1, 3, 0, 2, 4)
-
-
-def _all_tokens(x_WSBhD: Tensor) -> Tensor:
-    """``[W, S, B, h, D] -> [B, h, W S, D]``."""
-    return x_WSBhD.permute(2, 3, 0, 1, 4).flatten(2, 3)
+    return to_tokens(out_BhTD, site, axis)

@@ -1,0 +1,67 @@
+"""Ulysses' exchange, shared by the strategies that trade tokens for heads."""
+
+from __future__ import annotations
+
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..mesh import Axis
+from .site import Site
+from .tokens import grouped, padded_heads
+
+
+def padded(heads: int, size: int) -> int:
+    """``heads`` rounded up to a multiple of ``size``."""
+    return -(-heads // size) * size
+
+
+def key_heads(site: Site, size: int) -> int:
+    """How many key heads travel, so that every rank has those that its query heads read."""
+    if site.heads % size:
+        return padded(site.heads, size)
+    return lcm(site.kv_heads, size) if site.kv_heads < site.heads else site.heads
+
+
+def to_heads(
+    q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, site: Site, axis: Axis
+) -> list[Tensor]:
+    """All tokens of this rank's share of the heads, in one collective: ``[B, h, W S, D]`` each.
+
+    Heads that do not divide are padded with zeros, grouped key heads repeated as far as needed.
+    """
+    heads = padded(site.heads, axis.size)
+    if heads > site.heads or site.kv_heads < site.heads:
+        k_BHSD, v_BHSD = (grouped(x, site.heads, axis.size) for x in (k_BHSD, v_BHSD))
+    if heads > site.heads:
+        q_BHSD, k_BHSD, v_BHSD = (padded_heads(x, heads) for x in (q_BHSD, k_BHSD, v_BHSD))
+    blocks = [_by_head_group(x, axis.size) for x in (q_BHSD, k_BHSD, v_BHSD)]
+    if len({x.shape[3] for x in blocks}) == 1:
+        packed = torch.cat(blocks, dim=1)
+        arrived = ops.all_to_all(packed, axis).split([x.shape[1] for x in blocks], dim=1)
+        return [_all_tokens(x) for x in arrived]
+    # Grouped queries: other numbers of heads, so that only flat blocks can be packed.
+    flat = torch.cat([x.flatten(1) for x in blocks], dim=1)
+    arrived = ops.all_to_all(flat, axis).split([x[0].numel() for x in blocks], dim=1)
+    return [_all_tokens(x.view(b.shape)) for x, b in zip(arrived, blocks, strict=True)]
+
+
+def to_tokens(out_BhTD: Tensor, site: Site, axis: Axis) -> Tensor:
+    """The way back: all heads of this rank's own tokens, padding dropped, ``[B, H, S, D]``."""
+    out_WSBhD = out_BhTD.permute(2, 0, 1, 3).unflatten(0, (axis.size, -1))
+    back_WSBhD = ops.all_to_all(out_WSBhD, axis)
+    out_BHSD = back_WSBhD.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    return out_BHSD if out_BHSD.shape[1] == site.heads else out_BHSD[:, : site.heads]
+
+
+def _by_head_group(x_BHSD: Tensor, size: int) -> Tensor:
+    """``[B, H, S, D] -> [W, S, B, h, D]``."""
+    x_BWhSD: Tensor = x_BHSD.unflatten(1, (size, -1))
+    return x_BWhSD.permute(1, 3, 0, 2, 4)
+
+
+def _all_tokens(x_WSBhD: Tensor) -> Tensor:
+    """``[W, S, B, h, D] -> [B, h, W S, D]``."""
+    return x_WSBhD.permute(2, 3, 0, 1, 4).flatten(2, 3)
