@@ -54,6 +54,7 @@ def describe(
             weights=None if job.weights is None else str(job.weights),
         ),
         strategy=job.strategy,
+        axes=_axes(job),
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         backend=m.Backend(
@@ -72,12 +73,26 @@ def describe(
         attention=[_attention(outcome, strategy, axis) for outcome in outcomes],
         collectives=_collectives(engines[0]),
         engines=[
-            m.Engine(rank=e.rank, file=e.path.name, bytes=e.size, sha256=e.sha256) for e in engines
+            m.Engine(
+                rank=e.rank,
+                file=e.path.name,
+                bytes=e.size,
+                sha256=e.sha256,
+                activation_bytes=e.activations,
+            )
+            for e in engines
         ],
         proof=_proof(proof, network_proof),
         timings=dict(timings),
         command=job.command,
     )
+
+
+def _axes(job: Job) -> dict[str, int]:
+    """How ranks are arranged: row-major, the last axis being neighbours."""
+    if job.ulysses is None:
+        return {"cp": job.world}
+    return {"ring": job.world // job.ulysses, "ulysses": job.ulysses}
 
 
 def _io(binding: Binding, mode: str) -> m.Io:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 SCHEMA_ID: Final = "urn:cp-convert:manifest:2"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
@@ -147,12 +147,13 @@ class Collective(_Struct, frozen=True):
 
 
 class Engine(_Struct, frozen=True):
-    """One rank's engine file."""
+    """One rank's engine file; ``activation_bytes`` is what TensorRT's builder says it needs."""
 
     rank: Count
     file: FileName
     bytes: Positive
     sha256: Sha256
+    activation_bytes: Count | None
 
 
 class Error(_Struct, frozen=True):
@@ -194,11 +195,12 @@ class Proof(_Struct, frozen=True):
 class Manifest(_Struct, frozen=True):
     """A bundle's manifest."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     tool: Tool
     created: str
     model: Model
     strategy: str
+    axes: dict[str, Positive]
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
     backend: Backend

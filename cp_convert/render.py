@@ -252,10 +252,22 @@ def _facts(manifest: Manifest) -> Table:
 
 
 def _engines_table(manifest: Manifest) -> Table:
-    table = _table("Engines", "rank", "file", "size", "sha256", right=("rank", "size"))
+    table = _table(
+        "Engines",
+        "rank",
+        "file",
+        "size",
+        "activations",
+        "sha256",
+        right=("rank", "size", "activations"),
+    )
     for engine in manifest.engines:
         table.add_row(
-            str(engine.rank), escape(engine.file), _size(engine.bytes), engine.sha256[:16] + "..."
+            str(engine.rank),
+            escape(engine.file),
+            _size(engine.bytes),
+            "" if engine.activation_bytes is None else _size(engine.activation_bytes),
+            engine.sha256[:16] + "...",
         )
     return table
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -64,6 +65,7 @@ class Engine:
     size: int
     sha256: str
     collectives: tuple[NetworkCollective, ...]
+    activations: int | None = None
     network: Network | None = None
 
 
@@ -94,7 +96,7 @@ def network_of(program: Lowered) -> TRTInterpreter:
         BuildFailed: a converter or TensorRT refused a layer.
     """
     embedded = _with_parameters(program)
-    with _last_error() as errors, warnings.catch_warnings():
+    with _listening() as log, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         interpreter = TRTInterpreter(
             embedded,
@@ -109,7 +111,8 @@ def network_of(program: Lowered) -> TRTInterpreter:
         # Converters signal a refused layer by whatever the attribute access on None raises.
         except Exception as error:
             raise BuildFailed(
-                f"the network could not be made: {type(error).__name__}: {error}" + _quoted(errors),
+                f"the network could not be made: {type(error).__name__}: {error}"
+                + _quoted(log.errors),
                 where=str(interpreter._cur_node_name),
             ) from error
     return interpreter
@@ -139,10 +142,10 @@ def build(
     network = None if known is None else read_network(interpreter.ctx.net, known)
     config = interpreter._populate_trt_builder_config()
     _set_targets(config, targets)
-    with _last_error() as errors:
+    with _listening() as log:
         plan = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
     if plan is None:
-        raise BuildFailed(f"no engine for rank {rank}.{_quoted(errors)}")
+        raise BuildFailed(f"no engine for rank {rank}.{_quoted(log.errors)}")
     with path.open("wb") as file:
         file.write(plan)
     return Engine(
@@ -151,6 +154,7 @@ def build(
         size=plan.nbytes,
         sha256=hashlib.sha256(plan).hexdigest(),
         collectives=tuple(collectives_of(interpreter.ctx.net)),
+        activations=log.activations,
         network=network,
     )
 
@@ -207,27 +211,39 @@ def collectives_of(network: Any) -> Iterator[NetworkCollective]:
             )
 
 
-class _Errors(logging.Handler):
-    """Remembers what TensorRT complained about."""
+class _Log(logging.Handler):
+    """Remembers what TensorRT complained about, and what it says of memory."""
 
     def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.messages: list[str] = []
+        super().__init__(logging.INFO)
+        self.errors: list[str] = []
+        self.activations: int | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the message."""
-        self.messages.append(record.getMessage())
+        """Keep what is of use."""
+        message = record.getMessage()
+        if record.levelno >= logging.ERROR:
+            self.errors.append(message)
+        elif told := _ACTIVATIONS.match(message):
+            self.activations = int(told[1])
+
+
+_ACTIVATIONS: Final = re.compile(r"Total Activation Memory: (\d+) bytes")
 
 
 @contextmanager
-def _last_error() -> Iterator[list[str]]:
-    handler = _Errors()
-    propagate, TENSORRT_LOG.propagate = TENSORRT_LOG.propagate, False
+def _listening() -> Iterator[_Log]:
+    """TensorRT's log, kept from the screen."""
+    handler = _Log()
+    level, propagate = TENSORRT_LOG.level, TENSORRT_LOG.propagate
+    TENSORRT_LOG.propagate = False
+    TENSORRT_LOG.setLevel(logging.INFO)
     TENSORRT_LOG.addHandler(handler)
     try:
-        yield handler.messages
+        yield handler
     finally:
         TENSORRT_LOG.removeHandler(handler)
+        TENSORRT_LOG.setLevel(level)
         TENSORRT_LOG.propagate = propagate
 
 
