@@ -2,8 +2,9 @@
 
 Random weights in bfloat16; the traced and rewritten program (no TensorRT is needed), float32
 reference, dense bfloat16 model and every rank, as in the proof of a conversion. Prints the largest
-relative errors, with bfloat16 and with float32 arithmetic, the seconds of one bfloat16 run of all
-ranks and of the dense model, and the peak memory of all ranks together.
+relative errors, with bfloat16 and with float32 arithmetic; for one bfloat16 run the seconds and the
+peak of activations, divided by the ranks, beside the dense model's; and how many chunks of keys and
+values were alive when another arrived.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from typing import Any
 import torch
 from diffusers import FluxTransformer2DModel
 from torch._decomp import core_aten_decompositions
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from cp_convert.decompose import decompose
 from cp_convert.mesh import Mesh
 from cp_convert.program import Lowered
-from cp_convert.prove.lockstep import run
+from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.prove.program import flat_inputs, worst
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard
-from cp_convert.strategies import CONTROL, STRATEGIES
+from cp_convert.strategies import CONTROL, STRATEGIES, Usp
 from cp_convert.trace import trace
 
 TEXT = 512
@@ -72,12 +74,15 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
     module = module.eval().requires_grad_(False).to(torch.bfloat16)
     inputs = inputs_of(tokens)
     wide_inputs = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    weights = torch.cuda.memory_allocated()
     with torch.no_grad():
         twin = copy.deepcopy(module).float()
         reference = [x.clone() for x in twin(**wide_inputs)]
         del twin
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         dense, dense_seconds = timed(lambda: module(**inputs))
+        dense_peak = (torch.cuda.max_memory_allocated() - weights) / 1e9
     loss = worst(list(dense), reference)
     axis = Mesh.line(world).whole
     table = core_aten_decompositions()
@@ -87,7 +92,10 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
     local, _ = rewrite(sharded, CONTROL, "control", axis, table)
     billions = sum(p.numel() for p in module.parameters()) / 1e9
     shown = f"{joint}+{single} ({billions:.1f} B) | {tokens}+{TEXT} | {world}"
-    print(f"| {shown} | dense bf16 | {loss.max:.1e} | | {dense_seconds:.2f} | |", flush=True)
+    print(
+        f"| {shown} | dense bf16 | {loss.max:.1e} | | {dense_seconds:.3f} | {dense_peak:.2f} | |",
+        flush=True,
+    )
 
     def errors(program: Lowered) -> str:
         half, wide = (
@@ -97,32 +105,54 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
         torch.cuda.empty_cache()
         return f"{half:.1e} | {wide:.1e}"
 
-    print(f"| {shown} | no communication | {errors(local)} | | |", flush=True)
-    for name, strategy in STRATEGIES.items():
+    print(f"| {shown} | no communication | {errors(local)} | | | |", flush=True)
+    strategies = dict(STRATEGIES)
+    if world % 2 == 0 and world > 2:
+        strategies[f"usp {world // 2}x2"] = Usp(world // 2)
+    for name, strategy in strategies.items():
         rewritten, _ = rewrite(sharded, strategy, name, axis, table)
         torch.cuda.reset_peak_memory_stats()
         _, seconds = timed(lambda p=rewritten: run(p, flat, world), 2)  # type: ignore[misc]
-        peak = torch.cuda.max_memory_allocated() / 1e9
-        row = f"{name} | {errors(rewritten)} | {seconds:.2f} | {peak:.1f}"
+        peak = (torch.cuda.max_memory_allocated() - weights) / 1e9
+        alive = chunks_alive(rewritten, flat, world)
+        own = f"{seconds / world:.3f} | {peak / world:.2f} | {alive}"
+        row = f"{name} | {errors(rewritten)} | {own}"
         print(f"| {shown} | {row} |", flush=True)
+
+
+def chunks_alive(program: Lowered, flat: dict[str, torch.Tensor], world: int) -> str:
+    """The most chunks of keys and values that were alive, the one arriving included."""
+    chunks: list[StorageWeakRef] = []
+    most = 0
+
+    def watch(node: torch.fx.Node, values: PerRank) -> None:
+        nonlocal most
+        if any(n.target is torch.ops.cp.broadcast.default for n in node.all_input_nodes):
+            # In lockstep a broadcast is the root's own tensor; its float32 copy is the chunk.
+            chunks.append(StorageWeakRef(values[0].untyped_storage()))
+            most = max(most, sum(not chunk.expired() for chunk in chunks))
+
+    run(program, flat, world, watch=watch)
+    return f"{most} + own" if chunks else ""
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--world", type=int, default=8)
-    parser.add_argument("--cases", default="19,38,4096 2,2,16384")
+    parser.add_argument("--worlds", default="8")
+    parser.add_argument("--cases", default="19,38,4096 2,2,16384 1,1,65536")
     args = parser.parse_args()
     # The reference is to be float32, not TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print("| blocks | tokens | world | program | bf16 | float32 | s, all ranks | peak GB |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| blocks | tokens | world | program | bf16 | float32 | s/rank | GB/rank | chunks |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for text in args.cases.split():
         joint, single, tokens = (int(n) for n in text.split(","))
-        case(joint, single, tokens, args.world)
-        torch.cuda.empty_cache()
+        for world in (int(n) for n in args.worlds.split(",")):
+            case(joint, single, tokens, world)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

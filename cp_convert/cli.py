@@ -17,6 +17,8 @@ import click
 
 from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
+from .hardware import names as hardware_names
+from .hardware import read as read_hardware
 from .job import BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
 from .preset import names as preset_names
 from .preset import path_of as preset_path
@@ -216,6 +218,65 @@ def _factor(ulysses: int | None, ring: int | None, world: int) -> int | None:
             else f"--ring {ring} does not divide the world of {world}."
         )
     return ulysses or world // ring
+
+
+@cli.command(context_settings=_SETTINGS)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-w", "--world", type=int, default=8, show_default=True, help="The largest world.")
+@click.option(
+    "--hardware", default="h200", show_default=True, metavar="NAME|FILE",
+    help=f"{', '.join(hardware_names())}, or a TOML file.",
+)  # fmt: skip
+@click.option(
+    "-p", "--precision", type=click.Choice(PRECISIONS),
+    help="Of parameters and floating inputs.  [default: the preset's, else fp16]",
+)  # fmt: skip
+@click.option("--plan", type=click.Choice(PLANS), help="As for convert.")
+@click.option("--freeze", multiple=True, metavar="ARGUMENT", help="As for convert.")
+@click.option("--tiny", is_flag=True, help="A preset's structure in small.")
+@click.option("--resolution", metavar="NAME", help="One of the preset's.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with charts to this file as well.",
+)  # fmt: skip
+@_common
+def plan(
+    *,
+    model: Path,
+    hardware: str,
+    html: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    plan: str | None,
+    **options: Any,
+) -> None:
+    """Compare the strategies for MODEL at worlds 2, 4, ... up to --world; nothing is built.
+
+    Collectives and bytes are those of the very programs that convert would build; times and
+    activations are estimated by a roofline, with the hardware's published rates and the shares of
+    them that its file assumes. A model of any size is planned without memory for its weights.
+    """
+    from .render import Screen
+
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    told, model = read_hardware(hardware), _resolved(model)
+    known = read_preset(model).precision if model.suffix == ".toml" else "fp16"
+    options["precision"] = options["precision"] or known
+    job = Job(model=model, strategy="ulysses", out=Path(), proof="none", plan=plan, **options)
+    elsewhere = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with elsewhere, screen.progress() as progress:
+        from .planning import forecast
+
+        found = forecast(job, told, hardware, progress)
+    if html is not None:
+        from .page import page
+
+        try:
+            html.write_text(page(found))
+        except OSError as error:
+            raise UsageError(f"--html {html}: {error.strerror}.") from error
+    screen.planned(found)
 
 
 def _resolved(model: Path) -> Path:

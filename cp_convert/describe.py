@@ -14,7 +14,7 @@ from .backends import Backend
 from .engine.build import Engine
 from .job import Job
 from .load import Source
-from .mesh import Axis, Mesh
+from .mesh import Axis, Mesh, bytes_sent
 from .program import Binding, Program
 from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
@@ -180,24 +180,6 @@ def _collectives(engine: Engine) -> list[m.Collective]:
         m.Collective(kind=operator, layer=layer, count=len(sent), bytes_sent=sum(sent))
         for (operator, layer), sent in groups.items()
     ]
-
-
-def bytes_sent(kind: str, payload: int, size: int) -> int:
-    """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
-
-    Averaged over ranks: a broadcast's root sends ``payload`` to ``size - 1`` others, and every
-    rank is root as often as the others are.
-
-    Raises:
-        KeyError: ``kind`` is no collective that the strategies use.
-    """
-    numerator, denominator = {
-        "ALL_GATHER": (size - 1, 1),
-        "ALL_TO_ALL": (size - 1, size),
-        "BROADCAST": (size - 1, size),
-        "ALL_REDUCE": (2 * (size - 1), size),
-    }[kind]
-    return payload * numerator // denominator
 
 
 def _proof(proof: Proof | None, network: NetworkProof | None) -> m.Proof:

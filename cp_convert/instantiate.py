@@ -80,7 +80,9 @@ def model_class(preset: Preset) -> type[nn.Module]:
     return kind  # type: ignore[no-any-return]
 
 
-def build(preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool) -> nn.Module:
+def build(
+    preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool, small: bool = False
+) -> nn.Module:
     """The model on the CPU, in float32.
 
     Args:
@@ -89,12 +91,13 @@ def build(preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool
         tiny: whether depth and width are shrunk.
         random: whether every parameter is given random numbers, also where the class starts with
             zeros; attention would not reach the output otherwise.
+        small: whether it needs no memory to speak of, and none is asked for.
 
     Raises:
         ModelFileError: the class does not take the configuration.
         CannotTrace: the model does not fit into this machine's memory.
     """
-    if not tiny:
+    if not tiny and not small:
         _check_memory(preset)
     torch.manual_seed(SEED)
     try:

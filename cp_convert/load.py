@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from .instantiate import build, example_inputs, published_config, transformer_fo
 from .job import Job
 from .model_file import Given, from_file
 from .preset import read
+from .unallocated import stand_in, unallocated
 from .weights import load_weights
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -46,8 +48,13 @@ class Source:
     bytes: int
 
 
-def load(job: Job) -> Source:
+def load(job: Job, *, allocate: bool = True) -> Source:
     """Build what the job's model file, or its preset, describes.
+
+    Args:
+        job: which model, precision and weights.
+        allocate: whether parameters have values; without, they take no memory (:mod:`.unallocated`)
+            and weights are not read.
 
     Raises:
         UsageError: the preset cannot be read, or lacks what is asked of it.
@@ -57,10 +64,13 @@ def load(job: Job) -> Source:
         CannotShard: ``--plan model``, and there is none.
     """
     dtype = DTYPES[job.precision]
-    given = _from_preset(job) if job.is_preset else from_file(job.model)
+    with nullcontext() if allocate else unallocated():
+        given = _from_preset(job, allocate) if job.is_preset else from_file(job.model)
     module = given.module
     cast_module(module.eval().requires_grad_(False), dtype)
-    if job.weights is not None:
+    if not allocate:
+        stand_in(module)
+    elif job.weights is not None:
         folder = transformer_folder(job.weights) if job.is_preset else job.weights
         load_weights(module, folder)
     return Source(
@@ -74,7 +84,7 @@ def load(job: Job) -> Source:
     )
 
 
-def _from_preset(job: Job) -> Given:
+def _from_preset(job: Job, allocate: bool) -> Given:
     preset = read(job.model)
     config = preset.config
     if job.weights is not None:
@@ -84,7 +94,13 @@ def _from_preset(job: Job) -> Given:
     resolution = job.resolution or preset.resolution
     inputs = example_inputs(preset, config, resolution, tiny=job.tiny)
     return Given(
-        module=build(preset, config, tiny=job.tiny, random=job.weights is None),
+        module=build(
+            preset,
+            config,
+            tiny=job.tiny,
+            random=allocate and job.weights is None,
+            small=not allocate,
+        ),
         inputs=inputs,
         plan={},
         freeze=tuple(preset.freeze),

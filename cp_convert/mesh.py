@@ -92,3 +92,21 @@ class Mesh:
 def split_groups(flat: Sequence[int], size: int) -> list[tuple[int, ...]]:
     """The inverse of :attr:`Axis.flat`: ``size`` ranks to a group."""
     return [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+
+
+def bytes_sent(kind: str, payload: int, size: int) -> int:
+    """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
+
+    Averaged over ranks: a broadcast's root sends ``payload`` to ``size - 1`` others, and every
+    rank is root as often as the others are.
+
+    Raises:
+        KeyError: ``kind`` is no collective that the strategies use.
+    """
+    numerator, denominator = {
+        "ALL_GATHER": (size - 1, 1),
+        "ALL_TO_ALL": (size - 1, size),
+        "BROADCAST": (size - 1, size),
+        "ALL_REDUCE": (2 * (size - 1), size),
+    }[kind]
+    return payload * numerator // denominator

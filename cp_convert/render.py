@@ -27,6 +27,7 @@ from rich.table import Table
 
 from .bundle import Check
 from .errors import ConvertError
+from .forecast import Forecast, Option, told
 from .manifest import Attention, Manifest, Proof
 from .preset import TINY, Preset
 from .progress import Progress
@@ -155,6 +156,38 @@ class Screen:
             self.document(msgspec.to_builtins(preset))
         else:
             self.out.print(text, end="", markup=False, soft_wrap=True)
+
+    def planned(self, found: Forecast) -> None:
+        """All options as a table, and the recommendation."""
+        if self.as_json:
+            self.document({**msgspec.to_builtins(found), "status": "ok"})
+            return
+        self.out.print(
+            f"[bold]{escape(found.model)}[/], {_count(found.parameters)} parameters in "
+            f"{found.precision}, {_plural(found.attentions, 'sharded attention')}, "
+            f"{found.tokens:,} tokens; {escape(found.hardware.title)}",
+            soft_wrap=True,
+        )
+        table = _table(
+            "", "world", "strategy", "coll.", "sent", "memory", "compute", "comm.", "forward",
+            "speed-up",
+            right=("world", "coll.", "sent", "memory", "compute", "comm.", "forward", "speed-up"),
+        )  # fmt: skip
+        table.columns[1].no_wrap = True
+        table.box, table.padding, table.collapse_padding = None, (0, 1), True
+        for option in found.options:
+            table.add_row(*_option_row(option))
+        self.out.print(table)
+        for line in dict.fromkeys(
+            f"{o.title} over {o.world} ranks: {o.refused}" for o in found.options if o.refused
+        ):
+            self.out.print(f"  {escape(line)}", soft_wrap=True)
+        self.out.print(
+            "Collectives, bytes sent and memory (weights and activations) are one rank's; times "
+            "and activations are estimated; beside the speed-up stands its share of the ideal.",
+            soft_wrap=True,
+        )  # fmt: skip
+        self.out.print(f"[bold]{escape(found.recommendation)}[/]", soft_wrap=True)
 
     def verified(self, checks: Sequence[Check]) -> None:
         """What ``verify`` looked at."""
@@ -299,6 +332,28 @@ def _attention_table(sites: Sequence[Attention]) -> Table:
     for (module, shape, queries, keys, what), count in rows.items():
         table.add_row(escape(module), str(count), shape, queries, keys, escape(what))
     return table
+
+
+def _option_row(option: Option) -> list[str]:
+    if option.refused is not None:
+        return [str(option.world), option.title, "not possible"]
+    memory = option.weights + option.activations
+    is_one = option.world == 1
+    return [
+        str(option.world),
+        option.title,
+        "" if is_one else str(option.collectives),
+        "" if is_one else _size(option.bytes_sent),
+        _size(memory) + ("" if option.fits else " !"),
+        _short(option.compute),
+        "" if is_one else _short(option.communication),
+        _short(option.seconds),
+        f"{option.speedup:.2f} {option.efficiency:4.0%}",
+    ]
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds < 1e-3 else told(seconds)
 
 
 def _done(site: Attention) -> str:

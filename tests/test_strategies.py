@@ -111,7 +111,7 @@ def test_every_rank_sees_every_other_ranks_keys_and_values(
     ],
 )
 def test_collectives_are_at_the_lower_bound(name, count, sent, world: int) -> None:  # type: ignore[no-untyped-def]
-    from cp_convert.describe import bytes_sent
+    from cp_convert.mesh import bytes_sent
 
     qkv = sdpa_inputs()
     nodes = collectives(program(name, world, qkv))
@@ -182,7 +182,7 @@ def test_usp_says_why_not() -> None:
 
 def sent_by_one(lowered: Lowered) -> int:
     """Bytes, of the attention's own collectives."""
-    from cp_convert.describe import bytes_sent
+    from cp_convert.mesh import bytes_sent
 
     total = 0
     for node in collectives(lowered):
@@ -260,7 +260,7 @@ def max_scores(lowered: Lowered) -> int:
 def test_grouped_keys_move_no_more_bytes_than_they_must(  # type: ignore[no-untyped-def]
     name, heads_sent, kv_heads: int, world: int
 ) -> None:
-    from cp_convert.describe import bytes_sent
+    from cp_convert.mesh import bytes_sent
 
     q, k, v = sdpa_inputs()
     qkv = [q, k[:, :kv_heads].contiguous(), v[:, :kv_heads].contiguous()]

@@ -1,0 +1,246 @@
+"""A forecast as one self-contained HTML page: charts drawn as SVG, no script, nothing fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from . import __version__
+from .forecast import Forecast, Option
+
+_COLOURS = {
+    "one GPU": "#8a8f98", "ulysses": "#2f7ed8", "allgather-kv": "#e08a1e", "ring": "#3a9d5d",
+    "usp": "#9b59b6",
+}  # fmt: skip
+_WIDTH, _LEFT, _BAR = 760, 150, 22
+
+
+def page(found: Forecast) -> str:
+    """The whole page."""
+    possible = [o for o in found.options if o.refused is None]
+    largest = [o for o in possible if o.world in (1, max(found.worlds))]
+    refused = [o for o in found.options if o.refused]
+    told = "".join(
+        f"<li>{escape(o.title)} over {o.world} ranks: {escape(o.refused or '')}</li>"
+        for o in refused
+    )
+    return _PAGE.format(
+        title=escape(f"{found.model}: context parallelism"),
+        model=escape(found.model),
+        facts=escape(_facts(found)),
+        recommendation=escape(found.recommendation),
+        times=_bars(
+            largest,
+            ("compute", "communication"),
+            [(o.compute * 1e3, o.communication * 1e3) for o in largest],
+            "ms",
+            "Estimated time of a forward",
+        ),
+        speedups=_lines(found),
+        memory=_bars(
+            largest,
+            ("weights", "activations"),
+            [(o.weights / 1e9, o.activations / 1e9) for o in largest],
+            "GB",
+            f"Memory of one rank; a GPU has {found.hardware.memory_gb:g} GB",
+        ),
+        sent=_bars(
+            [o for o in largest if o.world > 1],
+            ("sent",),
+            [(o.bytes_sent / 1e9,) for o in largest if o.world > 1],
+            "GB",
+            "Sent by one rank in a forward",
+        ),
+        rows="".join(_row(o) for o in found.options),
+        refused=f"<h2>Not possible</h2><ul>{told}</ul>" if told else "",
+        source=escape(f"{found.hardware.title}. Rates: {found.hardware.source}."),
+        assumed=escape(
+            f"Assumed: {found.hardware.matmul_share:.0%} of the peak in matrix products, "
+            f"{found.hardware.memory_share:.0%} of the memory bandwidth, "
+            f"{found.hardware.link_share:.0%} of the link, {found.hardware.collective_us:g} "
+            "microseconds a collective besides its bytes, no overlap of the two; elementwise work "
+            "is fused into its neighbours."
+        ),
+        version=__version__,
+    )
+
+
+def _facts(found: Forecast) -> str:
+    return (
+        f"{found.parameters / 1e9:.3g} billion parameters in {found.precision}, "
+        f"{found.attentions} attentions over {found.tokens:,} tokens"
+    )
+
+
+def _name(option: Option) -> str:
+    return "one GPU" if option.world == 1 else f"{option.title}, {option.world} GPUs"
+
+
+def _colour(option: Option) -> str:
+    return _COLOURS.get(option.strategy, "#555")
+
+
+def _bars(
+    options: Sequence[Option],
+    parts: Sequence[str],
+    values: Sequence[Sequence[float]],
+    unit: str,
+    title: str,
+) -> str:
+    """Stacked horizontal bars; the second part is paler."""
+    if not options:
+        return ""
+    top = max((sum(v) for v in values), default=0) or 1.0
+    scale = (_WIDTH - _LEFT - 110) / top
+    rows = []
+    for i, (option, numbers) in enumerate(zip(options, values, strict=True)):
+        y, x = 8 + i * (_BAR + 10), float(_LEFT)
+        rows.append(f'<text x="{_LEFT - 8}" y="{y + 16}" text-anchor="end">{_name(option)}</text>')
+        for part, (name, number) in enumerate(zip(parts, numbers, strict=True)):
+            width = number * scale
+            rows.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" '
+                f'fill="{_colour(option)}" opacity="{1 if part == 0 else 0.45}">'
+                f"<title>{_name(option)}: {name} {_number(number)} {unit}</title></rect>"
+            )
+            x += width
+        rows.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{_number(sum(numbers))} {unit}</text>')
+    height = 16 + len(options) * (_BAR + 10)
+    key = f" (solid: {parts[0]}, pale: {parts[1]})" if len(parts) > 1 else ""
+    return (
+        f"<figure><figcaption>{escape(title + key)}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(rows)}</svg></figure>"
+    )
+
+
+def _lines(found: Forecast) -> str:
+    """Speed-up against world, one line a strategy, with the ideal for comparison."""
+    worlds = found.worlds
+    largest, height, bottom = max(worlds), 300, 270
+    if largest == 1:
+        return ""
+
+    def x(world: float) -> float:
+        return 60 + (world - 1) / (largest - 1) * (_WIDTH - 200)
+
+    def y(speed: float) -> float:
+        return bottom - speed / largest * (bottom - 15)
+
+    marks = [
+        f'<text x="{x(w):.1f}" y="{bottom + 20}" text-anchor="middle">{w}</text>'
+        f'<line x1="{x(w):.1f}" x2="{x(w):.1f}" y1="{bottom}" y2="{bottom + 5}" class="axis"/>'
+        f'<text x="50" y="{y(w) + 4:.1f}" text-anchor="end">{w}x</text>'
+        for w in worlds
+    ]
+    marks.append(f'<line x1="60" x2="{x(largest):.1f}" y1="{bottom}" y2="{bottom}" class="axis"/>')
+    marks.append(
+        f'<line x1="{x(1):.1f}" y1="{y(1):.1f}" x2="{x(largest):.1f}" y2="{y(largest):.1f}" '
+        'class="ideal"/>'
+        f'<text x="{x(largest) + 8:.1f}" y="{y(largest) + 10:.1f}" class="pale">ideal</text>'
+    )
+    taken = [y(largest) + 10]
+    for strategy in dict.fromkeys(o.strategy for o in found.options if o.world > 1):
+        points = _fastest(found, strategy)
+        if not points:
+            continue
+        path = " ".join(f"{x(w):.1f},{y(s):.1f}" for w, s in points)
+        dots = "".join(
+            f'<circle cx="{x(w):.1f}" cy="{y(s):.1f}" r="4" fill="{_COLOURS[strategy]}">'
+            f"<title>{strategy}, {w} GPUs: {s:.2f}x</title></circle>"
+            for w, s in points
+        )
+        place = y(points[-1][1]) + 4
+        while any(abs(place - other) < 15 for other in taken):
+            place += 5
+        taken.append(place)
+        marks.append(
+            f'<polyline points="{path}" fill="none" stroke="{_COLOURS[strategy]}" '
+            f'stroke-width="2.5"/>{dots}'
+            f'<text x="{x(points[-1][0]) + 10:.1f}" y="{place:.1f}" fill="{_COLOURS[strategy]}">'
+            f"{strategy}</text>"
+        )
+    return (
+        "<figure><figcaption>Speed-up over one GPU, by number of GPUs</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Speed-up by number of GPUs">'
+        f"{''.join(marks)}</svg></figure>"
+    )
+
+
+def _fastest(found: Forecast, strategy: str) -> list[tuple[int, float]]:
+    """The strategy's best speed-up at every world where it is possible; one GPU to begin with."""
+    points = [(1, 1.0)]
+    for world in (w for w in found.worlds if w > 1):
+        speeds = [
+            o.speedup
+            for o in found.options
+            if o.world == world and o.strategy == strategy and o.refused is None
+        ]
+        if speeds:
+            points.append((world, max(speeds)))
+    return points if len(points) > 1 else []
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _row(option: Option) -> str:
+    head = f"<td>{option.world}</td><th scope='row'>{escape(option.title)}</th>"
+    if option.refused is not None:
+        return f"<tr>{head}<td colspan='8' class='pale'>not possible</td></tr>"
+    cells = (
+        str(option.collectives) if option.world > 1 else "",
+        f"{option.bytes_sent / 1e6:,.0f} MB" if option.world > 1 else "",
+        f"{(option.weights + option.activations) / 1e9:.2f} GB"
+        + ("" if option.fits else " <b>too much</b>"),
+        f"{option.key_values / 1e6:,.1f} MB" if option.key_values else "",
+        f"{_number(option.compute * 1e3)} ms",
+        f"{_number(option.communication * 1e3)} ms" if option.world > 1 else "",
+        f"{_number(option.seconds * 1e3)} ms",
+        f"{option.speedup:.2f}x ({option.efficiency:.0%})",
+    )
+    return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+:root {{ color-scheme: light dark;
+  --ink: #1d2430; --pale: #6b7380; --back: #fff; --card: #f5f7fa; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #e6e9ee; --pale: #9aa3af; --back: #14181f; --card: #1d232c; }}
+}}
+body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 820px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ margin-bottom: 0; }} .pale {{ color: var(--pale); fill: var(--pale); }}
+.answer {{ font-size: 1.15rem; background: var(--card); border-left: 5px solid #2f7ed8;
+  padding: .8rem 1rem; border-radius: 4px; }}
+figure {{ margin: 1.6rem 0; padding: 1rem; background: var(--card); border-radius: 6px; }}
+figcaption {{ font-weight: 600; margin-bottom: .4rem; }}
+svg {{ width: 100%; height: auto; }} svg text {{ font-size: 13px; }}
+svg text:not([fill]) {{ fill: var(--ink); }} svg text.pale {{ fill: var(--pale); }}
+.axis {{ stroke: var(--pale); }} .ideal {{ stroke: var(--pale); stroke-dasharray: 5 5; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .85rem; }}
+th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884;
+  white-space: nowrap; }} th {{ text-align: left; }}
+</style></head><body>
+<h1>{model}</h1>
+<p class="pale">{facts}</p>
+<p class="answer">{recommendation}</p>
+{times}
+{speedups}
+{sent}
+{memory}
+<h2>All options</h2>
+<div class="wide"><table><thead><tr><th>GPUs</th><th>strategy</th><th>collectives</th><th>sent</th>
+<th>memory</th><th>K, V</th><th>compute</th><th>communication</th><th>forward</th><th>speed-up</th>
+</tr></thead><tbody>{rows}</tbody></table></div>
+{refused}
+<h2>Where the numbers come from</h2>
+<p>Collectives, bytes sent and K, V are those of the programs that would be built. Times and
+activations are estimates; nothing was executed. {source} {assumed}</p>
+<p class="pale">cp-convert {version}</p>
+</body></html>
+"""
