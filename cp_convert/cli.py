@@ -19,7 +19,7 @@ from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
 from .hardware import names as hardware_names
 from .hardware import read as read_hardware
-from .job import BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
+from .job import AUTO, BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
 from .preset import names as preset_names
 from .preset import path_of as preset_path
 from .preset import read as read_preset
@@ -102,12 +102,17 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @cli.command(context_settings=_SETTINGS)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "-s", "--strategy", type=click.Choice(STRATEGY_NAMES),
-    help="How attention is distributed.  [a preset knows a good one]",
+    "-s", "--strategy", type=click.Choice((*STRATEGY_NAMES, AUTO)),
+    help="How attention is distributed; auto: the shortest estimated forward, as `cp-convert plan` "
+    "estimates it.  [a preset knows a good one]",
 )  # fmt: skip
 @click.option(
     "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
 )
+@click.option(
+    "--hardware", default="h200", show_default=True, metavar="NAME|FILE",
+    help="What auto estimates for; see `cp-convert plan`.",
+)  # fmt: skip
 @click.option("--ulysses", type=int, help="For usp: neighbours that trade heads for tokens.")
 @click.option("--ring", type=int, help="For usp: groups of such neighbours that form the ring.")
 @click.option(
@@ -192,6 +197,7 @@ def convert(
                 hint="cp-convert convert --help; only a preset knows a good one.",
             )
     options["precision"] = options["precision"] or "fp16"
+    read_hardware(options["hardware"])  # what is not there is told before anything is done
     options["ulysses"] = _factor(options["ulysses"], ring, options["world"])
     if no_proof:
         options["proof"] = "none"

@@ -10,6 +10,7 @@ from .errors import UsageError
 
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
+AUTO: Final = "auto"
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 PROOFS: Final = ("auto", "none", "program", "network")
@@ -21,11 +22,13 @@ class Job:
 
     Attributes:
         model: path of the Python file that defines the model, or of a preset's TOML.
-        strategy: one of :data:`STRATEGY_NAMES`.
+        strategy: one of :data:`STRATEGY_NAMES`, or ``auto`` for the one with the shortest estimated
+            forward.
         world: the world size, at least 1.
         out: directory of the bundle.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
+        hardware: what ``auto`` estimates for, see :mod:`.hardware`.
         precision: floating-point type of parameters and floating inputs.
         backend: one of :data:`BACKEND_NAMES`.
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
@@ -49,6 +52,7 @@ class Job:
     world: int
     out: Path
     ulysses: int | None = None
+    hardware: str = "h200"
     precision: str = "fp16"
     backend: str = "auto"
     weights: Path | None = None
@@ -63,7 +67,7 @@ class Job:
     command: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, STRATEGY_NAMES)
+        _one_of("strategy", self.strategy, (*STRATEGY_NAMES, AUTO))
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)

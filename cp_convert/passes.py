@@ -51,6 +51,7 @@ def interleave_strided_writes(graph: fx.Graph) -> int:
             stacked = write.op(torch.ops.aten.cat.default, columns, dim + 1)
             result = write.op(torch.ops.aten.reshape.default, stacked, list(tensor_of(node).shape))
         node.replace_all_uses_with(result)
+        graph.erase_node(node)  # so that the writes under it have no reader any more
         done += 1
     erase_dead(graph)
     return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .backends import Backend
@@ -13,10 +14,12 @@ from .engine.build import Engine, build, prepare
 from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
-from .job import Job
+from .hardware import read as read_hardware
+from .job import AUTO, Job
 from .load import load
 from .manifest import Manifest
 from .mesh import Mesh
+from .planning import cheapest
 from .program import Lowered
 from .progress import Clock, Progress
 from .prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
@@ -52,6 +55,10 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             dense = decompose(traced, table)
         with clock.stage("shard"):
             sharded = shard(dense, mesh.whole)
+        if job.strategy == AUTO:
+            with clock.stage("choose"):
+                name, factor = cheapest(sharded, mesh.whole, read_hardware(job.hardware), table)
+                job = replace(job, strategy=name, ulysses=factor)
         with clock.stage("rewrite"):
             strategy = choose(job.strategy, job.ulysses)
             rewritten, outcomes = rewrite(sharded, strategy, job.strategy, mesh.whole, table)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
 
 from .decompose import decompose
 from .engine.runtime import decompositions
-from .errors import CannotConvert
+from .errors import CannotConvert, CannotShard
 from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend
 from .hardware import Hardware
 from .job import Job
 from .load import Source, load
-from .mesh import Mesh
+from .mesh import Axis, Mesh
 from .program import Lowered
 from .progress import Clock, Progress
 from .rewrite import Outcome, rewrite
@@ -107,6 +107,36 @@ def _at(
         work = estimate(done, hardware)
         options.append(_option(option, work, alone, source, hardware, key_values))
     return options, sites
+
+
+def cheapest(
+    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any]
+) -> tuple[str, int | None]:
+    """The strategy, and USP's factor, with the shortest estimated forward.
+
+    Args:
+        split: the sharded program.
+        axis: the ranks that share the sequence.
+        hardware: what it will run on.
+        table: see :func:`.rewrite.rewrite`.
+
+    Raises:
+        CannotShard: no strategy can split every attention.
+    """
+    found: list[tuple[float, str, int | None]] = []
+    reasons: list[str] = []
+    for name, ulysses in candidates(axis.size):
+        try:
+            done, _ = rewrite(split, choose(name, ulysses), name, axis, table)
+        except CannotConvert as error:
+            reasons.append(error.message)
+            continue
+        work = estimate(done, hardware)
+        found.append((work.compute + work.communication, name, ulysses))
+    if not found:
+        raise CannotShard("no strategy can split this model.", hint=" ".join(reasons))
+    _, name, ulysses = min(found)
+    return name, ulysses
 
 
 def _refused(option: Option, error: CannotConvert) -> Option:

@@ -13,7 +13,7 @@ from .errors import CannotShard
 from .links import arguments
 from .mesh import Axis
 from .ops import ATTENTION
-from .program import PROVENANCE, Lowered, copied, module_path, source_line, tensor_of
+from .program import PROVENANCE, Lowered, copied, erase_dead, module_path, source_line, tensor_of
 from .shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated
@@ -151,12 +151,13 @@ class _Writer:
         return _inline(self.templates[kind], node, operands, prefix)
 
     def _traced(self, site: Site, values: list[Tensor]) -> fx.Graph:
-        like = [torch.empty(v.shape, dtype=v.dtype) for v in values]
+        like = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
         with torch.no_grad():
             module = _Attend(self.strategy, site, self.axis)
             exported = torch.export.export(module, tuple(like))
             graph: fx.Graph = exported.run_decompositions(self.decompositions).graph
         assert not exported.constants
+        erase_dead(graph)  # assertions about dtypes and devices among them
         return graph
 
 

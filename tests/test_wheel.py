@@ -39,6 +39,8 @@ def test_the_wheel_holds_the_linked_folders_and_nothing_at_top_level(wheel: Path
     for part in (
         "converters/lowerings.py",
         "configs/README.md",
+        "configs/flux.1-dev.toml",
+        "configs/hardware/h200.toml",
         "manifest.schema.json",
         "py.typed",
     ):
@@ -57,6 +59,8 @@ def test_the_wheel_reads_without_torch_and_converts_with_it(
     run(python, "-c", script)
     help_text = run(tmp_path / "venv" / "bin" / "cp-convert", "--help").stdout
     assert "cp-convert model.py --strategy ulysses --world 8" in help_text
+    presets = json.loads(run(python, "-m", "cp_convert", "presets", "--json").stdout)
+    assert presets["flux.1-dev"]["parameters"] == 11_901_408_320
     refused = subprocess.run(
         [python, "-m", "cp_convert", EXAMPLES / "plain_dit.py", "-s", "ring", "-w", "2", "--json"],
         capture_output=True, text=True, check=False,

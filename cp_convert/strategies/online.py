@@ -34,6 +34,7 @@ class OnlineAttention:
     def __init__(self, q_BHSD: Tensor, scale: float, rows: Tensor | None, keys: int) -> None:
         b, h, s, _ = q_BHSD.shape
         self.dtype = q_BHSD.dtype
+        self.last: Tensor | None = None
         count = blocks_for(b * h, s, keys)
         size = -(-s // count)
         scaled = q_BHSD.float() * scale
@@ -45,7 +46,8 @@ class OnlineAttention:
     def add(self, k_BHSD: Tensor, v_BHSD: Tensor, columns: list[tuple[int, int]]) -> None:
         """One more chunk; ``columns`` are its keys' ranges in the mask."""
         for block in self.blocks:
-            block.add(k_BHSD, v_BHSD, columns)
+            block.add(k_BHSD, v_BHSD, columns, after=self.last)
+            self.last = block.total
 
     def result(self) -> Tensor:
         """``[B, H, S, D]``, in the queries' dtype."""
@@ -74,8 +76,15 @@ class _Block:
         self.total: Tensor | None = None
         self.out: Tensor | None = None
 
-    def add(self, k: Tensor, v: Tensor, columns: list[tuple[int, int]]) -> None:
-        scores, seen = self.q @ k.transpose(-1, -2), None
+    def add(
+        self, k: Tensor, v: Tensor, columns: list[tuple[int, int]], after: Tensor | None
+    ) -> None:
+        q = self.q
+        if after is not None:
+            # A sum is never negative, which a compiler does not know: without a reason to wait it
+            # would compute all scores at once, and hold them.
+            q = torch.where(after.amax(2, keepdim=True) >= 0, q, 0.0)
+        scores, seen = q @ k.transpose(-1, -2), None
         if self.rows is not None:
             scores, seen = _masked(scores, _columns(self.rows, columns))
         top = scores.amax(-1, keepdim=True)
