@@ -81,9 +81,9 @@ def model_class(preset: Preset) -> type[nn.Module]:
 
 
 def build(
-    preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool, small: bool = False
+    preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool, bytes_each: int = 4
 ) -> nn.Module:
-    """The model on the CPU, in float32.
+    """The model on the CPU, in float32, or without memory within :func:`.unallocated`.
 
     Args:
         preset: which model.
@@ -91,14 +91,14 @@ def build(
         tiny: whether depth and width are shrunk.
         random: whether every parameter is given random numbers, also where the class starts with
             zeros; attention would not reach the output otherwise.
-        small: whether it needs no memory to speak of, and none is asked for.
+        bytes_each: memory that a parameter takes in the end.
 
     Raises:
         ModelFileError: the class does not take the configuration.
         CannotTrace: the model does not fit into this machine's memory.
     """
-    if not tiny and not small:
-        _check_memory(preset)
+    if not tiny:
+        _check_memory(preset, bytes_each)
     torch.manual_seed(SEED)
     try:
         module = model_class(preset)(**{**config, **(preset.tiny if tiny else {})})
@@ -107,8 +107,8 @@ def build(
     return randomised(module) if random else module
 
 
-def _check_memory(preset: Preset) -> None:
-    needed, there = 4 * preset.parameters, psutil.virtual_memory().available
+def _check_memory(preset: Preset, bytes_each: int) -> None:
+    needed, there = bytes_each * preset.parameters, psutil.virtual_memory().available
     if needed > there:
         raise CannotTrace(
             f"{preset.title} has {preset.parameters / 1e9:.1f} B parameters, "

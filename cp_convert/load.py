@@ -64,7 +64,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         CannotShard: ``--plan model``, and there is none.
     """
     dtype = DTYPES[job.precision]
-    with nullcontext() if allocate else unallocated():
+    published = job.is_preset and job.weights is not None
+    with unallocated() if published or not allocate else nullcontext():
         given = _from_preset(job, allocate) if job.is_preset else from_file(job.model)
     module = given.module
     cast_module(module.eval().requires_grad_(False), dtype)
@@ -85,6 +86,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
 
 
 def _from_preset(job: Job, allocate: bool) -> Given:
+    dtype = DTYPES[job.precision]
     preset = read(job.model)
     config = preset.config
     if job.weights is not None:
@@ -99,7 +101,7 @@ def _from_preset(job: Job, allocate: bool) -> Given:
             config,
             tiny=job.tiny,
             random=allocate and job.weights is None,
-            small=not allocate,
+            bytes_each=0 if not allocate else 4 if job.weights is None else dtype.itemsize,
         ),
         inputs=inputs,
         plan={},

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -17,9 +17,8 @@ def unallocated() -> Iterator[None]:
 
     def without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
-        if param is not None:
-            meta = nn.Parameter(param.to("meta"), requires_grad=False)
-            self._parameters[name] = meta
+        if param is not None and not param.is_meta:  # one that is tied has been replaced before
+            self._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=False)
 
     with patch.object(nn.Module, "register_parameter", without_memory):
         yield
@@ -27,8 +26,14 @@ def unallocated() -> Iterator[None]:
 
 def stand_in(module: nn.Module) -> None:
     """Put zeros that share one number of memory in the place of parameters without memory."""
+    for parameter in {p for p in module.parameters() if p.is_meta}:
+        replace(module, parameter, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
+
+
+def replace(module: nn.Module, parameter: nn.Parameter, value: Tensor) -> None:
+    """Put ``value`` in the place of ``parameter`` wherever it stands, so that ties stay."""
+    new = nn.Parameter(value, requires_grad=False)
     for owner in module.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-                owner._parameters[name] = nn.Parameter(zeros, requires_grad=False)
+        for name, held in owner._parameters.items():
+            if held is parameter:
+                owner._parameters[name] = new

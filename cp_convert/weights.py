@@ -13,12 +13,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .errors import WeightsError
+from .unallocated import replace
 
 _SHOWN = 8
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Copy the tensors at ``path`` into ``module``, in the module's own dtypes.
+    """Put the tensors at ``path`` into ``module``, in the module's own dtypes.
+
+    Parameters without memory (:mod:`.unallocated`) are given it, one at a time; others are copied
+    into.
 
     Args:
         module: the model; its ``state_dict`` names what is expected.
@@ -35,7 +39,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
         for file in sorted(set(places.values())):
             with _opened(file) as tensors:
                 for name in (n for n, place in places.items() if place == file):
-                    wanted[name].copy_(tensors.get_tensor(name))
+                    own = wanted[name]
+                    if own.is_meta:
+                        replace(module, own, tensors.get_tensor(name).to(own.dtype))
+                    else:
+                        own.copy_(tensors.get_tensor(name))
 
 
 def _places(path: Path) -> dict[str, Path]:
@@ -105,11 +113,11 @@ def _opened(file: Path) -> Iterator[Any]:
 
 def _compare(wanted: dict[str, Tensor], places: dict[str, Path], path: Path) -> None:
     """Every name and shape must fit; a missing name is fine when it is tied to a present one."""
-    present = {wanted[name].data_ptr() for name in places if name in wanted}
+    present = {_identity(wanted[name]) for name in places if name in wanted}
     missing = [
         name
         for name, tensor in wanted.items()
-        if name not in places and tensor.data_ptr() not in present
+        if name not in places and _identity(tensor) not in present
     ]
     unexpected = [name for name in places if name not in wanted]
     shapes = _shapes({n: f for n, f in places.items() if n in wanted})
@@ -135,6 +143,11 @@ def _compare(wanted: dict[str, Tensor], places: dict[str, Path], path: Path) -> 
             where=str(path),
             hint="check that the file belongs to this model and build_model() to this file.",
         )
+
+
+def _identity(tensor: Tensor) -> int:
+    """The same for tied tensors only."""
+    return id(tensor) if tensor.is_meta else tensor.data_ptr()
 
 
 def _shapes(places: dict[str, Path]) -> dict[str, tuple[int, ...]]:

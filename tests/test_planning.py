@@ -116,6 +116,21 @@ def test_a_model_of_any_size_is_loaded_for_planning() -> None:
     assert source.parameters == 14_288_491_584
 
 
+def test_ties_stay() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.weight = self.a.weight
+
+    with unallocated():
+        module = Tied()
+    assert module.a.weight is module.b.weight
+    stand_in(module)
+    assert module.a.weight is module.b.weight
+    assert not module.a.weight.is_meta
+
+
 # --- forecasts ------------------------------------------------------------------------------------
 
 
