@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_PLAN, TinyAttention, rewritten, sharded, sharpened, tiny, tiny_inputs
+from test_shard import mask_of, model, sdpa, tokens
 from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
@@ -59,6 +60,32 @@ def test_half_precision_is_measured_by_the_dense_models_own_loss(
     assert proof.dense.max > 100 * FLOOR or dtype == torch.float16
     assert proof.bound.max == pytest.approx(2 * proof.dense.max)
     assert all(error.within(proof.bound) for error in proof.ranks)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_half_precision_masks(name: str) -> None:
+    """An additive mask in the queries' own dtype, as HunyuanVideo has it in bfloat16."""
+    inputs = cast_inputs({"x": tokens(24), "given": mask_of((24, 24), "additive")}, torch.bfloat16)
+    module = model(sdpa)
+    cast_module(module, torch.bfloat16)
+    proof = proven(module, inputs, name, plan={})
+    assert all(error.max < FLOOR for error in proof.algebra)
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_a_float32_model_that_rounds_on_purpose(name: str) -> None:
+    """SanaWM attends in bfloat16 whatever its weights are; float32's bound would not be fair."""
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
+        return sdpa(q.bfloat16(), k.bfloat16(), v.bfloat16()).float()
+
+    module, inputs = model(rounded), {"x": tokens(24)}
+    proof = proven(module, inputs, name, plan={})
+    assert all(error.max < FLOOR for error in proof.algebra)
+    assert proof.dense.max > FLOOR
+    assert all(error.within(proof.bound) for error in proof.ranks)
+    with pytest.raises(ProofFailed, match="astray"):
+        proven(module, inputs, "ulysses", plan={}, sabotage=drop_the_exchange)
 
 
 def nodes(graph: fx.Graph, name: str) -> list[fx.Node]:
