@@ -131,7 +131,7 @@ def one(run: Run) -> dict[str, Any]:
         "all_reduces": moves["all_reduce"],
         "freeze": list(zoo.CASES[name].freeze),
     }  # fmt: skip
-    for strategy in list(STRATEGIES):
+    for strategy in STRATEGIES:
         result[strategy] = _converted(truth, inputs, dense, sharded, strategy, axis)
     return result
 
@@ -203,7 +203,7 @@ def _said(results: dict[Run, dict[str, Any]]) -> str:
     cells: Counter[str] = Counter()
     for result in results.values():
         whole = next((kind for kind in ("refused", "failed") if kind in result), None)
-        cells.update(whole or result[strategy]["status"] for strategy in list(STRATEGIES))
+        cells.update(whole or result[strategy]["status"] for strategy in STRATEGIES)
     said = ", ".join(f"{cells[kind]} {kind}" for kind in ("proven", "refused", "failed"))
     return f"{sum(cells.values())} conversions: {said}"
 
@@ -215,7 +215,7 @@ def _row(run: Run, result: dict[str, Any]) -> str:
         if kind in result:
             return f"| {run.name} | {run.world} | | | | {kind}: {_short(result[kind])} | | |"
     shown = []
-    for strategy in list(STRATEGIES):
+    for strategy in STRATEGIES:
         own = result[strategy]
         shown.append(
             f"proven, {own['network']:.0e}" if own["status"] == "proven"

@@ -56,7 +56,7 @@ def main() -> None:
     )
     print(f"| strategy | {' | '.join(stages)} | whole process | peak RSS, GB | engines, GB |")
     print("|---" * (len(stages) + 4) + "|", flush=True)
-    for strategy in list(STRATEGIES):
+    for strategy in STRATEGIES:
         runs = [convert(args.model, strategy, options) for _ in range(args.runs)]
         cells = [statistics.median(r["timings"].get(stage, 0) for r in runs) for stage in stages]
         cells += [statistics.median(r[key] for r in runs) for key in ("wall", "peak")]

@@ -83,6 +83,11 @@ def _flux_like(width: int, text: int, **more: Any) -> Inputs:
     }
 
 
+_FLUX = {
+    "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
+    "num_attention_heads": 4, "joint_attention_dim": 32,
+}  # fmt: skip
+
 _WAN = {
     "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
     "text_dim": 32, "freq_dim": 64, "ffn_dim": 128, "num_layers": 2,
@@ -365,11 +370,7 @@ CASES: dict[str, Case] = {
         ),
     ),
     "BriaTransformer2DModel": Case(
-        {
-            "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-            "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
-            "axes_dims_rope": [4, 6, 6],
-        },
+        _FLUX | {"axes_dims_rope": [4, 6, 6]},
         lambda: _flux_like(16, 32),
     ),
     "BriaFiboTransformer2DModel": Case(
@@ -394,9 +395,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "ChromaTransformer2DModel": Case(
-        {
-            "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-            "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
+        _FLUX | {
             "axes_dims_rope": (4, 4, 8), "approximator_num_channels": 8,
             "approximator_hidden_dim": 16, "approximator_layers": 1,
         },
@@ -484,19 +483,11 @@ CASES: dict[str, Case] = {
         },
     ),
     "FluxTransformer2DModel": Case(
-        {
-            "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-            "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
-            "pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8),
-        },
+        _FLUX | {"pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8)},
         lambda: _flux_like(16, 32, pooled_projections=rand(1, 32), guidance=torch.tensor([3.5])),
     ),
     "Flux2Transformer2DModel": Case(
-        {
-            "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-            "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
-            "timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4),
-        },
+        _FLUX | {"timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
         lambda: _flux_like(
             16, 32, img_ids=grid(1, 8, 8, 4), txt_ids=torch.zeros(16, 4),
             guidance=torch.tensor([3.5]),
@@ -693,11 +684,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "LongCatImageTransformer2DModel": Case(
-        {
-            "in_channels": 16, "num_layers": 1, "num_single_layers": 1,
-            "attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32,
-            "axes_dims_rope": [4, 4, 8],
-        },
+        _FLUX | {"axes_dims_rope": [4, 4, 8]},
         lambda: _flux_like(16, 32),
     ),
     "LTXVideoTransformer3DModel": Case(

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from . import ops
 from .hardware import Hardware
 from .mesh import bytes_sent
-from .program import Lowered
+from .program import HALF, Lowered
 
 aten: Final = torch.ops.aten
 _PRODUCTS: Final[Mapping[Any, int]] = {
@@ -58,6 +58,11 @@ class Work:
     communication: float
     activations: int
 
+    @property
+    def seconds(self) -> float:
+        """Of one forward; nothing overlaps."""
+        return self.compute + self.communication
+
 
 def estimate(program: Lowered, hardware: Hardware) -> Work:
     """The work of one rank of an SPMD program."""
@@ -92,7 +97,7 @@ def _operations(node: fx.Node) -> int:
 
 def _seconds(node: fx.Node, operations: int, hardware: Hardware) -> float:
     value = node.meta["val"]
-    is_half = value.dtype in (torch.float16, torch.bfloat16)
+    is_half = value.dtype in HALF
     peak_rate = hardware.half_tflops if is_half else hardware.tf32_tflops
     moved = sum(_bytes(n.meta["val"]) for n in node.all_input_nodes) + _bytes(value)
     return max(

@@ -7,12 +7,12 @@ reaches are assumptions; they stand in the same file and can be changed there.
 from __future__ import annotations
 
 import tomllib
-from importlib import resources
 from pathlib import Path
 
 import msgspec
 
 from .errors import UsageError
+from .shipped import shipped
 
 
 class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -47,8 +47,7 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
 
 def names() -> list[str]:
     """Of all hardware that is described."""
-    files = [file.name for file in resources.files("cp_convert.configs.hardware").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+    return sorted(shipped("cp_convert.configs.hardware"))
 
 
 def read(name: str) -> Hardware:
@@ -57,10 +56,8 @@ def read(name: str) -> Hardware:
     Raises:
         UsageError: there is none, or the file describes none.
     """
-    path = Path(name)
-    if name in names():
-        path = Path(str(resources.files("cp_convert.configs.hardware") / f"{name}.toml"))
-    elif path.suffix != ".toml":
+    path = shipped("cp_convert.configs.hardware").get(name, Path(name))
+    if path.suffix != ".toml":
         raise UsageError(
             f"--hardware {name}: not known.",
             hint=f"known are {', '.join(names())}, or a TOML file.",

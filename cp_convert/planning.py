@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from .decompose import decompose
 from .engine.runtime import decompositions
@@ -12,7 +13,7 @@ from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend
 from .hardware import Hardware
 from .job import Job
-from .load import Source, load
+from .load import DTYPES, Source, load
 from .mesh import Axis, Mesh
 from .program import Lowered
 from .progress import Clock, Progress
@@ -20,8 +21,6 @@ from .rewrite import Outcome, rewrite
 from .shard import Sharded, shard
 from .strategies import STRATEGIES, choose
 from .trace import trace
-
-BYTES: Final = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:
@@ -50,7 +49,7 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
     worlds = _worlds(job.world)
     with clock.stage("estimate", total=len(worlds)):
         for world in worlds:
-            found, sites = _at(world, dense, alone, source, hardware, job)
+            found, sites = _at(world, dense, alone, source, hardware, job, table)
             options += found
             sharded = [outcome.site for outcome in sites if outcome.site.keys_sharded]
             if sharded:
@@ -83,29 +82,60 @@ def candidates(world: int) -> Iterator[tuple[str, int | None]]:
             yield "usp", ulysses
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """One strategy on a sharded program: its work, or why it cannot be done."""
+
+    name: str
+    ulysses: int | None
+    work: Work | None = None
+    outcomes: tuple[Outcome, ...] = ()
+    refused: str | None = None
+
+
+def _try_all(
+    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any]
+) -> Iterator[_Tried]:
+    for name, ulysses in candidates(axis.size):
+        try:
+            done, outcomes = rewrite(split, choose(name, ulysses), name, axis, table)
+        except CannotConvert as error:
+            yield _Tried(name, ulysses, refused=error.message)
+            continue
+        yield _Tried(name, ulysses, estimate(done, hardware), outcomes)
+
+
 def _at(
-    world: int, dense: Lowered, alone: Work, source: Source, hardware: Hardware, job: Job
+    world: int,
+    dense: Lowered,
+    alone: Work,
+    source: Source,
+    hardware: Hardware,
+    job: Job,
+    table: Mapping[Any, Any],
 ) -> tuple[list[Option], tuple[Outcome, ...]]:
     """All strategies at one world, and the attentions there."""
-    axis, table = Mesh.line(world).whole, decompositions()
-    blank = [Option(strategy=n, world=world, ulysses=u) for n, u in candidates(world)]
+    axis = Mesh.line(world).whole
     try:
-        split: Sharded = shard(dense, axis)
+        split = shard(dense, axis)
     except CannotConvert as error:
-        return [_refused(option, error) for option in blank], ()
+        return [
+            Option(strategy=n, world=world, ulysses=u, refused=error.message)
+            for n, u in candidates(world)
+        ], ()
     options: list[Option] = []
     sites: tuple[Outcome, ...] = ()
-    for option in blank:
-        strategy = choose(option.strategy, option.ulysses)
-        try:
-            done, sites = rewrite(split, strategy, option.strategy, axis, table)
-        except CannotConvert as error:
-            options.append(_refused(option, error))
+    for tried in _try_all(split, axis, hardware, table):
+        option = Option(
+            strategy=tried.name, world=world, ulysses=tried.ulysses, refused=tried.refused
+        )
+        if tried.work is None:
+            options.append(option)
             continue
+        sites, strategy = tried.outcomes, choose(tried.name, tried.ulysses)
         held = [strategy.cost(o.site, axis).key_values for o in sites if o.site.keys_sharded]
-        key_values = max(held, default=0) * BYTES[job.precision]
-        work = estimate(done, hardware)
-        options.append(_option(option, work, alone, source, hardware, key_values))
+        key_values = max(held, default=0) * DTYPES[job.precision].itemsize
+        options.append(_option(option, tried.work, alone, source, hardware, key_values))
     return options, sites
 
 
@@ -123,33 +153,19 @@ def cheapest(
     Raises:
         CannotShard: no strategy can split every attention.
     """
-    found: list[tuple[float, str, int | None]] = []
-    reasons: list[str] = []
-    for name, ulysses in candidates(axis.size):
-        try:
-            done, _ = rewrite(split, choose(name, ulysses), name, axis, table)
-        except CannotConvert as error:
-            reasons.append(error.message)
-            continue
-        work = estimate(done, hardware)
-        found.append((work.compute + work.communication, name, ulysses))
+    tried = list(_try_all(split, axis, hardware, table))
+    found = [(one.work.seconds, one.name, one.ulysses) for one in tried if one.work is not None]
     if not found:
-        raise CannotShard("no strategy can split this model.", hint=" ".join(reasons))
+        reasons = " ".join(one.refused for one in tried if one.refused)
+        raise CannotShard("no strategy can split this model.", hint=reasons)
     _, name, ulysses = min(found)
     return name, ulysses
-
-
-def _refused(option: Option, error: CannotConvert) -> Option:
-    return Option(
-        strategy=option.strategy, world=option.world, ulysses=option.ulysses, refused=error.message
-    )
 
 
 def _option(
     option: Option, work: Work, alone: Work, source: Source, hardware: Hardware, key_values: int
 ) -> Option:
-    seconds = work.compute + work.communication
-    speedup = (alone.compute + alone.communication) / seconds if seconds else 0.0
+    speedup = alone.seconds / work.seconds if work.seconds else 0.0
     needed = source.bytes + work.activations
     return Option(
         strategy=option.strategy,

@@ -21,13 +21,13 @@ import ast
 import operator
 import tomllib
 from collections.abc import Callable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from .errors import UsageError
+from .shipped import shipped
 
 TINY: Final = "tiny"
 """The name of the resolution that goes with the shrunken model."""
@@ -133,19 +133,12 @@ class Preset(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename={"
 
 def names() -> list[str]:
     """Of all presets that are shipped."""
-    folder = resources.files("cp_convert.configs")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
+    return sorted(shipped("cp_convert.configs"))
 
 
 def path_of(name: str) -> Path | None:
     """The file of the shipped preset called ``name``, if there is one."""
-    if name not in names():
-        return None
-    path = resources.files("cp_convert.configs") / f"{name}.toml"
-    assert isinstance(path, Path), "cp_convert is installed as files"
-    return path
+    return shipped("cp_convert.configs").get(name)
 
 
 def read(path: Path) -> Preset:

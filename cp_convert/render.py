@@ -91,7 +91,9 @@ class Screen:
     def converted(self, manifest: Manifest, out: Path) -> None:
         """The end of a conversion."""
         if self.as_json:
-            self.document({"status": "ok", "bundle": str(out), "manifest": _builtins(manifest)})
+            self.document(
+                {"status": "ok", "bundle": str(out), "manifest": msgspec.to_builtins(manifest)}
+            )
         if self.verbosity < 0:
             return
         console = self.err if self.as_json else self.out
@@ -116,7 +118,7 @@ class Screen:
     def inspected(self, manifest: Manifest, folder: Path) -> None:
         """A manifest as tables."""
         if self.as_json:
-            self.document(_builtins(manifest))
+            self.document(msgspec.to_builtins(manifest))
             return
         print_ = self.out.print
         print_(f"[bold]{escape(str(folder))}[/]")
@@ -186,7 +188,7 @@ class Screen:
             "Collectives, bytes sent and memory (weights and activations) are one rank's; times "
             "and activations are estimated; beside the speed-up stands its share of the ideal.",
             soft_wrap=True,
-        )  # fmt: skip
+        )
         self.out.print(f"[bold]{escape(found.recommendation)}[/]", soft_wrap=True)
 
     def verified(self, checks: Sequence[Check]) -> None:
@@ -236,12 +238,6 @@ class _Bars(Progress):
         task = self.bars.tasks[self.tasks[stage]]
         self.bars.update(self.tasks[stage], completed=task.total)
         self.bars.stop_task(self.tasks[stage])
-
-
-def _builtins(manifest: Manifest) -> object:
-    import msgspec
-
-    return msgspec.to_builtins(manifest)
 
 
 def _table(title: str, *columns: str, right: Iterable[str] = ()) -> Table:

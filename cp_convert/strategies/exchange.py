@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..mesh import Axis
 from .site import Site
-from .tokens import grouped, padded_heads
+from .tokens import padded_heads, repeated
 
 
 def padded(heads: int, size: int) -> int:
@@ -25,6 +25,16 @@ def key_heads(site: Site, size: int) -> int:
     return lcm(site.kv_heads, size) if site.kv_heads < site.heads else site.heads
 
 
+def _grouped(k_BHSD: Tensor, site: Site, size: int) -> Tensor:
+    """Key heads repeated just as often as makes them divide among ``size`` ranks.
+
+    With query heads that divide, group ``g`` of the result serves group ``g`` of them, and no rank
+    is sent a head that it does not use; otherwise every query head is given its own.
+    """
+    wanted = site.heads if site.heads % size else key_heads(site, size)
+    return repeated(k_BHSD, wanted // site.kv_heads)
+
+
 def to_heads(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, site: Site, axis: Axis
 ) -> list[Tensor]:
@@ -33,8 +43,7 @@ def to_heads(
     Heads that do not divide are padded with zeros, grouped key heads repeated as far as needed.
     """
     heads = padded(site.heads, axis.size)
-    if heads > site.heads or site.kv_heads < site.heads:
-        k_BHSD, v_BHSD = (grouped(x, site.heads, axis.size) for x in (k_BHSD, v_BHSD))
+    k_BHSD, v_BHSD = (_grouped(x, site, axis.size) for x in (k_BHSD, v_BHSD))
     if heads > site.heads:
         q_BHSD, k_BHSD, v_BHSD = (padded_heads(x, heads) for x in (q_BHSD, k_BHSD, v_BHSD))
     blocks = [_by_head_group(x, axis.size) for x in (q_BHSD, k_BHSD, v_BHSD)]

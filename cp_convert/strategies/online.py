@@ -17,6 +17,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from .tokens import mask_columns
+
 SCORES: Final = 1 << 28
 """Scores that are held at once, in numbers of float32: 1 GiB."""
 
@@ -86,7 +88,7 @@ class _Block:
             q = torch.where(after.amax(2, keepdim=True) >= 0, q, 0.0)
         scores, seen = q @ k.transpose(-1, -2), None
         if self.rows is not None:
-            scores, seen = _masked(scores, _columns(self.rows, columns))
+            scores, seen = _masked(scores, mask_columns(self.rows, columns))
         top = scores.amax(-1, keepdim=True)
         if self.top is not None:
             top = torch.maximum(self.top, top)
@@ -105,13 +107,6 @@ class _Block:
             return self.out / self.total
         # A query that sees nothing gives zeros, as in torch.
         return self.out / (self.total + (self.total == 0).float())
-
-
-def _columns(rows: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
-    if rows.shape[-1] == 1:
-        return rows
-    parts = [rows.narrow(-1, start, stop - start) for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,6 @@ mass; padded queries are computed and later dropped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import lcm
 
 import torch
 from torch import Tensor
@@ -97,16 +96,6 @@ def mask_heads(mask: Tensor, heads: int, axis: Axis) -> Tensor:
     if mask.shape[-3] < heads:
         mask = torch.cat([mask, _open(mask, -3, heads - mask.shape[-3])], -3)
     return ops.shard(mask, mask.dim() - 3, axis)
-
-
-def grouped(k_BHSD: Tensor, heads: int, size: int) -> Tensor:
-    """Key heads repeated just as often as makes them divide among ``size`` ranks.
-
-    With ``heads`` query heads that divide by ``size``, group ``g`` of the result serves group
-    ``g`` of the query heads, and no rank is sent a head that it does not use.
-    """
-    own = k_BHSD.shape[1]
-    return repeated(k_BHSD, lcm(own, size) // own if heads % size == 0 else heads // own)
 
 
 def padded_heads(x_BHSD: Tensor, heads: int) -> Tensor:
