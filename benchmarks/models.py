@@ -155,7 +155,7 @@ def _converted(
         control, _ = rewrite(sharded, CONTROL, "control", axis, table)
         lowered = lower(rewritten)
         sites = [(outcome.site, outcome.node) for outcome in outcomes]
-        stages = Stages(dense, control, rewritten, lowered, sites, axis.size)
+        stages = Stages(dense, control, rewritten, lowered, sites, axis)
         proof = prove(truth, inputs, stages)
         result["error"] = max(error.max for error in proof.algebra)
         networks: list[Any] = []

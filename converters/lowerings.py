@@ -33,7 +33,7 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in ("all_gather", "all_to_all", "broadcast", "all_reduce", "attention", "result"):
+    for operator in (*_COLLECTIVES, "attention", "result"):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -53,11 +53,22 @@ def _convert(
     return lowering(ctx, name, **{**named, **kwargs})
 
 
-def _all_gather(
-    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
-) -> Tensor:
-    kind = trt.CollectiveOperation.ALL_GATHER
-    return _collective(ctx, name, x, "all_gather", kind, groups, size)
+def _distributed(operator: str) -> Lowering:
+    """The lowering of a ``cp::`` operator that is a ``CollectiveOperation`` of the same name."""
+
+    def lowering(
+        ctx: ConversionContext,
+        name: str,
+        x: Any,
+        groups: Sequence[int],
+        size: int,
+        root: int = -1,
+        kind: str = "none",
+    ) -> Tensor:
+        operation = getattr(trt.CollectiveOperation, operator.upper())
+        return _collective(ctx, name, x, operator, operation, groups, size, root=root, reduce=kind)
+
+    return lowering
 
 
 def _all_gather_by_all_to_all(
@@ -70,27 +81,6 @@ def _all_gather_by_all_to_all(
     slots.name = f"{name}_slots"
     kind = trt.CollectiveOperation.ALL_TO_ALL
     return _collective(ctx, name, slots.get_output(0), "all_gather", kind, groups, size)
-
-
-def _all_to_all(
-    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
-) -> Tensor:
-    kind = trt.CollectiveOperation.ALL_TO_ALL
-    return _collective(ctx, name, x, "all_to_all", kind, groups, size)
-
-
-def _broadcast(
-    ctx: ConversionContext, name: str, x: Any, root: int, groups: Sequence[int], size: int
-) -> Tensor:
-    kind = trt.CollectiveOperation.BROADCAST
-    return _collective(ctx, name, x, "broadcast", kind, groups, size, root=root)
-
-
-def _all_reduce(
-    ctx: ConversionContext, name: str, x: Any, kind: str, groups: Sequence[int], size: int
-) -> Tensor:
-    layer = trt.CollectiveOperation.ALL_REDUCE
-    return _collective(ctx, name, x, "all_reduce", layer, groups, size, reduce=kind)
 
 
 def _collective(
@@ -129,8 +119,10 @@ def _collective(
 _REDUCE: Final = {
     "none": trt.ReduceOperation.NONE,
     "sum": trt.ReduceOperation.SUM,
+    "prod": trt.ReduceOperation.PROD,
     "max": trt.ReduceOperation.MAX,
     "min": trt.ReduceOperation.MIN,
+    "avg": trt.ReduceOperation.AVG,
 }
 
 
@@ -152,12 +144,19 @@ def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
     return layer.get_output(0)
 
 
+_COLLECTIVES: Final = (
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "all_reduce",
+    "reduce",
+    "reduce_scatter",
+    "gather",
+    "scatter",
+)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
-    "all_gather": _all_gather,
+    **{operator: _distributed(operator) for operator in _COLLECTIVES},
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
-    "all_to_all": _all_to_all,
-    "broadcast": _broadcast,
-    "all_reduce": _all_reduce,
     "attention": _attention,
     "result": _result,
 }

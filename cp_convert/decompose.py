@@ -56,7 +56,7 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     returned = list(values)
     names = [v.name for v in returned if isinstance(v, fx.Node)]
     outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
-    return Lowered(graph_module, parameters, program.inputs, outputs)
+    return Lowered(graph_module, parameters, program.inputs, outputs, program.own)
 
 
 def _check_mutation(signature: ExportGraphSignature) -> None:

@@ -14,7 +14,7 @@ from .backends import Backend
 from .engine.build import Engine
 from .job import Job
 from .load import Source
-from .mesh import Axis, Mesh, bytes_sent
+from .mesh import Axis, bytes_sent
 from .program import Binding, Program
 from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
@@ -23,6 +23,7 @@ from .strategies import Strategy, choose
 from .trace import Applied
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
+OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
 
 
 def describe(
@@ -32,6 +33,7 @@ def describe(
     applied: Sequence[Applied],
     sharded: Sharded,
     outcomes: Sequence[Outcome],
+    axis: Axis,
     proof: Proof | None,
     network_proof: NetworkProof | None,
     engines: Sequence[Engine],
@@ -40,7 +42,7 @@ def describe(
     timings: Mapping[str, float],
 ) -> m.Manifest:
     """The manifest of a conversion that has come to its end."""
-    strategy, axis = choose(job.strategy, job.ulysses), Mesh.line(job.world).whole
+    strategy = choose(job.strategy, job.ulysses)
     targets = job.compute_capabilities or backend.default_targets
     return m.Manifest(
         schema_version=m.SCHEMA_VERSION,
@@ -54,7 +56,8 @@ def describe(
             weights=None if job.weights is None else str(job.weights),
         ),
         strategy=job.strategy,
-        axes=_axes(job),
+        axes=_axes(job, axis),
+        groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         backend=m.Backend(
@@ -67,7 +70,7 @@ def describe(
         torch_tensorrt=backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
         frozen=[m.Frozen(name=c.name, value=repr(c.value)) for c in program.frozen],
-        plan_source=_plan_source(job, applied),  # type: ignore[arg-type]
+        plan_source=_plan_source(axis, applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in applied],
         sharding=[_sharding(move) for move in sharded.moves],
         attention=[_attention(outcome, strategy, axis) for outcome in outcomes],
@@ -82,17 +85,17 @@ def describe(
             )
             for e in engines
         ],
-        proof=_proof(proof, network_proof),
+        proof=_proof(proof, network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
         command=job.command,
     )
 
 
-def _axes(job: Job) -> dict[str, int]:
-    """How ranks are arranged: row-major, the last axis being neighbours."""
+def _axes(job: Job, axis: Axis) -> dict[str, int]:
+    """How the ranks that share the sequence are arranged: row-major, the last being neighbours."""
     if job.ulysses is None:
-        return {"cp": job.world}
-    return {"ring": job.world // job.ulysses, "ulysses": job.ulysses}
+        return {"cp": axis.size}
+    return {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
 
 
 def _io(binding: Binding, mode: str) -> m.Io:
@@ -104,8 +107,8 @@ def _io(binding: Binding, mode: str) -> m.Io:
     )
 
 
-def _plan_source(job: Job, applied: Sequence[Applied]) -> str:
-    if job.world == 1:
+def _plan_source(axis: Axis, applied: Sequence[Applied]) -> str:
+    if axis.size == 1:
         return "none"
     return "model" if applied else "inferred"
 
@@ -182,7 +185,7 @@ def _collectives(engine: Engine) -> list[m.Collective]:
     ]
 
 
-def _proof(proof: Proof | None, network: NetworkProof | None) -> m.Proof:
+def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) -> m.Proof:
     if proof is None:
         return m.Proof(
             status="skipped",
@@ -199,7 +202,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None) -> m.Proof:
     return m.Proof(
         status="passed",
         level="program" if network is None else "network",
-        reference=REFERENCE,
+        reference=reference,
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],
         dense=_error(proof.dense),

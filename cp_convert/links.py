@@ -24,6 +24,7 @@ from . import ops
 from .layout import Layout
 
 aten: Final = torch.ops.aten
+cp: Final = torch.ops.cp
 Layouts = Mapping[int, Layout]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -582,6 +583,14 @@ def _of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
     return {3: own} if own >= 0 and shape(mask)[own] == size and size > 1 else {}
 
 
+def _blocks(node: fx.Node) -> list[Link]:
+    """A collective of the model's own, which moves blocks of dimension 0.
+
+    Its peers hold the same part of the sequence (:func:`cp_convert.mesh.across`).
+    """
+    return _same(node, range(1, len(shape(node))))
+
+
 Rule = Callable[[fx.Node], list[Link]]
 
 
@@ -617,6 +626,8 @@ def _table() -> dict[Any, Rule]:
         (_convolution, (aten.convolution,)),
         (_layer_norm, (aten.native_layer_norm,)),
         (_rms_norm, (aten.rms_norm,)),
+        (_like, (cp.all_reduce, cp.broadcast, cp.reduce)),
+        (_blocks, (cp.all_gather, cp.all_to_all, cp.reduce_scatter, cp.gather, cp.scatter)),
         (_reduction("sum"), (aten.sum,)),
         (_reduction("mean"), (aten.mean,)),
         (_reduction("max"), (aten.amax,)),

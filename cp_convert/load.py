@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import CannotShard, UsageError
+from .errors import CannotShard, ModelFileError, UsageError
 from .instantiate import build, example_inputs, published_config, transformer_folder
 from .job import Job
+from .mesh import Axis, Mesh
 from .model_file import Given, from_file
 from .preset import read
 from .unallocated import stand_in, unallocated
@@ -37,6 +38,8 @@ class Source:
         sha256: of the model file or preset.
         parameters: how many numbers the model has learned.
         bytes: their size in memory.
+        peers: rank 1, 2, ... of a model whose ranks hold different parameters.
+        groups: the process groups in which the model itself communicates.
     """
 
     module: nn.Module
@@ -46,6 +49,8 @@ class Source:
     sha256: str
     parameters: int
     bytes: int
+    peers: tuple[nn.Module, ...] = ()
+    groups: Mapping[str, Axis] = field(default_factory=dict)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:
@@ -62,16 +67,24 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         ModelFileError: the file cannot be imported, lacks a function, or one of them fails.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
+        UsageError: the model's process groups leave no equal share of the world.
     """
     dtype = DTYPES[job.precision]
     published = job.is_preset and job.weights is not None
     with unallocated() if published or not allocate else nullcontext():
-        given = _from_preset(job, allocate) if job.is_preset else from_file(job.model)
+        given = _from_preset(job, allocate) if job.is_preset else from_file(job.model, job.world)
     module = given.module
-    cast_module(module.eval().requires_grad_(False), dtype)
+    for one in (module, *given.peers):
+        cast_module(one.eval().requires_grad_(False), dtype)
+    _check_peers(given)
     if not allocate:
         stand_in(module)
     elif job.weights is not None:
+        if given.peers:
+            raise UsageError(
+                f"--weights: {job.model.name} builds every rank with parameters of its own.",
+                hint="let build_model(rank) read them.",
+            )
         folder = transformer_folder(job.weights) if job.is_preset else job.weights
         load_weights(module, folder)
     return Source(
@@ -82,7 +95,32 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in module.parameters()),
         bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+        peers=given.peers,
+        groups=given.groups,
     )
+
+
+def _check_peers(given: Given) -> None:
+    """Ranks may differ in the values of parameters, and in nothing else."""
+    first = _signature(given.module)
+    tables = dict(given.module.named_buffers())
+    for rank, module in enumerate(given.peers, 1):
+        others = _signature(module)
+        different = [n for n in {**first, **others} if first.get(n) != others.get(n)]
+        different += [
+            n for n, t in module.named_buffers() if n in first and not torch.equal(t, tables[n])
+        ]
+        if different:
+            raise ModelFileError(
+                f"build_model(rank={rank}) differs from rank 0's in {', '.join(different[:4])}.",
+                hint="ranks may have other numbers in their parameters, but not other names, "
+                "shapes, dtypes or buffers: one program is made for all of them.",
+            )
+
+
+def _signature(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors}
 
 
 def _from_preset(job: Job, allocate: bool) -> Given:
@@ -111,7 +149,8 @@ def _from_preset(job: Job, allocate: bool) -> Given:
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:
-    if job.world == 1 or job.plan == "auto":
+    shares = Mesh.line(job.world).free(given.groups.values()).size
+    if shares == 1 or job.plan == "auto":
         return {}
     module = given.module
     plan = given.plan or getattr(module, "_cp_plan", None) or {}

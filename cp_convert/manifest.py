@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 3
-SCHEMA_ID: Final = "urn:cp-convert:manifest:2"
+SCHEMA_VERSION: Final = 4
+SCHEMA_ID: Final = "urn:cp-convert:manifest:4"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -193,14 +193,19 @@ class Proof(_Struct, frozen=True):
 
 
 class Manifest(_Struct, frozen=True):
-    """A bundle's manifest."""
+    """A bundle's manifest.
 
-    schema_version: Literal[3]
+    ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
+    itself communicates, which divide the ``world`` beside them.
+    """
+
+    schema_version: Literal[4]
     tool: Tool
     created: str
     model: Model
     strategy: str
     axes: dict[str, Positive]
+    groups: dict[str, list[list[Count]]]
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
     backend: Backend

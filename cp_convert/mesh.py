@@ -6,9 +6,11 @@ Ranks are numbered row-major over the axes, the last axis varying fastest, as in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+
+from .errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,28 @@ class Mesh:
         """All axes taken together as one: every rank in a single group."""
         return Axis("+".join(name for name, _ in self.axes), (tuple(self.ranks),))
 
+    def free(self, taken: Iterable[Axis]) -> Axis:
+        """The axis that stays free where ranks work together along other axes already.
+
+        Ranks that any group of ``taken`` connects form a cell. Member ``i`` of every cell, ranks
+        ascending, stands in group ``i``: beside tensor parallelism over ``[0, 1]`` and ``[2, 3]``
+        the free axis is ``[0, 2]`` and ``[1, 3]``. Without any, it is :attr:`whole`.
+
+        Raises:
+            UsageError: cells of different sizes.
+        """
+        cell = {rank: {rank} for rank in self.ranks}
+        for group in (group for axis in taken for group in axis.groups):
+            joined = set().union(*(cell[rank] for rank in group))
+            cell.update(dict.fromkeys(joined, joined))
+        cells = sorted({tuple(sorted(members)) for members in cell.values()})
+        if len({len(members) for members in cells}) > 1:
+            raise UsageError(
+                f"the model's process groups connect ranks unequally: {[list(c) for c in cells]}.",
+                hint="every rank needs as many peers as the others have.",
+            )
+        return Axis(self.whole.name, tuple(zip(*cells, strict=True)))
+
 
 def split_groups(flat: Sequence[int], size: int) -> list[tuple[int, ...]]:
     """The inverse of :attr:`Axis.flat`: ``size`` ranks to a group."""
@@ -101,12 +125,16 @@ def bytes_sent(kind: str, payload: int, size: int) -> int:
     rank is root as often as the others are.
 
     Raises:
-        KeyError: ``kind`` is no collective that the strategies use.
+        KeyError: ``kind`` is no collective of TensorRT's.
     """
     numerator, denominator = {
         "ALL_GATHER": (size - 1, 1),
         "ALL_TO_ALL": (size - 1, size),
         "BROADCAST": (size - 1, size),
         "ALL_REDUCE": (2 * (size - 1), size),
+        "REDUCE": (size - 1, size),
+        "REDUCE_SCATTER": (size - 1, size),
+        "GATHER": (size - 1, size),
+        "SCATTER": (size - 1, size * size),
     }[kind]
     return payload * numerator // denominator

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ModelFileError
+from .mesh import Axis
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Given:
         plan: where the sequence is split, when it says so.
         freeze: arguments whose values become part of the engines.
         keep_float32: arguments that are not cast.
+        peers: rank 1, 2, ... of a model whose ranks hold different parameters.
+        groups: the process groups in which the model itself communicates.
     """
 
     module: nn.Module
@@ -34,29 +38,71 @@ class Given:
     plan: Mapping[str, Any]
     freeze: tuple[str, ...]
     keep_float32: tuple[str, ...]
+    peers: tuple[nn.Module, ...] = ()
+    groups: Mapping[str, Axis] = field(default_factory=dict)
 
 
-def from_file(path: Path) -> Given:
+def from_file(path: Path, world: int) -> Given:
     """Import the model file at ``path`` and build what it describes.
+
+    Args:
+        path: the model file. A ``build_model`` that takes a ``rank`` is called for every rank.
+        world: the world size.
 
     Raises:
         ModelFileError: it cannot be imported, lacks a function, or one of them fails.
     """
     with _importable(path.parent):
         python = _import(path)
-        module = _call(python, "build_model", path)
+        ranks: list[dict[str, Any]] = [{}]
+        if _takes_rank(python):
+            ranks = [{"rank": rank} for rank in range(world)]
+        modules = [_call(python, "build_model", path, **rank) for rank in ranks]
         inputs = _call(python, "example_inputs", path)
-    if not isinstance(module, nn.Module):
-        raise _wrong_type(path, "build_model", "a torch.nn.Module", module)
+        groups = _groups(python, path, world)
+    for module in modules:
+        if not isinstance(module, nn.Module):
+            raise _wrong_type(path, "build_model", "a torch.nn.Module", module)
     if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
         raise _wrong_type(path, "example_inputs", "a dict of keyword arguments", inputs)
     return Given(
-        module=module,
+        module=modules[0],
         inputs=inputs,
         plan=getattr(python, "cp_plan", None) or {},
         freeze=tuple(getattr(python, "freeze", ())),
         keep_float32=tuple(getattr(python, "keep_float32", ())),
+        peers=tuple(modules[1:]),
+        groups=groups,
     )
+
+
+def _takes_rank(python: ModuleType) -> bool:
+    function = getattr(python, "build_model", None)
+    return callable(function) and "rank" in inspect.signature(function).parameters
+
+
+def _groups(python: ModuleType, path: Path, world: int) -> dict[str, Axis]:
+    """The process groups that the file declares, each covering the world."""
+    told = getattr(python, "process_groups", None) or {}
+    if callable(told):
+        with _blamed_on(path, "process_groups()"):
+            told = told(world)
+    groups: dict[str, Axis] = {}
+    for name, ranks in dict(told).items():
+        try:
+            groups[name] = Axis(name, tuple(tuple(int(r) for r in group) for group in ranks))
+        except TypeError as error:
+            raise _wrong_type(path, "process_groups", "lists of ranks by name", told) from error
+        equal = len({len(group) for group in groups[name].groups}) == 1
+        if not equal or sorted(groups[name].flat) != list(range(world)):
+            raise ModelFileError(
+                f"the process group {name!r} is {ranks}, which does not divide the {world} ranks "
+                "into equal groups.",
+                where=str(path),
+                hint="every rank stands in exactly one list; a function process_groups(world) can "
+                "make them for any --world.",
+            )
+    return groups
 
 
 @contextmanager
@@ -82,7 +128,7 @@ def _import(path: Path) -> ModuleType:
     return python
 
 
-def _call(python: ModuleType, name: str, path: Path) -> Any:
+def _call(python: ModuleType, name: str, path: Path, **arguments: Any) -> Any:
     function = getattr(python, name, None)
     if not callable(function):
         raise ModelFileError(
@@ -92,7 +138,7 @@ def _call(python: ModuleType, name: str, path: Path) -> Any:
             "example_inputs() -> dict[str, object]; examples/plain_dit.py is one.",
         )
     with _blamed_on(path, f"{name}()"):
-        return function()
+        return function(**arguments)
 
 
 @contextmanager

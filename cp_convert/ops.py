@@ -28,6 +28,10 @@ _SPMD_SCHEMAS: Final = (
     f"all_to_all(Tensor x, {_GROUPS}) -> Tensor",
     f"broadcast(Tensor x, int root, {_GROUPS}) -> Tensor",
     f"all_reduce(Tensor x, str kind, {_GROUPS}) -> Tensor",
+    f"reduce(Tensor x, str kind, int root, {_GROUPS}) -> Tensor",
+    f"reduce_scatter(Tensor x, str kind, {_GROUPS}) -> Tensor",
+    f"gather(Tensor x, int root, {_GROUPS}) -> Tensor",
+    f"scatter(Tensor x, int root, {_GROUPS}) -> Tensor",
 )
 for _schema in _SPMD_SCHEMAS:
     # The tag keeps constant folding away: the value depends on the rank, not on the arguments
@@ -82,6 +86,26 @@ def _all_reduce_fake(x: Tensor, kind: str, groups: Sequence[int], size: int) -> 
     return x.new_empty(x.shape)
 
 
+@_fake("reduce")
+def _reduce_fake(x: Tensor, kind: str, root: int, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("reduce_scatter")
+def _reduce_scatter_fake(x: Tensor, kind: str, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty([x.shape[0] // size, *x.shape[1:]])
+
+
+@_fake("gather")
+def _gather_fake(x: Tensor, root: int, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty([x.shape[0] * size, *x.shape[1:]])
+
+
+@_fake("scatter")
+def _scatter_fake(x: Tensor, root: int, groups: Sequence[int], size: int) -> Tensor:
+    return x.new_empty([x.shape[0] // size, *x.shape[1:]])
+
+
 @_fake("mark")
 def _mark_fake(x: Tensor, kind: str, dim: int) -> Tensor:
     return x.new_empty(x.shape)
@@ -128,8 +152,28 @@ def broadcast(x: Tensor, root: int, axis: Axis) -> Tensor:
 
 
 def all_reduce(x: Tensor, kind: str, axis: Axis) -> Tensor:
-    """All ranks' ``x`` combined elementwise (``sum``, ``max`` or ``min``), of the same shape."""
+    """All ranks' ``x`` combined elementwise (:data:`REDUCTIONS`), of the same shape."""
     return torch.ops.cp.all_reduce(x, kind, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def reduce(x: Tensor, kind: str, root: int, axis: Axis) -> Tensor:
+    """:func:`all_reduce` for the group's member number ``root``; undefined on the others."""
+    return torch.ops.cp.reduce(x, kind, root, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def reduce_scatter(x: Tensor, kind: str, axis: Axis) -> Tensor:
+    """Every rank's own block of :func:`all_reduce`: ``[n, ...] -> [n / size, ...]``."""
+    return torch.ops.cp.reduce_scatter(x, kind, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def gather(x: Tensor, root: int, axis: Axis) -> Tensor:
+    """:func:`all_gather` for the group's member number ``root``; undefined on the others."""
+    return torch.ops.cp.gather(x, root, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
+def scatter(x: Tensor, root: int, axis: Axis) -> Tensor:
+    """Block ``i`` of the root's ``x`` on member ``i``: ``[n, ...] -> [n / size, ...]``."""
+    return torch.ops.cp.scatter(x, root, axis.flat, axis.size)  # type: ignore[no-any-return]
 
 
 def mark(x: Tensor, kind: str, dim: int) -> Tensor:
@@ -158,6 +202,10 @@ COLLECTIVES: Final = (
     torch.ops.cp.all_to_all.default,
     torch.ops.cp.broadcast.default,
     torch.ops.cp.all_reduce.default,
+    torch.ops.cp.reduce.default,
+    torch.ops.cp.reduce_scatter.default,
+    torch.ops.cp.gather.default,
+    torch.ops.cp.scatter.default,
 )
 """The operators that communicate; each becomes one ``IDistCollectiveLayer``."""
 
@@ -182,11 +230,43 @@ def _meaning_broadcast(group: Group, root: int) -> Group:
     return [group[root]] * len(group)
 
 
-_REDUCTIONS: Final[dict[str, Any]] = {"sum": torch.sum, "max": torch.amax, "min": torch.amin}
+REDUCTIONS: Final[dict[str, Any]] = {
+    "sum": torch.sum,
+    "prod": torch.prod,
+    "max": torch.amax,
+    "min": torch.amin,
+    "avg": torch.mean,
+}
+"""What the reducing collectives can do with one number of every rank."""
 
 
 def _meaning_all_reduce(group: Group, kind: str) -> Group:
-    return [_REDUCTIONS[kind](torch.stack(group), dim=0)] * len(group)
+    return [REDUCTIONS[kind](torch.stack(group), dim=0)] * len(group)
+
+
+def _meaning_reduce(group: Group, kind: str, root: int) -> Group:
+    (reduced, *_) = _meaning_all_reduce(group, kind)
+    return _on_root(reduced, root, len(group))
+
+
+def _meaning_reduce_scatter(group: Group, kind: str) -> Group:
+    return _meaning_shard(_meaning_all_reduce(group, kind), 0)
+
+
+def _meaning_gather(group: Group, root: int) -> Group:
+    return _on_root(torch.cat(group), root, len(group))
+
+
+def _meaning_scatter(group: Group, root: int) -> Group:
+    return list(group[root].chunk(len(group)))
+
+
+def _on_root(value: Tensor, root: int, size: int) -> Group:
+    """Only the root's result is defined; the others' must not be read, and NaN shows who does."""
+    is_float = value.dtype.is_floating_point
+    poison = float("nan") if is_float else torch.iinfo(value.dtype).min
+    undefined = torch.full_like(value, poison)
+    return [value if member == root else undefined for member in range(size)]
 
 
 _ON_A_GROUP: Final[dict[Any, Callable[..., Group]]] = {
@@ -195,6 +275,10 @@ _ON_A_GROUP: Final[dict[Any, Callable[..., Group]]] = {
     torch.ops.cp.all_to_all.default: _meaning_all_to_all,
     torch.ops.cp.broadcast.default: _meaning_broadcast,
     torch.ops.cp.all_reduce.default: _meaning_all_reduce,
+    torch.ops.cp.reduce.default: _meaning_reduce,
+    torch.ops.cp.reduce_scatter.default: _meaning_reduce_scatter,
+    torch.ops.cp.gather.default: _meaning_gather,
+    torch.ops.cp.scatter.default: _meaning_scatter,
 }
 
 

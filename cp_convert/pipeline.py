@@ -22,7 +22,15 @@ from .mesh import Mesh
 from .planning import cheapest
 from .program import Lowered
 from .progress import Clock, Progress
-from .prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
+from .prove import (
+    Proof,
+    Stages,
+    flat_inputs,
+    measure,
+    measure_ranks,
+    prove,
+    prove_networks,
+)
 from .rewrite import rewrite
 from .shard import shard
 from .strategies import CONTROL, choose
@@ -44,32 +52,43 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         with clock.stage("load"):
             source = load(job)
             check_space(job.out, mesh.world * source.bytes)
+            axis = mesh.free(source.groups.values())
         truth = None
-        if job.proof != "none":
+        if job.proof != "none" and not source.groups:
             with clock.stage("measure"):
                 truth = measure(source.module, source.inputs)
         with clock.stage("trace"):
-            traced, applied = trace(source.module, source.inputs, source.plan, source.freeze)
+            traced, applied = trace(
+                source.module,
+                source.inputs,
+                source.plan,
+                source.freeze,
+                peers=source.peers,
+                groups=source.groups,
+            )
         with clock.stage("decompose"):
             table = decompositions()
             dense = decompose(traced, table)
+        if job.proof != "none" and source.groups:
+            with clock.stage("measure"):
+                truth = measure_ranks(dense, source.inputs, mesh.world)
         with clock.stage("shard"):
-            sharded = shard(dense, mesh.whole)
+            sharded = shard(dense, axis)
         if job.strategy == AUTO:
             with clock.stage("choose"):
-                name, factor = cheapest(sharded, mesh.whole, read_hardware(job.hardware), table)
+                name, factor = cheapest(sharded, axis, read_hardware(job.hardware), table)
                 job = replace(job, strategy=name, ulysses=factor)
         with clock.stage("rewrite"):
             strategy = choose(job.strategy, job.ulysses)
-            rewritten, outcomes = rewrite(sharded, strategy, job.strategy, mesh.whole, table)
+            rewritten, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
         with clock.stage("lower"):
             lowered = lower(rewritten)
         proof = None
         if truth is not None:
             with clock.stage("prove"):
                 sites = [(outcome.site, outcome.node) for outcome in outcomes]
-                control, _ = rewrite(sharded, CONTROL, "control", mesh.whole, table)
-                stages = Stages(dense, control, rewritten, lowered, sites, mesh.world)
+                control, _ = rewrite(sharded, CONTROL, "control", axis, table)
+                stages = Stages(dense, control, rewritten, lowered, sites, axis)
                 proof = prove(truth, source.inputs, stages, rtol=job.rtol)
         engines: list[Engine] = []
         with clock.stage("build", total=mesh.world):
@@ -89,6 +108,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             applied,
             sharded,
             outcomes,
+            axis,
             proof,
             network_proof,
             engines,

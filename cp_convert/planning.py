@@ -38,6 +38,13 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
     clock = Clock(progress)
     with clock.stage("load"):
         source = load(job, allocate=False)
+        if source.groups or source.peers:
+            raise CannotConvert(
+                "a model that communicates by itself is made for one world, and plan compares "
+                "several.",
+                where=str(job.model),
+                hint="convert it; the manifest counts what is communicated.",
+            )
     with clock.stage("trace"):
         traced, _ = trace(source.module, source.inputs, source.plan, source.freeze)
     with clock.stage("decompose"):

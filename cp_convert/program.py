@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
@@ -57,6 +57,10 @@ class Executable(Protocol):
         """Parameters, buffers and constants by placeholder name."""
 
     @property
+    def own(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """Parameters that differ from rank to rank, rank 0 first, by placeholder name."""
+
+    @property
     def inputs(self) -> tuple[Binding, ...]:
         """The tensors the user passes."""
 
@@ -73,12 +77,14 @@ class Program:
         exported: the program; its graph may contain ``cp::*`` operators.
         inputs, outputs: the tensors of its signature.
         frozen: arguments that are no tensors.
+        peers: the parameters of rank 1, 2, ..., where ranks do not share rank 0's.
     """
 
     exported: torch.export.ExportedProgram
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
     frozen: tuple[Constant, ...]
+    peers: tuple[Mapping[str, Tensor], ...] = ()
 
     @property
     def graph_module(self) -> fx.GraphModule:
@@ -91,6 +97,15 @@ class Program:
         """Parameters, buffers and constants by placeholder name."""
         return state_of(self.exported)
 
+    @property
+    def own(self) -> Mapping[str, tuple[Tensor, ...]]:
+        """Parameters that differ from rank to rank, rank 0 first, by placeholder name."""
+        if not self.peers:
+            return {}
+        named = self.exported.graph_signature.inputs_to_parameters
+        first = self.state
+        return {node: (first[node], *(p[name] for p in self.peers)) for node, name in named.items()}
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -100,12 +115,14 @@ class Lowered:
         graph_module: buffers and constants are attributes, parameters are placeholders.
         state: the parameters by placeholder name.
         inputs, outputs: the tensors of its signature.
+        own: parameters that differ from rank to rank, rank 0 first.
     """
 
     graph_module: fx.GraphModule
     state: Mapping[str, Tensor]
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
+    own: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:

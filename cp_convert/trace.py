@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import io
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import zip_longest
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,8 @@ from . import ops
 from .errors import CannotShard, CannotTrace
 from .forward import FREEZE, blamed_on_forward, check_arguments
 from .frozen import frozen, settle
+from .functional import own_collectives
+from .mesh import Axis
 from .plan import Cut, normalise
 from .program import Binding, Constant, Program, module_path, source_line, tensor_of
 from .recognise import recognise
@@ -43,6 +46,9 @@ def trace(
     inputs: Mapping[str, Any],
     plan: Mapping[str, Any],
     freeze: Collection[str] = (),
+    *,
+    peers: Sequence[nn.Module] = (),
+    groups: Mapping[str, Axis] | None = None,
 ) -> tuple[Program, tuple[Applied, ...]]:
     """Capture ``module(**inputs)``, whole; the plan's splits and gathers become ``cp::mark``.
 
@@ -54,18 +60,37 @@ def trace(
         plan: see :mod:`cp_convert.plan`; empty when the plan is to be found, or for a world of 1.
         freeze: arguments whose values become part of the program. A mask that decides how many
             tokens there are must be frozen, because an engine's shapes are fixed.
+        peers: rank 1, 2, ... where ranks hold different parameters; each is traced as well.
+        groups: the process groups in which forward communicates, by name.
 
     Raises:
-        CannotTrace: forward fails with these inputs, or torch.export cannot capture it.
+        CannotTrace: forward fails with these inputs, torch.export cannot capture it, it
+            communicates in an unknown way, or a peer's forward is another program.
         CannotShard: the plan does not fit the model.
     """
     check_arguments(module, inputs)
+    exported, applied = _captured(module, inputs, plan, freeze, groups or {})
+    for rank, peer in enumerate(peers, 1):
+        _check_alike(exported, _captured(peer, inputs, plan, freeze, groups or {})[0], rank)
+    program = _program(exported, {name: inputs[name] for name in freeze})
+    held = tuple(peer.state_dict(keep_vars=True) for peer in peers)
+    return replace(program, peers=held), tuple(applied)
+
+
+def _captured(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    freeze: Collection[str],
+    groups: Mapping[str, Axis],
+) -> tuple[torch.export.ExportedProgram, list[Applied]]:
     applied: list[Applied] = []
     cuts = normalise(plan, [name for name, _ in module.named_modules()])
     with torch.no_grad(), _planned(module, cuts, applied), frozen(module, inputs, freeze):
         exported = _export(module, {k: None if k in freeze else v for k, v in inputs.items()})
     _check_operators(exported.graph)
     _check_shapes(exported.graph)
+    own_collectives(exported.graph, groups)
     if freeze:
         settle(exported)
     if cuts and not any(a.cut.kind == "split" and a.reason is None for a in applied):
@@ -76,7 +101,32 @@ def trace(
     _drop_assertions(exported.graph)
     recognise(exported.graph)
     exported.graph_module.recompile()
-    return _program(exported, {name: inputs[name] for name in freeze}), tuple(applied)
+    return exported, applied
+
+
+def _check_alike(
+    first: torch.export.ExportedProgram, other: torch.export.ExportedProgram, rank: int
+) -> None:
+    """One program serves all ranks, so theirs may differ in the values of parameters only."""
+    for ours, theirs in zip_longest(first.graph.nodes, other.graph.nodes):
+        if ours is None or theirs is None or ours.format_node() != theirs.format_node():
+            node = ours or theirs
+            raise CannotTrace(
+                f"forward of rank {rank} is another program than rank 0's: "
+                f"{_told(theirs)} instead of {_told(ours)}.",
+                where=f"{module_path(node)} ({source_line(node)})",
+                hint="what depends on the rank has to be a parameter, not a number in forward.",
+            )
+    for name, value in first.constants.items():
+        if isinstance(value, Tensor) and not torch.equal(value, other.constants[name]):
+            raise CannotTrace(
+                f"forward of rank {rank} has another constant {name} than rank 0's.",
+                hint="what depends on the rank has to be a parameter.",
+            )
+
+
+def _told(node: torch.fx.Node | None) -> str:
+    return "nothing" if node is None else f"{node.target}{node.args}"
 
 
 def _drop_assertions(graph: torch.fx.Graph) -> None:

@@ -179,4 +179,4 @@ def rewritten(
     split = shard(dense, axis)
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, strategy(name, world), name, axis, table())
-    return Stages(dense, control, done, done, [(o.site, o.node) for o in outcomes], world)
+    return Stages(dense, control, done, done, [(o.site, o.node) for o in outcomes], axis)

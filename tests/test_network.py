@@ -1,7 +1,7 @@
 """What reaches the TensorRT network, counted layer by layer."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from cp_convert.backends import BACKENDS
 from cp_convert.converters import WORKAROUNDS, active, register
 from cp_convert.engine.build import build, collectives_of, network_of, prepare
 from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.readback import read_network
 from cp_convert.engine.runtime import trt
 from cp_convert.errors import BuildFailed
 from cp_convert.load import cast_inputs, cast_module
+from cp_convert.mesh import Axis
 from cp_convert.program import Binding, Lowered
+from cp_convert.prove.lockstep import run
+from cp_convert.prove.replay import replay
 
 pytestmark = pytest.mark.engine
 
@@ -106,20 +110,55 @@ def bare_gather_and_attention(world: int = 2) -> Lowered:
         gathered = ops.all_gather(k, axis)
         return ops.attention(q, gathered, gathered, scale=None)
 
+    return bare(forward, q=whole, k=local)
+
+
+def bare(forward: Callable[..., torch.Tensor], **inputs: torch.Tensor) -> Lowered:
+    """A program of nothing but ``forward``'s operators."""
     with torch._subclasses.FakeTensorMode() as mode:
-        graph_module = make_fx(forward)(mode.from_tensor(whole), mode.from_tensor(local))
-    q, k = graph_module.graph.find_nodes(op="placeholder")
-    out = graph_module.graph.output_node().all_input_nodes[0]
-    graph_module.graph.output_node().args = ((out,),)
-    return Lowered(
-        graph_module,
-        {},
-        (
-            Binding("q", q.name, torch.float16, tuple(whole.shape)),
-            Binding("k", k.name, torch.float16, tuple(local.shape)),
-        ),
-        (Binding("out", out.name, torch.float16, tuple(whole.shape)),),
-    )
+        graph_module = make_fx(forward)(*map(mode.from_tensor, inputs.values()))
+    graph = graph_module.graph
+    out = graph.output_node().all_input_nodes[0]
+    graph.output_node().args = ((out,),)
+    placeholders = graph.find_nodes(op="placeholder")
+    bindings = [
+        Binding(name, node.name, x.dtype, tuple(x.shape))
+        for (name, x), node in zip(inputs.items(), placeholders, strict=True)
+    ]
+    returned = out.meta["val"]
+    outputs = (Binding("out", out.name, returned.dtype, tuple(returned.shape)),)
+    return Lowered(graph_module, {}, tuple(bindings), outputs)
+
+
+@pytest.mark.parametrize("axis", [axis_of(2), axis_of(4).outer(2)], ids=["all ranks", "groups"])
+def test_all_eight_collectives_build_and_mean_what_the_program_means(
+    axis: Axis, tmp_path: Path
+) -> None:
+    """Only the root's results of ``reduce`` and ``gather`` are defined, so it passes them on."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    ranks = list(range(len(axis.flat)))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = ops.shard(x, 0, axis)
+        x = ops.broadcast(ops.reduce(x, "max", 1, axis), 1, axis) + x
+        x = ops.scatter(ops.gather(x, 1, axis) * 2, 1, axis) + ops.all_reduce(x, "avg", axis)
+        x = ops.all_to_all(ops.reduce_scatter(ops.all_gather(x, axis), "sum", axis), axis)
+        return x + 0
+
+    given = torch.randn(16, 3)
+    program = bare(forward, x=given)
+    held = [network_of(specialise(program, rank)) for rank in ranks]
+    told = [c.operator for c in collectives_of(held[0].ctx.net)]
+    assert sorted(told) == sorted(
+        ["reduce", "broadcast", "gather", "scatter", "all_reduce", "all_gather", "reduce_scatter",
+         "all_to_all"]
+    )  # fmt: skip
+    truth = run(program, {"x": given}, len(ranks))
+    replayed = replay([read_network(one.ctx.net) for one in held], {"x": given})
+    for (expected,), (ours,) in zip(truth, replayed, strict=True):
+        assert not expected.isnan().any()
+        torch.testing.assert_close(ours, expected)
+    assert build(specialise(program, 0), 0, tmp_path / "x.engine", []).size
 
 
 def test_the_table_applies_to_the_releases_that_have_the_defect() -> None:

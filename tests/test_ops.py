@@ -1,5 +1,6 @@
 """The meaning of every cp:: operator against definitions written another way."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,3 +67,34 @@ def test_groups_do_not_mix() -> None:
 def test_one_rank_alone_is_refused() -> None:
     with pytest.raises(NotImplementedError):
         ops.all_gather(torch.ones(2), Mesh.line(2).whole)
+
+
+@given(st.integers(2, 5), st.sampled_from(["sum", "prod", "max", "min", "avg"]), st.data())
+@settings(max_examples=30)
+def test_reductions_agree_with_numpy(world: int, kind: str, data: st.DataObject) -> None:
+    root = data.draw(st.integers(0, world - 1))
+    xs = values(world, 2 * world, 3)
+    reduce = {"sum": np.sum, "prod": np.prod, "max": np.max, "min": np.min, "avg": np.mean}[kind]
+    truth = torch.from_numpy(reduce(np.stack([x.numpy() for x in xs]), axis=0))
+    for y in on_all("all_reduce", xs, kind):
+        torch.testing.assert_close(y, truth)
+    scattered = torch.cat(on_all("reduce_scatter", xs, kind))
+    torch.testing.assert_close(scattered, truth)
+    for rank, y in enumerate(on_all("reduce", xs, kind, root)):
+        if rank == root:
+            torch.testing.assert_close(y, truth)
+        else:
+            assert y.isnan().all()
+
+
+@given(worlds, st.data())
+@settings(max_examples=20)
+def test_gather_to_a_root_and_scatter_from_it(world: int, data: st.DataObject) -> None:
+    root = data.draw(st.integers(0, world - 1))
+    xs = values(world, 2, 3)
+    gathered = on_all("gather", xs, root)
+    assert torch.equal(gathered[root], torch.cat(xs))
+    assert all(y.isnan().all() for rank, y in enumerate(gathered) if rank != root)
+    assert all(
+        torch.equal(a, b) for a, b in zip(on_all("scatter", gathered, root), xs, strict=True)
+    )

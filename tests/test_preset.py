@@ -75,7 +75,7 @@ def test_tiny_is_proven(name: str) -> None:
     done, outcomes = rewrite(split, STRATEGIES[told.strategy], told.strategy, axis, table())
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     sites = [(o.site, o.node) for o in outcomes]
-    prove(truth, source.inputs, Stages(program, control, done, done, sites, 2))
+    prove(truth, source.inputs, Stages(program, control, done, done, sites, axis_of(2)))
     tokens = told.numbers(preset.TINY, {**told.config, **told.tiny})["tokens"]
     lengths = {
         segment.length for queries, _ in split.places.values() for segment in queries.segments

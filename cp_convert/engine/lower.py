@@ -41,7 +41,7 @@ def lower(program: Lowered) -> Lowered:
         own = post_lowering(own, settings())
         _make_contiguous(own)
         _as_tensors(own.graph)
-    lowered = Lowered(own, program.state, program.inputs, _outputs(program, own))
+    lowered = replace(program, graph_module=own, outputs=_outputs(program, own))
     _check_converters(lowered)
     return lowered
 
@@ -153,11 +153,11 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
             *rest, flat, size = node.args
             node.args = (*rest, list(_own_group(flat, size, rank)), size)
     graph.lint()
-    return Lowered(
-        fx.GraphModule(lowered.graph_module, graph),
-        lowered.state,
-        lowered.inputs,
-        lowered.outputs,
+    return replace(
+        lowered,
+        graph_module=fx.GraphModule(lowered.graph_module, graph),
+        state={**lowered.state, **{name: of[rank] for name, of in lowered.own.items()}},
+        own={},
     )
 
 

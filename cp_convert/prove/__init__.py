@@ -1,7 +1,7 @@
 """Proof that all ranks together compute what the model computes."""
 
 from .network import NetworkProof, prove_networks
-from .program import Error, Proof, Stages, Truth, flat_inputs, measure, prove
+from .program import Error, Proof, Stages, Truth, flat_inputs, measure, measure_ranks, prove
 
 __all__ = [
     "Error",
@@ -11,6 +11,7 @@ __all__ = [
     "Truth",
     "flat_inputs",
     "measure",
+    "measure_ranks",
     "prove",
     "prove_networks",
 ]

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import ops
+from ..mesh import Axis
 from ..program import HALF, Executable, with_dtypes, written_in_place
 
 Watch = Callable[[fx.Node, "PerRank"], None]
@@ -42,7 +43,7 @@ def run(
     world: int,
     *,
     widen: bool = False,
-    partial: bool = False,
+    partial: Axis | None = None,
     watch: Watch | None = None,
 ) -> list[list[Tensor]]:
     """Run every rank of ``program`` on the same full inputs.
@@ -52,7 +53,8 @@ def run(
         inputs: the full input tensors by binding name.
         world: how many ranks there are.
         widen: compute in float32 wherever the program says float16 or bfloat16.
-        partial: leave all-reduces out, so that every rank keeps its own partial result.
+        partial: leave all-reduces over this axis out, so that every rank keeps its own partial
+            result.
         watch: called with every node and its values, as they are computed.
 
     Returns:
@@ -67,13 +69,14 @@ def run(
         for node in graph.nodes:
             if node.op == "placeholder":
                 value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
-                env[node] = PerRank((widened(value) if widen else value,))
+                values = program.own.get(node.name, (value,))
+                env[node] = PerRank(tuple(widened(v) if widen else v for v in values))
             elif node.op == "get_attr":
                 value = _attribute(program.graph_module, str(node.target))
                 env[node] = PerRank((widened(value) if widen else value,))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
-            elif partial and node.target is torch.ops.cp.all_reduce.default:
+            elif partial is not None and reduces_over(node, partial):
                 env[node] = env[node.all_input_nodes[0]]
             else:
                 assert node.op == "call_function", node.format_node()
@@ -83,6 +86,14 @@ def run(
             for dead in dying.get(node, ()):
                 env.pop(dead, None)
     return results
+
+
+def reduces_over(node: fx.Node, axis: Axis) -> bool:
+    """Whether ``node`` combines partial results of the ranks of ``axis``."""
+    return node.target is torch.ops.cp.all_reduce.default and node.args[2:] == (
+        axis.flat,
+        axis.size,
+    )
 
 
 def _call(

@@ -30,10 +30,11 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ProofFailed
 from ..forward import blamed_on_forward, check_arguments
+from ..mesh import Axis
 from ..program import HALF, Executable
 from ..strategies import Site
 from ..strategies.tokens import picked
-from .lockstep import HalfMatmulsInFloat32, PerRank, run, widened
+from .lockstep import HalfMatmulsInFloat32, PerRank, reduces_over, run, widened
 
 FLOOR: Final = 1e-5
 """The error that is always allowed: a few hundred roundings of float32."""
@@ -93,7 +94,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Stages:
-    """The same program at three stages, all for ``world`` ranks.
+    """The same program at three stages, all for the same ranks.
 
     Attributes:
         dense: whole, before it was sharded.
@@ -101,7 +102,7 @@ class Stages:
         rewritten: with the strategy in it.
         lowered: as it will be built.
         sites: the attentions, and the nodes of ``rewritten`` that hold their results.
-        world: how many ranks there are.
+        axis: the ranks that share the sequence.
     """
 
     dense: Executable
@@ -109,7 +110,12 @@ class Stages:
     rewritten: Executable
     lowered: Executable
     sites: Sequence[tuple[Site, str]]
-    world: int
+    axis: Axis
+
+    @property
+    def world(self) -> int:
+        """How many ranks there are, those that share no sequence included."""
+        return len(self.axis.flat)
 
 
 @dataclass(frozen=True)
@@ -143,12 +149,46 @@ def measure(module: nn.Module, inputs: Mapping[str, Any]) -> Truth:
     with blamed_on_forward():
         reference = dense_outputs(wide_module, wide_inputs)
         loss = Error(0.0, 0.0) if is_wide else worst(dense_outputs(module, inputs), reference)
+    _check_finite(reference, loss)
+    return Truth(tuple(reference), loss, is_wide)
+
+
+def measure_ranks(program: Executable, inputs: Mapping[str, Any], world: int) -> Truth:
+    """The same for a model that communicates by itself, which no rank can run alone.
+
+    Its own program, not yet sharded, is run on all ranks. What is proven against it is all that
+    happens to the program after it was traced.
+
+    Raises:
+        ProofFailed: the ranks return different outputs, infinities or NaN.
+    """
+    flat = flat_inputs(program, inputs)
+    tensors = [*flat.values(), *program.state.values()]
+    is_wide = not any(t.dtype in HALF for t in tensors)
+    outputs = run(program, flat, world, widen=not is_wide)
+    reference = outputs[0]
+    _check_finite(reference, Error(0.0, 0.0))
+    for rank, others in enumerate(outputs):
+        apart = worst(others, reference)
+        if not apart.within(Error(FLOOR, FLOOR)):
+            raise ProofFailed(
+                f"rank {rank} returns something else than rank 0 (relative error "
+                f"{apart.max:.1e}) before anything was sharded.",
+                hint="every rank is given the whole inputs and returns the whole outputs: gather "
+                "or reduce at the end of forward, and give ranks that are no peers of one "
+                "another the same weights in build_model(rank).",
+            )
+    losses = [] if is_wide else [worst(o, reference) for o in run(program, flat, world)]
+    loss = Error(max((e.max for e in losses), default=0), max((e.rms for e in losses), default=0))
+    return Truth(tuple(reference), loss, is_wide)
+
+
+def _check_finite(reference: Sequence[Tensor], loss: Error) -> None:
     if not math.isfinite(loss.max + sum(float(t.double().sum()) for t in reference)):
         raise ProofFailed(
             "the dense model itself returns infinities or NaN with these inputs and weights.",
             hint="try --precision bf16 or fp32, or other example inputs.",
         )
-    return Truth(tuple(reference), loss, is_wide)
 
 
 def prove(
@@ -166,7 +206,7 @@ def prove(
         ProofFailed: an error is beyond its bound, or the control is not.
     """
     start = time.perf_counter()
-    truth = _with_own_rounding(truth, inputs, stages.dense)
+    truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, loss, is_wide = truth.reference, truth.loss, truth.is_wide
     bound = _bound(loss, rtol)
     begun = time.perf_counter()
@@ -198,14 +238,16 @@ def prove(
     )
 
 
-def _with_own_rounding(truth: Truth, inputs: Mapping[str, Any], dense: Executable) -> Truth:
+def _with_own_rounding(
+    truth: Truth, inputs: Mapping[str, Any], dense: Executable, world: int
+) -> Truth:
     """A float32 model that rounds to half precision on purpose is no float32 model."""
     values = [
         v for n in dense.graph_module.graph.nodes for v in pytree.tree_leaves(n.meta.get("val"))
     ]
     if not truth.is_wide or not any(isinstance(v, Tensor) and v.dtype in HALF for v in values):
         return truth
-    (whole,) = run(dense, flat_inputs(dense, inputs), 1, widen=True)
+    whole = run(dense, flat_inputs(dense, inputs), world, widen=True)[0]
     return Truth(truth.reference, worst(whole, truth.reference), is_wide=False)
 
 
@@ -236,9 +278,9 @@ def _against_program(
     """
     dense = stages.dense
     flat = flat_inputs(dense, inputs)
-    if not worst(run(dense, flat, 1)[0], truth.reference).within(bound):
+    if not worst(run(dense, flat, stages.world)[0], truth.reference).within(bound):
         return algebra
-    (whole,) = run(dense, flat, 1, widen=True)
+    whole = run(dense, flat, stages.world, widen=True)[0]
     return tuple(worst(of_rank, whole) for of_rank in wide)
 
 
@@ -252,11 +294,13 @@ def _control(
     stages: Stages, inputs: Mapping[str, Any], reference: Sequence[Tensor], *, widen: bool
 ) -> Error | None:
     nodes = stages.control.graph_module.graph.nodes
-    reduces = any(n.target is torch.ops.cp.all_reduce.default for n in nodes)
+    reduces = any(reduces_over(n, stages.axis) for n in nodes)
     if not reduces and not any(site.keys_sharded for site, _ in stages.sites):
         return None
     program = stages.control
-    outputs = run(program, flat_inputs(program, inputs), stages.world, widen=widen, partial=True)
+    outputs = run(
+        program, flat_inputs(program, inputs), stages.world, widen=widen, partial=stages.axis
+    )
     # One rank is enough to look at: the gathers at the end have put all ranks' tokens there.
     control = worst(outputs[0], reference)
     if control.max <= CONTROL * FLOOR:
@@ -346,7 +390,7 @@ def _failure(
     stages: Stages,
 ) -> ProofFailed:
     message = f"all ranks together went astray: {deviation(errors, limit)}."
-    dense = _errors(stages.dense, inputs, 1, reference)
+    dense = _errors(stages.dense, inputs, stages.world, reference)
     if not dense[0].within(bound):
         return ProofFailed(
             f"the traced program is not the model: {deviation(dense, bound)}.",
@@ -373,14 +417,14 @@ def _first_astray(inputs: Mapping[str, Any], stages: Stages) -> Site | None:
             truth.append(_fingerprint(values[0]))
 
     dense = stages.dense
-    run(dense, flat_inputs(dense, inputs), 1, widen=True, watch=watch_dense)
+    run(dense, flat_inputs(dense, inputs), stages.world, widen=True, watch=watch_dense)
     seen: dict[str, Tensor] = {}
     wanted = {node: site for site, node in stages.sites}
 
     def watch(node: fx.Node, values: PerRank) -> None:
         site = wanted.get(node.name)
         if site is not None and site.query_layout is not None:
-            whole = torch.cat([values[rank] for rank in range(stages.world)], dim=2)
+            whole = torch.cat([values[rank] for rank in stages.axis.groups[0]], dim=2)
             seen[node.name] = _fingerprint(picked(whole, 2, site.query_layout.slots))
 
     program = stages.rewritten

@@ -165,12 +165,7 @@ def _may_convert(have: torch.dtype, want: torch.dtype) -> bool:
     )
 
 
-_OPERATORS: Final = {
-    "ALL_GATHER": torch.ops.cp.all_gather.default,
-    "ALL_TO_ALL": torch.ops.cp.all_to_all.default,
-    "BROADCAST": torch.ops.cp.broadcast.default,
-    "ALL_REDUCE": torch.ops.cp.all_reduce.default,
-}
+_OPERATORS: Final = {op._schema.name.split("::")[1].upper(): op for op in ops.COLLECTIVES}
 
 
 def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
@@ -192,7 +187,7 @@ def _collective(layers: Sequence[Layer], values: Sequence[Tensor]) -> PerRank:
             flat += group
     if kind not in _OPERATORS or sorted(flat) != list(range(len(layers))):
         raise ProofFailed(f"{layers[0].name}: a {kind} over {flat} is not understood.")
-    rest = {"BROADCAST": [root], "ALL_REDUCE": [reduce]}.get(kind, [])
+    rest = [reduce] * (reduce != "none") + [root] * (root >= 0)
     size = layers[0].parameters["num_ranks"]
     results = ops.on_all_ranks(_OPERATORS[kind], values, [*rest, flat, size])
     return merged(results)

@@ -45,7 +45,13 @@ class Usp:
     ulysses: int
 
     def why_not(self, site: Site, axis: Axis) -> Refusal | None:
-        """Only the exchange has a limit."""
+        """Only the exchange has a limit, and the ranks must form whole groups."""
+        if axis.size % self.ulysses:
+            return Refusal(
+                f"--ulysses {self.ulysses}: {axis.size} ranks share the sequence, beside the "
+                "model's own process groups.",
+                f"give a divisor of {axis.size}.",
+            )
         if site.heads < self.ulysses:
             return Refusal(
                 f"{site.heads} heads are fewer than the {self.ulysses} ranks of --ulysses.",
