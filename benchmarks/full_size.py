@@ -21,13 +21,13 @@ from torch._decomp import core_aten_decompositions
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cp_convert.decompose import decompose
-from cp_convert.mesh import Mesh
+from cp_convert.mesh import Axis, Mesh
 from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import PerRank, run
-from cp_convert.prove.program import flat_inputs, worst
+from cp_convert.prove.program import Stages, Truth, flat_inputs, measure, prove, worst
 from cp_convert.rewrite import rewrite
-from cp_convert.shard import shard
-from cp_convert.strategies import CONTROL, STRATEGIES, Usp
+from cp_convert.shard import Sharded, shard
+from cp_convert.strategies import CONTROL, STRATEGIES, Strategy, Usp
 from cp_convert.trace import trace
 
 TEXT = 512
@@ -109,7 +109,10 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
     strategies = dict(STRATEGIES)
     if world % 2 == 0 and world > 2:
         strategies[f"usp {world // 2}x2"] = Usp(world // 2)
+    truth = measure(module, inputs, torch.device("cuda"))
     for name, strategy in strategies.items():
+        proved = proven(truth, inputs, sharded, name, strategy, axis)
+        print(f"| {shown} | {name}, proven | {proved} | | | |", flush=True)
         rewritten, _ = rewrite(sharded, strategy, name, axis, table)
         torch.cuda.reset_peak_memory_stats()
         _, seconds = timed(lambda p=rewritten: run(p, flat, world), 2)  # type: ignore[misc]
@@ -118,6 +121,30 @@ def case(joint: int, single: int, tokens: int, world: int) -> None:
         own = f"{seconds / world:.3f} | {peak / world:.2f} | {alive}"
         row = f"{name} | {errors(rewritten)} | {own}"
         print(f"| {shown} | {row} |", flush=True)
+
+
+def proven(
+    truth: Truth,
+    inputs: dict[str, Any],
+    sharded: Sharded,
+    name: str,
+    strategy: Strategy,
+    axis: Axis,
+) -> str:
+    """The proof of a conversion with ``--proof-device cuda``, down to the rewritten program."""
+    table = core_aten_decompositions()
+    control, _ = rewrite(sharded, CONTROL, "control", axis, table)
+    done, outcomes = rewrite(sharded, strategy, name, axis, table)
+    sites = [(outcome.site, outcome.node) for outcome in outcomes]
+    stages = Stages(sharded.program, control, done, done, sites, axis)
+    proof = prove(truth, inputs, stages, device=torch.device("cuda"))
+    half, wide = (max(e.max for e in errors) for errors in (proof.ranks, proof.algebra))
+    assert proof.control is not None
+    torch.cuda.empty_cache()
+    return (
+        f"{half:.1e} of {proof.bound.max:.1e} | {wide:.1e}, control {proof.control.max:.1e}, "
+        f"{proof.seconds:.0f} s"
+    )
 
 
 def chunks_alive(program: Lowered, flat: dict[str, torch.Tensor], world: int) -> str:

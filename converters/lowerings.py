@@ -20,6 +20,7 @@ from ..engine.runtime import (
     trt,
 )
 from ..mesh import split_groups
+from ..ops import FUSED
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
@@ -33,7 +34,7 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in (*_COLLECTIVES, "attention", "result"):
+    for operator in (*_COLLECTIVES, "attention", "fused_attention", "result"):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -138,6 +139,31 @@ def _attention(ctx: ConversionContext, name: str, **arguments: Any) -> Tensor:
     )
 
 
+def _fused_attention(
+    ctx: ConversionContext,
+    name: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    scale: float | None,
+    groups: Sequence[int],
+    size: int,
+) -> Tensor:
+    """One ``IAttention`` that exchanges K and V (documentation, *Multi-Device Attention*)."""
+    q, k, v = (get_trt_tensor(ctx, x, f"{name}_{i}") for i, x in enumerate((query, key, value)))
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    # A float32 constant that is cast: the proof in float32 arithmetic leaves casts out.
+    constant = ctx.net.add_constant((1, 1, 1, 1), np.full((1, 1, 1, 1), factor, np.float32))
+    cast = ctx.net.add_cast(constant.get_output(0), q.dtype).get_output(0)
+    scaled = impl.elementwise.mul(ctx, FUSED, SourceIR.ATEN, f"{name}_scaled", q, cast)
+    norm, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+    layer = ctx.net.add_attention_v2(scaled, k, v, norm, causal)
+    assert layer is not None, f"TensorRT refused an attention of {q.shape} over {k.shape}"
+    layer.name = f"fused attention {name}"
+    layer.num_ranks = size
+    return layer.get_output(0)
+
+
 def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
     layer = ctx.net.add_identity(get_trt_tensor(ctx, x, f"{name}_input"))
     layer.name = f"result {name}"
@@ -158,5 +184,6 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "attention": _attention,
+    "fused_attention": _fused_attention,
     "result": _result,
 }

@@ -19,7 +19,7 @@ from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
 from .hardware import names as hardware_names
 from .hardware import read as read_hardware
-from .job import AUTO, BACKEND_NAMES, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
+from .job import AUTO, BACKEND_NAMES, DEVICES, FUSED, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
 from .preset import names as preset_names
 from .preset import path_of as preset_path
 from .preset import read as read_preset
@@ -102,9 +102,10 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @cli.command(context_settings=_SETTINGS)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "-s", "--strategy", type=click.Choice((*STRATEGY_NAMES, AUTO)),
-    help="How attention is distributed; auto: the shortest estimated forward, as `cp-convert plan` "
-    "estimates it.  [a preset knows a good one]",
+    "-s", "--strategy", type=click.Choice((*STRATEGY_NAMES, FUSED, AUTO)),
+    help="How attention is distributed; fused: by TensorRT itself, on Blackwell (SM100) "
+    "and later with the tensorrt backend; auto: the shortest estimated forward, as `cp-convert "
+    "plan` estimates it.  [a preset knows a good one]",
 )  # fmt: skip
 @click.option(
     "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
@@ -140,6 +141,10 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "--proof", type=click.Choice(PROOFS), default="auto", show_default=True,
     help="What is compared with the dense model, all ranks together: the program, or the program "
     "and the TensorRT networks (auto: these too, unless that takes longer than building).",
+)  # fmt: skip
+@click.option(
+    "--proof-device", type=click.Choice(DEVICES), default="cpu", show_default=True,
+    help="Where the proof computes; on a GPU all ranks share one copy of the weights.",
 )  # fmt: skip
 @click.option(
     "--plan", type=click.Choice(PLANS),

@@ -190,6 +190,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         return m.Proof(
             status="skipped",
             level="none",
+            device="cpu",
             reference=None,
             algebra=[],
             ranks=[],
@@ -202,6 +203,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
     return m.Proof(
         status="passed",
         level="program" if network is None else "network",
+        device=proof.reference[0].device.type,  # type: ignore[arg-type]
         reference=reference,
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],

@@ -9,10 +9,13 @@ from typing import Final
 from .errors import UsageError
 
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
+FUSED: Final = "fused"
+"""TensorRT's own multi-device attention, which few GPUs and only one backend have."""
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
 AUTO: Final = "auto"
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
+DEVICES: Final = ("cpu", "cuda")
 PROOFS: Final = ("auto", "none", "program", "network")
 
 
@@ -22,8 +25,8 @@ class Job:
 
     Attributes:
         model: path of the Python file that defines the model, or of a preset's TOML.
-        strategy: one of :data:`STRATEGY_NAMES`, or ``auto`` for the one with the shortest estimated
-            forward.
+        strategy: one of :data:`STRATEGY_NAMES`, ``fused``, or ``auto`` for the one with the
+            shortest estimated forward.
         world: the world size, at least 1.
         out: directory of the bundle.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
@@ -36,6 +39,7 @@ class Job:
         proof: how far down the conversion is proven: not at all, the program, or the program and
             the TensorRT networks; ``auto`` leaves the networks out where that takes longer than
             building them.
+        proof_device: where the proof computes, ``cpu`` or ``cuda``.
         plan: ``model`` takes the model's own plan, ``auto`` finds one from the program; ``None``
             takes the model's if it has one.
         freeze: arguments of forward whose example values become part of the engines, besides those
@@ -58,6 +62,7 @@ class Job:
     weights: Path | None = None
     compute_capabilities: tuple[str, ...] = ()
     proof: str = "auto"
+    proof_device: str = "cpu"
     plan: str | None = None
     freeze: tuple[str, ...] = ()
     tiny: bool = False
@@ -67,10 +72,11 @@ class Job:
     command: str = ""
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, (*STRATEGY_NAMES, AUTO))
+        _one_of("strategy", self.strategy, (*STRATEGY_NAMES, FUSED, AUTO))
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)
+        _one_of("proof-device", self.proof_device, DEVICES)
         if self.plan is not None:
             _one_of("plan", self.plan, PLANS)
         if self.world < 1:
@@ -86,6 +92,11 @@ class Job:
         if self.ulysses is not None and (self.ulysses < 1 or self.world % self.ulysses):
             raise UsageError(
                 f"--ulysses {self.ulysses}: {self.world} ranks cannot be put into such groups."
+            )
+        if self.strategy == FUSED and self.precision == "fp32":
+            raise UsageError(
+                "--strategy fused: TensorRT's multi-device attention computes in FP16 and BF16.",
+                hint="add --precision bf16, or take another strategy.",
             )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise UsageError(

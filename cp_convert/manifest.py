@@ -182,6 +182,7 @@ class Proof(_Struct, frozen=True):
 
     status: Literal["passed", "skipped"]
     level: Literal["none", "program", "network"]
+    device: Literal["cpu", "cuda"]
     reference: str | None
     algebra: list[Error]
     ranks: list[Error]

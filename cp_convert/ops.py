@@ -32,6 +32,7 @@ _SPMD_SCHEMAS: Final = (
     f"reduce_scatter(Tensor x, str kind, {_GROUPS}) -> Tensor",
     f"gather(Tensor x, int root, {_GROUPS}) -> Tensor",
     f"scatter(Tensor x, int root, {_GROUPS}) -> Tensor",
+    f"fused_attention(Tensor query, Tensor key, Tensor value, float? scale, {_GROUPS}) -> Tensor",
 )
 for _schema in _SPMD_SCHEMAS:
     # The tag keeps constant folding away: the value depends on the rank, not on the arguments
@@ -116,6 +117,13 @@ def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwa
     return query.new_empty([*query.shape[:-1], value.shape[-1]])
 
 
+@_fake("fused_attention")
+def _fused_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, groups: Sequence[int], size: int
+) -> Tensor:
+    return _attention_fake(query, key, value)
+
+
 @_fake("result")
 def _result_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
@@ -194,7 +202,13 @@ def attention(
     return torch.ops.cp.attention(q, k, v, mask, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
 
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, *, scale: float | None) -> Tensor:
+    """:func:`attention` over the ``k`` and ``v`` of all ranks, which the layer itself exchanges."""
+    return torch.ops.cp.fused_attention(q, k, v, scale, axis.flat, axis.size)  # type: ignore[no-any-return]
+
+
 ATTENTION: Final = torch.ops.cp.attention.default
+FUSED: Final = torch.ops.cp.fused_attention.default
 MARK: Final = torch.ops.cp.mark.default
 
 COLLECTIVES: Final = (
@@ -261,6 +275,11 @@ def _meaning_scatter(group: Group, root: int) -> Group:
     return list(group[root].chunk(len(group)))
 
 
+def _meaning_fused_attention(group: list[tuple[Tensor, ...]], scale: float | None) -> Group:
+    k, v = (torch.cat([member[i] for member in group], dim=2) for i in (1, 2))
+    return [attention(member[0], k, v, scale=scale) for member in group]
+
+
 def _on_root(value: Tensor, root: int, size: int) -> Group:
     """Only the root's result is defined; the others' must not be read, and NaN shows who does."""
     is_float = value.dtype.is_floating_point
@@ -279,6 +298,7 @@ _ON_A_GROUP: Final[dict[Any, Callable[..., Group]]] = {
     torch.ops.cp.reduce_scatter.default: _meaning_reduce_scatter,
     torch.ops.cp.gather.default: _meaning_gather,
     torch.ops.cp.scatter.default: _meaning_scatter,
+    FUSED: _meaning_fused_attention,
 }
 
 
@@ -287,12 +307,12 @@ def is_spmd(target: Any) -> bool:
     return target in _ON_A_GROUP
 
 
-def on_all_ranks(target: Any, values: Sequence[Tensor], args: Sequence[Any]) -> list[Tensor]:
-    """Compute ``target`` on every rank from every rank's first argument.
+def on_all_ranks(target: Any, values: Sequence[Any], args: Sequence[Any]) -> list[Tensor]:
+    """Compute ``target`` on every rank from every rank's operands.
 
     Args:
         target: a ``cp::*`` operator for which :func:`is_spmd` holds.
-        values: the first argument, one tensor a rank.
+        values: the operand of every rank, or a tuple where there are several.
         args: the remaining arguments, ending in ``groups, size``.
     """
     *rest, flat, size = args

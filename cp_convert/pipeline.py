@@ -15,7 +15,7 @@ from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
 from .hardware import read as read_hardware
-from .job import AUTO, Job
+from .job import AUTO, FUSED, Job
 from .load import load
 from .manifest import Manifest
 from .mesh import Mesh
@@ -25,6 +25,7 @@ from .progress import Clock, Progress
 from .prove import (
     Proof,
     Stages,
+    check_device,
     flat_inputs,
     measure,
     measure_ranks,
@@ -46,8 +47,9 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         ConvertError: see :mod:`cp_convert.errors`; nothing has been written then.
     """
     mesh, clock = Mesh.line(job.world), Clock(progress)
+    device = check_device(job.proof_device)
     check_target(job.out, force=job.force)
-    workarounds = prepare(backend)
+    workarounds = prepare(backend, fused=job.strategy == FUSED)
     with staged(job.out) as folder:
         with clock.stage("load"):
             source = load(job)
@@ -56,7 +58,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         truth = None
         if job.proof != "none" and not source.groups:
             with clock.stage("measure"):
-                truth = measure(source.module, source.inputs)
+                truth = measure(source.module, source.inputs, device)
         with clock.stage("trace"):
             traced, applied = trace(
                 source.module,
@@ -71,7 +73,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             dense = decompose(traced, table)
         if job.proof != "none" and source.groups:
             with clock.stage("measure"):
-                truth = measure_ranks(dense, source.inputs, mesh.world)
+                truth = measure_ranks(dense, source.inputs, mesh.world, device)
         with clock.stage("shard"):
             sharded = shard(dense, axis)
         if job.strategy == AUTO:
@@ -89,7 +91,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
                 sites = [(outcome.site, outcome.node) for outcome in outcomes]
                 control, _ = rewrite(sharded, CONTROL, "control", axis, table)
                 stages = Stages(dense, control, rewritten, lowered, sites, axis)
-                proof = prove(truth, source.inputs, stages, rtol=job.rtol)
+                proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
         engines: list[Engine] = []
         with clock.stage("build", total=mesh.world):
             for rank in mesh.ranks:
@@ -100,7 +102,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             with clock.stage("replay"):
                 networks = [engine.network for engine in engines if engine.network is not None]
                 inputs = flat_inputs(lowered, source.inputs)
-                network_proof = prove_networks(networks, inputs, proof, lowered)
+                network_proof = prove_networks(networks, inputs, proof, lowered, device)
         manifest = describe(
             job,
             source,

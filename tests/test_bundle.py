@@ -69,7 +69,8 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
             for r, f in enumerate(files)
         ],
         proof=m.Proof(
-            status="passed", level="program", reference="dense", algebra=[error] * world,
+            status="passed", level="program", device="cpu", reference="dense",
+                algebra=[error] * world,
             ranks=[error] * world, dense=error, bound=error, control=error, network=None,
             seconds=1.0,
         ),

@@ -21,7 +21,7 @@ from ..converters import active, register
 from ..errors import BackendMissing, BuildFailed
 from ..network import Network
 from ..program import Lowered, copied, hold
-from .offline import has_driver
+from .offline import capability, has_driver
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
 
@@ -69,16 +69,32 @@ class Engine:
     network: Network | None = None
 
 
-def prepare(backend: Backend) -> list[str]:
+def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
     """Register the converters for ``backend``; returns the reasons of the workarounds in use.
 
+    Args:
+        backend: which TensorRT builds.
+        fused: whether its multi-device attention is to be used.
+
     Raises:
-        BackendMissing: the backend needs a GPU and there is none.
+        BackendMissing: the backend needs a GPU and there is none, or another one.
     """
+    if fused and not backend.needs_gpu:
+        raise BackendMissing(
+            f"--strategy fused: {backend.name} has no multi-device attention; TensorRT documents "
+            "it for compute capability 10.0 (Blackwell) and later.",
+            hint="build with --backend tensorrt on such a GPU, or take --strategy ulysses.",
+        )
     if backend.needs_gpu and not has_driver():
         raise BackendMissing(
             f"the {backend.name} backend builds for the GPU it runs on, and there is none here.",
             hint="run on a machine with the target GPU, or use --backend tensorrt-rtx.",
+        )
+    if fused and capability() < (10, 0):
+        raise BackendMissing(
+            "--strategy fused: TensorRT's multi-device attention needs compute capability 10.0 "
+            f"(Blackwell) or later, and this GPU has {'.'.join(map(str, capability()))}.",
+            hint="build on such a GPU, or take --strategy ulysses.",
         )
     assert is_rtx() == (backend.name == "tensorrt-rtx")
     workarounds = active(backend.name, backend.version)

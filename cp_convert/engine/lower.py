@@ -149,7 +149,7 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
     for node in list(graph.nodes):
         if node.target is _SHARD:
             _slice(node, rank)
-        elif node.target in ops.COLLECTIVES:
+        elif node.target in ops.COLLECTIVES or node.target is ops.FUSED:
             *rest, flat, size = node.args
             node.args = (*rest, list(_own_group(flat, size, rank)), size)
     graph.lint()

@@ -24,6 +24,12 @@ def has_driver() -> bool:
     return torch.cuda.is_available()
 
 
+def capability() -> tuple[int, int]:
+    """Compute capability of this machine's GPU; there must be one."""
+    major, minor = torch.cuda.get_device_capability()
+    return major, minor
+
+
 @contextmanager
 def driverless() -> Iterator[None]:
     """Answer for the missing driver: device 0, of compute capability 8.9."""

@@ -1,5 +1,6 @@
 """Proof that all ranks together compute what the model computes."""
 
+from .device import check_device
 from .network import NetworkProof, prove_networks
 from .program import Error, Proof, Stages, Truth, flat_inputs, measure, measure_ranks, prove
 
@@ -9,6 +10,7 @@ __all__ = [
     "Proof",
     "Stages",
     "Truth",
+    "check_device",
     "flat_inputs",
     "measure",
     "measure_ranks",

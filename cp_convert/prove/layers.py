@@ -164,7 +164,8 @@ def _slice(layer: Layer, values: Values) -> Tensor:
         raise ProofFailed(f"{layer.name}: a slice with mode {mode} is not understood.")
     dims = range(x.dim()) if axes is None else [axis % x.dim() for axis in axes]
     for dim, first, count, step in zip(dims, start, size, stride, strict=True):
-        index, length = first + step * torch.arange(count, device=x.device), x.shape[dim]
+        # On the CPU whatever the device: which numbers are read is decided from them.
+        index, length = first + step * torch.arange(count), x.shape[dim]
         if mode == "WRAP":
             index = index % length
         beyond = (index < 0) | (index >= length)
@@ -174,7 +175,8 @@ def _slice(layer: Layer, values: Values) -> Tensor:
         if mode == "FILL" and bool(beyond.any()):
             fill = values[4] if len(values) > 4 else None
             shape = [-1 if d == dim else 1 for d in range(x.dim())]
-            x = torch.where(beyond.reshape(shape), 0 if fill is None else fill.to(x.dtype), x)
+            outside = beyond.reshape(shape).to(x.device)
+            x = torch.where(outside, 0 if fill is None else fill.to(x.dtype), x)
     return x
 
 
@@ -186,7 +188,7 @@ def _taken(x: Tensor, dim: int, index: Tensor, step: int) -> Tensor:
         return x.narrow(dim, first, 1).expand(*x.shape[:dim], count, *x.shape[dim + 1 :])
     if count and step == 1 and int(index[-1]) - int(index[0]) == count - 1:
         return x.narrow(dim, int(index[0]), count)
-    return x.index_select(dim, index)
+    return x.index_select(dim, index.to(x.device))
 
 
 def _list_at(values: Values, index: int, attribute: Any) -> Any:
@@ -245,7 +247,8 @@ def _softmax(layer: Layer, values: Values) -> Tensor:
 
 
 def _shape(layer: Layer, values: Values) -> Tensor:
-    return torch.tensor(_given(values, 0).shape, dtype=torch.int64)
+    x = _given(values, 0)
+    return torch.tensor(x.shape, dtype=torch.int64, device=x.device)
 
 
 def _gather(layer: Layer, values: Values) -> Tensor:
@@ -365,7 +368,10 @@ def _scatter(layer: Layer, values: Values) -> Tensor:
 
 
 def _attention(layer: Layer, values: Values) -> Tensor:
-    """``softmax(Q K^T + mask) V`` over ``[B, H, S, D]``; the scale is not the layer's business."""
+    """``softmax(Q K^T + mask) V`` over ``[B, H, S, D]``; the scale is not the layer's business.
+
+    Of several ranks' attention the replayer has joined K and V before.
+    """
     p = layer.parameters
     understood = {
         "norm_op": "SOFTMAX",
@@ -380,8 +386,6 @@ def _attention(layer: Layer, values: Values) -> Tensor:
     causal = p["causal_kind"] in ("LOWER_RIGHT", "UPPER_LEFT")
     if (causal and q.shape[2] != k.shape[2]) or (not causal and p["causal_kind"] != "NONE"):
         raise ProofFailed(f"{layer.name}: attention, {p['causal_kind']}, is not understood.")
-    if p["num_ranks"] != 1:
-        raise ProofFailed(f"{layer.name}: multi-device attention is not understood.")
     mask = values[3]
     grouped = q.shape[1] != k.shape[1]
     return functional.scaled_dot_product_attention(

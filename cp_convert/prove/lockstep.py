@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import ops
 from ..mesh import Axis
 from ..program import HALF, Executable, with_dtypes, written_in_place
+from .device import exact
 
 Watch = Callable[[fx.Node, "PerRank"], None]
 
@@ -65,7 +66,7 @@ def run(
     graph = program.graph_module.graph
     dying, own = _last_uses(graph), written_in_place(graph)
     results: list[list[Tensor]] = []
-    with torch.no_grad(), HalfMatmulsInFloat32():
+    with torch.no_grad(), exact(), HalfMatmulsInFloat32():
         for node in graph.nodes:
             if node.op == "placeholder":
                 value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
@@ -100,9 +101,11 @@ def _call(
     node: fx.Node, env: Mapping[fx.Node, PerRank], world: int, *, widen: bool, own: bool
 ) -> PerRank:
     if ops.is_spmd(node.target):
-        first, *rest = _all_arguments(node)
-        values = ops.on_all_ranks(node.target, [env[first][rank] for rank in range(world)], rest)
-        return merged(values)
+        given = _all_arguments(node)
+        operands = [x for x in given if isinstance(x, fx.Node)]
+        held = [tuple(env[x][rank] for x in operands) for rank in range(world)]
+        values = held if len(operands) > 1 else [value for (value,) in held]
+        return merged(ops.on_all_ranks(node.target, values, given[len(operands) :]))
     differs = own or any(not env[n].is_common for n in node.all_input_nodes)
     count = world if differs else 1
     function: Any = node.target

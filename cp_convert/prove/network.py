@@ -10,13 +10,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import ProofFailed
 from ..network import Network
 from ..program import Executable
+from .device import Mover
 from .lockstep import run
-from .program import FLOOR, ROUNDING, Error, Proof, deviation, worst
+from .program import CPU, FLOOR, ROUNDING, Error, Proof, deviation, worst
 from .replay import replay
 
 
@@ -40,6 +42,7 @@ def prove_networks(
     inputs: Mapping[str, Tensor],
     proof: Proof,
     lowered: Executable,
+    device: torch.device = CPU,
 ) -> NetworkProof:
     """Replay all ranks' networks and compare them with the reference of ``proof``.
 
@@ -48,12 +51,15 @@ def prove_networks(
         inputs: the full inputs by binding name.
         proof: the proof of the program, with its reference and bounds.
         lowered: the program that the networks were made from.
+        device: where the layers are computed.
 
     Raises:
         ProofFailed: an error beyond its bound, a layer that is not understood, or networks that
             are not of one program.
     """
-    start = time.perf_counter()
+    start, mover = time.perf_counter(), Mover(device)
+    networks, inputs = mover.networks(networks), mover.tree(dict(inputs))
+    lowered = mover.program(lowered)
     wide = replay(networks, inputs, widen=not proof.is_wide)
     algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
     if not all(error.within(proof.algebra_bound) for error in algebra):

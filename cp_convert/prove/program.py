@@ -21,7 +21,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -34,8 +34,10 @@ from ..mesh import Axis
 from ..program import HALF, Executable
 from ..strategies import Site
 from ..strategies.tokens import picked
+from .device import Mover, exact, on
 from .lockstep import HalfMatmulsInFloat32, PerRank, reduces_over, run, widened
 
+CPU: Final = torch.device("cpu")
 FLOOR: Final = 1e-5
 """The error that is always allowed: a few hundred roundings of float32."""
 MARGIN: Final = 2.0
@@ -117,6 +119,16 @@ class Stages:
         """How many ranks there are, those that share no sequence included."""
         return len(self.axis.flat)
 
+    def on(self, mover: Mover) -> Stages:
+        """The same programs on another device."""
+        return replace(
+            self,
+            dense=mover.program(self.dense),
+            control=mover.program(self.control),
+            rewritten=mover.program(self.rewritten),
+            lowered=mover.program(self.lowered),
+        )
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -133,8 +145,8 @@ class Truth:
     is_wide: bool
 
 
-def measure(module: nn.Module, inputs: Mapping[str, Any]) -> Truth:
-    """Run the dense ``module``, in the job's precision and in float32.
+def measure(module: nn.Module, inputs: Mapping[str, Any], device: torch.device = CPU) -> Truth:
+    """Run the dense ``module`` on ``device``, in the job's precision and in float32.
 
     To be called before tracing: models that keep tables from call to call would keep those of the
     trace.
@@ -144,16 +156,19 @@ def measure(module: nn.Module, inputs: Mapping[str, Any]) -> Truth:
         ProofFailed: it returns infinities or NaN.
     """
     check_arguments(module, inputs)
-    wide_module, wide_inputs = _in_float32(module, inputs)
-    is_wide = wide_module is module
-    with blamed_on_forward():
+    with on(module, device), exact(), blamed_on_forward():
+        inputs = Mover(device).tree(dict(inputs))
+        wide_module, wide_inputs = _in_float32(module, inputs)
+        is_wide = wide_module is module
         reference = dense_outputs(wide_module, wide_inputs)
         loss = Error(0.0, 0.0) if is_wide else worst(dense_outputs(module, inputs), reference)
     _check_finite(reference, loss)
     return Truth(tuple(reference), loss, is_wide)
 
 
-def measure_ranks(program: Executable, inputs: Mapping[str, Any], world: int) -> Truth:
+def measure_ranks(
+    program: Executable, inputs: Mapping[str, Any], world: int, device: torch.device = CPU
+) -> Truth:
     """The same for a model that communicates by itself, which no rank can run alone.
 
     Its own program, not yet sharded, is run on all ranks. What is proven against it is all that
@@ -162,7 +177,8 @@ def measure_ranks(program: Executable, inputs: Mapping[str, Any], world: int) ->
     Raises:
         ProofFailed: the ranks return different outputs, infinities or NaN.
     """
-    flat = flat_inputs(program, inputs)
+    mover = Mover(device)
+    program, flat = mover.program(program), mover.tree(flat_inputs(program, inputs))
     tensors = [*flat.values(), *program.state.values()]
     is_wide = not any(t.dtype in HALF for t in tensors)
     outputs = run(program, flat, world, widen=not is_wide)
@@ -192,7 +208,12 @@ def _check_finite(reference: Sequence[Tensor], loss: Error) -> None:
 
 
 def prove(
-    truth: Truth, inputs: Mapping[str, Any], stages: Stages, *, rtol: float | None = None
+    truth: Truth,
+    inputs: Mapping[str, Any],
+    stages: Stages,
+    *,
+    rtol: float | None = None,
+    device: torch.device = CPU,
 ) -> Proof:
     """Compare all ranks with the dense model.
 
@@ -201,11 +222,13 @@ def prove(
         inputs: keyword arguments of its forward, in the job's precision.
         stages: what is to be proven.
         rtol: replaces the derived bound of the job's precision.
+        device: where all ranks are computed; they share one copy of the weights there.
 
     Raises:
         ProofFailed: an error is beyond its bound, or the control is not.
     """
-    start = time.perf_counter()
+    start, mover = time.perf_counter(), Mover(device)
+    stages, inputs = stages.on(mover), mover.tree(dict(inputs))
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, loss, is_wide = truth.reference, truth.loss, truth.is_wide
     bound = _bound(loss, rtol)

@@ -17,6 +17,7 @@ from .. import ops
 from ..errors import ProofFailed
 from ..network import Layer, Network
 from ..program import HALF
+from .device import exact
 from .layers import LAYERS
 from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 
@@ -44,7 +45,7 @@ def replay(
         b.name: PerRank((_in(inputs[b.name], b.dtype, widen),)) for b in networks[0].inputs
     }
     dying = _last_uses(networks[0], order)
-    with torch.no_grad(), HalfMatmulsInFloat32():
+    with torch.no_grad(), exact(), HalfMatmulsInFloat32():
         for position in order:
             layer = networks[0].layers[position]
             alike = [network.layers[position] for network in networks]
@@ -126,11 +127,19 @@ def _run(
     compute = LAYERS.get(first.kind)
     if compute is None:
         raise ProofFailed(f"the network proof does not know the layer {first.kind}: {first.name}.")
+    ranks = first.parameters.get("num_ranks", 1)
+    if ranks not in (1, world):
+        raise ProofFailed(f"{first.name} attends over {ranks} of {world} ranks.")
+    if ranks > 1 and first.parameters["mask"] is not None:
+        raise ProofFailed(f"{first.name}: a mask of multi-device attention is not understood.")
     alike = all(_same(layer.parameters, first.parameters) for layer in layers)
     count = 1 if alike and all(value.is_common for value in reads) else world
     results = []
     for rank in range(count):
         arguments = [None if n is None else env[n][rank] for n in layers[rank].inputs]
+        if ranks > 1:
+            arguments[1:3] = [torch.cat([env[str(n)][r] for r in range(world)], dim=2)
+                              for n in first.inputs[1:3]]  # fmt: skip
         mask = layers[rank].parameters.get("mask")
         if first.kind == "ATTENTION_INPUT":
             arguments.append(None if mask is None else env[mask][rank])

@@ -18,7 +18,7 @@ from typing import Final, Protocol
 from torch import Tensor
 
 from ..mesh import Axis
-from . import allgather_kv, alone, ring, ulysses
+from . import allgather_kv, alone, fused, ring, ulysses
 from .site import Cost, Refusal, Site
 from .usp import Usp
 
@@ -59,13 +59,13 @@ def choose(name: str, ulysses: int | None = None) -> Strategy:
     """The strategy called ``name``.
 
     Args:
-        name: a key of :data:`STRATEGIES`, or ``usp``.
+        name: a key of :data:`STRATEGIES`, ``usp`` or ``fused``.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens.
     """
     if name == "usp":
         assert ulysses is not None
         return Usp(ulysses)
-    return STRATEGIES[name]
+    return fused if name == "fused" else STRATEGIES[name]
 
 
 __all__ = ["CONTROL", "STRATEGIES", "Cost", "Refusal", "Site", "Strategy", "Usp", "choose"]
