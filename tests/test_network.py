@@ -20,6 +20,7 @@ from cp_convert.engine.runtime import trt
 from cp_convert.errors import BuildFailed
 from cp_convert.load import cast_inputs, cast_module
 from cp_convert.mesh import Axis
+from cp_convert.network import Layer
 from cp_convert.program import Binding, Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
@@ -68,6 +69,43 @@ def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
     """Ring has one: of the attention it splits TensorRT's layer has no log-sum-exp."""
     network = network_of(specialise(program(name, 2), 0)).ctx.net
     assert layers(network)["ATTENTION_OUTPUT"] == count
+
+
+@pytest.mark.parametrize(
+    ("name", "moving"),
+    [
+        ("ulysses", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
+        ("allgather-kv", ["K and V arrive"]),
+        ("ring", []),
+    ],
+)
+def test_no_transposition_that_another_packing_would_save(name: str, moving: list[str]) -> None:
+    """With a batch of 1; each that remains is told in the strategy's docstring.
+
+    Reshapes move nothing, nor does a permutation of dimensions of length 1. A product's own
+    ``K^T`` (ring) belongs to the product, of which TensorRT's layer has a flag.
+    """
+    prepare(BACKENDS["tensorrt-rtx"])
+    stages = rewritten(tiny(), tiny_inputs(batch=1), name, 4)
+    network = read_network(network_of(specialise(lower(stages.rewritten), 0)).ctx.net)
+    ours = f"/{name.replace('-', '_')}_0_"
+    found = [x for x in network.layers if x.kind == "SHUFFLE" and ours in x.name and _moves(x)]
+    products = {i for x in network.layers if x.kind == "MATRIX_MULTIPLY" for i in x.inputs}
+    beside = [x for x in found if x.outputs[0].name not in products]
+    assert len(beside) == len(moving)
+    assert all(x.parameters["dims"] is None for x in beside)
+
+
+def _moves(layer: Layer) -> bool:
+    """Whether numbers change their order in memory."""
+    shape = layer.outputs[0].shape
+    for order in (layer.parameters["first"], layer.parameters["second"]):
+        given = order[: len(shape)]
+        lengths = {dim: shape[place] for place, dim in enumerate(given)}
+        real = [dim for dim in given if lengths[dim] > 1]
+        if layer.parameters["dims"] is None and real != sorted(real):
+            return True
+    return False
 
 
 def test_the_environment_has_no_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ Algebra (r: this rank)::
 
     O_r = softmax(Q_r [K_0 .. K_{W-1}]^T * scale + M_r) [V_0 .. V_{W-1}]
 
-Collectives: 1 an attention, an all-gather of K and V packed as ``[S, 2, B, H, D]``; with the
-sequence in front, TensorRT's join on dimension 0 puts the tokens in rank order by itself.
+Collectives: 1 an attention, an all-gather of K and V packed as ``[2, B, H, S, D]``.
+Copies: one packing of K and V, and one transposition of what arrives, ``[W, 2, B, H, S, D] ->
+[2, B, H, W, S, D]``: the join is on dimension 0, and attention wants a head's tokens together.
 Bytes sent by a rank: ``2 (W-1)/W`` of one full Q, that is ``(W-1)`` times its own K and V; with
 grouped queries, less by the ratio of key heads to query heads.
 Memory: all K and V on every rank, ``2 W S`` tokens, whatever the world.
@@ -46,12 +47,12 @@ def attend(
 ) -> Tensor:
     """This rank's queries over the gathered keys, ``[B, H, S, D]``."""
     assert site.query_layout is not None and site.key_layout is not None
-    kv_S2BHD = torch.stack((k_BHSD, v_BHSD)).permute(3, 0, 1, 2, 4)
-    gathered_T2BHD = ops.all_gather(kv_S2BHD, axis)
+    gathered = ops.all_gather(torch.stack((k_BHSD, v_BHSD)), axis)
+    kv_W2BHSD: Tensor = gathered.unflatten(0, (axis.size, 2))
     ratio = site.heads // site.kv_heads
     k_BHTD, v_BHTD = (
         repeated(real_keys(x, site.key_layout), ratio)
-        for x in gathered_T2BHD.permute(1, 2, 3, 0, 4).unbind(0)
+        for x in kv_W2BHSD.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).unbind(0)
     )
     mask = mask_of(site, mask, q_BHSD)
     if mask is not None:

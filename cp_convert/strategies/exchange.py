@@ -48,10 +48,10 @@ def to_heads(
         q_BHSD, k_BHSD, v_BHSD = (padded_heads(x, heads) for x in (q_BHSD, k_BHSD, v_BHSD))
     blocks = [_by_head_group(x, axis.size) for x in (q_BHSD, k_BHSD, v_BHSD)]
     if len({x.shape[3] for x in blocks}) == 1:
-        packed = torch.cat(blocks, dim=1)
-        arrived = ops.all_to_all(packed, axis).split([x.shape[1] for x in blocks], dim=1)
+        packed = torch.cat(blocks, dim=2)
+        arrived = ops.all_to_all(packed, axis).split([x.shape[2] for x in blocks], dim=2)
         return [_all_tokens(x) for x in arrived]
-    # Grouped queries: other numbers of heads, so that only flat blocks can be packed.
+    # Other numbers of tokens, so that only flat blocks can be packed.
     flat = torch.cat([x.flatten(1) for x in blocks], dim=1)
     arrived = ops.all_to_all(flat, axis).split([x[0].numel() for x in blocks], dim=1)
     return [_all_tokens(x.view(b.shape)) for x, b in zip(arrived, blocks, strict=True)]
@@ -59,18 +59,18 @@ def to_heads(
 
 def to_tokens(out_BhTD: Tensor, site: Site, axis: Axis) -> Tensor:
     """The way back: all heads of this rank's own tokens, padding dropped, ``[B, H, S, D]``."""
-    out_WSBhD = out_BhTD.permute(2, 0, 1, 3).unflatten(0, (axis.size, -1))
-    back_WSBhD = ops.all_to_all(out_WSBhD, axis)
-    out_BHSD = back_WSBhD.permute(2, 0, 3, 1, 4).flatten(1, 2)
+    out_BhWSD: Tensor = out_BhTD.unflatten(2, (axis.size, -1))
+    back_WBhSD = ops.all_to_all(out_BhWSD.permute(2, 0, 1, 3, 4), axis)
+    out_BHSD = back_WBhSD.permute(1, 0, 2, 3, 4).flatten(1, 2)
     return out_BHSD if out_BHSD.shape[1] == site.heads else out_BHSD[:, : site.heads]
 
 
 def _by_head_group(x_BHSD: Tensor, size: int) -> Tensor:
-    """``[B, H, S, D] -> [W, S, B, h, D]``."""
+    """``[B, H, S, D] -> [W, B, h, S, D]``; with a batch of 1 no number moves."""
     x_BWhSD: Tensor = x_BHSD.unflatten(1, (size, -1))
-    return x_BWhSD.permute(1, 3, 0, 2, 4)
+    return x_BWhSD.permute(1, 0, 2, 3, 4)
 
 
-def _all_tokens(x_WSBhD: Tensor) -> Tensor:
-    """``[W, S, B, h, D] -> [B, h, W S, D]``."""
-    return x_WSBhD.permute(2, 3, 0, 1, 4).flatten(2, 3)
+def _all_tokens(x_WBhSD: Tensor) -> Tensor:
+    """``[W, B, h, S, D] -> [B, h, W S, D]``."""
+    return x_WBhSD.permute(1, 2, 0, 3, 4).flatten(2, 3)

@@ -6,9 +6,12 @@ Algebra (group g of heads belongs to rank g)::
     O_r = softmax(Q K^T * scale) V       on the heads of group r, all tokens
     O_r : heads of group r, W S tokens   --all-to-all-->   all heads, S tokens
 
-Collectives: 2 an attention. Q, K and V travel together as ``[W, 3 S, B, h, D]``, O as
-``[W, S, B, h, D]``: block j of dimension 0 goes to rank j, and what arrives is in rank order,
+Collectives: 2 an attention. Q, K and V travel together as ``[W, B, 3 h, S, D]``, O as
+``[W, B, h, S, D]``: block j of dimension 0 goes to rank j, and what arrives is in rank order,
 which is token order on the way there and head order on the way back.
+Copies: with a batch of 1 the shards are such blocks as they stand. What moves numbers is one
+packing of Q, K and V, one transposition ``[W, h] -> [h, W]`` of each that arrives, because
+attention wants a head's tokens together, and its inverse for O; coming home, O moves no more.
 Bytes sent by a rank: ``4 (W-1)/W^2`` of one full Q, a quarter (Q, K, V, O) each.
 Memory: Q, K, V and O of ``W S`` tokens but ``H / W`` heads: as much as the shards themselves.
 With grouped queries, key heads are repeated only as far as every rank needs one.
