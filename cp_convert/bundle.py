@@ -204,6 +204,8 @@ def verify(path: Path) -> Iterator[Check]:
     yield Check("ranks", problem)
     for engine in manifest.engines:
         yield Check(engine.file, _engine_problem(folder / engine.file, engine))
+    for weight in manifest.weights:
+        yield Check(weight.name, _weight_problem(folder / weight.file, weight))
 
 
 def _engine_problem(path: Path, engine: manifests.Engine) -> str | None:
@@ -217,10 +219,33 @@ def _engine_problem(path: Path, engine: manifests.Engine) -> str | None:
     return None
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, read in pieces."""
+def _weight_problem(path: Path, weight: manifests.Weight) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing"
+    if path.stat().st_size < weight.offset + weight.bytes:
+        return f"{path} ends before it"
+    if sha256(path, weight.offset, weight.bytes) != weight.sha256:
+        return f"SHA-256 of its numbers in {path} differs from the manifest's"
+    return None
+
+
+def sha256(path: Path, offset: int = 0, size: int | None = None) -> str:
+    """The SHA-256 of a file or of ``size`` bytes at ``offset``, read in pieces."""
     digest = hashlib.sha256()
+    left = path.stat().st_size - offset if size is None else size
     with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
+        file.seek(offset)
+        while left > 0 and (piece := file.read(min(_CHUNK, left))):
             digest.update(piece)
+            left -= len(piece)
     return digest.hexdigest()
+
+
+def link(engine: Path, name: str) -> Path:
+    """The same file under another name beside it; a copy where the file system has no links."""
+    other = engine.with_name(name)
+    try:
+        other.hardlink_to(engine)
+    except OSError:
+        shutil.copyfile(engine, other)
+    return other

@@ -19,7 +19,19 @@ from . import __version__
 from .errors import ConvertError, DamagedBundle, UsageError
 from .hardware import names as hardware_names
 from .hardware import read as read_hardware
-from .job import AUTO, BACKEND_NAMES, DEVICES, FUSED, PLANS, PRECISIONS, PROOFS, STRATEGY_NAMES, Job
+from .job import (
+    AUTO,
+    BACKEND_NAMES,
+    DEVICES,
+    FUSED,
+    LAYOUTS,
+    PLANS,
+    PRECISIONS,
+    PROOFS,
+    STRATEGY_NAMES,
+    WEIGHTS_MODES,
+    Job,
+)
 from .preset import names as preset_names
 from .preset import path_of as preset_path
 from .preset import read as read_preset
@@ -132,6 +144,21 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "--weights", type=click.Path(path_type=Path),
     help="A .safetensors file, a .safetensors.index.json, or a folder holding either; for a preset "
     "the published folder.",
+)  # fmt: skip
+@click.option(
+    "--weights-mode", type=click.Choice(WEIGHTS_MODES), default=AUTO, show_default=True,
+    help="Weights as constants of every engine, or as inputs that all engines share; auto: "
+    "external from 1 GiB on.",
+)  # fmt: skip
+@click.option(
+    "--copy-weights",
+    is_flag=True,
+    help="Copy external weights into the bundle instead of naming your files.",
+)
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default=AUTO, show_default=True,
+    help="One engine for all ranks, or one each; auto: shared where weights are external and the "
+    "strategy names no groups.",
 )  # fmt: skip
 @click.option(
     "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",

@@ -12,6 +12,7 @@ from . import __version__
 from . import manifest as m
 from .backends import Backend
 from .engine.build import Engine
+from .external import Weight
 from .job import Job
 from .load import Source
 from .mesh import Axis, bytes_sent
@@ -37,6 +38,8 @@ def describe(
     proof: Proof | None,
     network_proof: NetworkProof | None,
     engines: Sequence[Engine],
+    layout: str,
+    weights: Sequence[Weight],
     backend: Backend,
     workarounds: Sequence[str],
     timings: Mapping[str, float],
@@ -75,6 +78,20 @@ def describe(
         sharding=[_sharding(move) for move in sharded.moves],
         attention=[_attention(outcome, strategy, axis) for outcome in outcomes],
         collectives=_collectives(engines[0]),
+        layout=layout,  # type: ignore[arg-type]
+        weights_mode="external" if source.external else "embedded",
+        weights=[
+            m.Weight(
+                name=w.name,
+                dtype=w.dtype,
+                shape=list(w.shape),
+                file=w.file,
+                offset=w.offset,
+                bytes=w.size,
+                sha256=w.sha256,
+            )
+            for w in weights
+        ],
         engines=[
             m.Engine(
                 rank=e.rank,

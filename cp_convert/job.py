@@ -15,6 +15,11 @@ PRECISIONS: Final = ("fp16", "bf16", "fp32")
 AUTO: Final = "auto"
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
+WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
+LAYOUTS: Final = (AUTO, "per-rank", "shared")
+EXTERNAL_FROM: Final = 1 << 30
+"""Bytes of weights from which on ``auto`` keeps them out of the engines: a second copy in every
+engine, and several while one is built, no longer fit a small machine."""
 DEVICES: Final = ("cpu", "cuda")
 PROOFS: Final = ("auto", "none", "program", "network")
 
@@ -35,6 +40,12 @@ class Job:
         precision: floating-point type of parameters and floating inputs.
         backend: one of :data:`BACKEND_NAMES`.
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
+        weights_mode: ``embedded`` in every engine, ``external`` as inputs of the engines, or
+            ``auto``: external from :data:`EXTERNAL_FROM` bytes on.
+        copy_weights: external weights are copied into the bundle, whatever the user's files hold.
+        layout: ``per-rank`` bakes a rank's slices into its engine, ``shared`` takes them by a
+            collective, so that all ranks have the same engine; ``auto``: shared where weights are
+            external and the strategy lets it.
         compute_capabilities: RTX targets such as ``"8.9"``; empty means the backend's default.
         proof: how far down the conversion is proven: not at all, the program, or the program and
             the TensorRT networks; ``auto`` leaves the networks out where that takes longer than
@@ -60,6 +71,9 @@ class Job:
     precision: str = "fp16"
     backend: str = "auto"
     weights: Path | None = None
+    weights_mode: str = AUTO
+    copy_weights: bool = False
+    layout: str = AUTO
     compute_capabilities: tuple[str, ...] = ()
     proof: str = "auto"
     proof_device: str = "cpu"
@@ -76,6 +90,8 @@ class Job:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)
+        _one_of("weights-mode", self.weights_mode, WEIGHTS_MODES)
+        _one_of("layout", self.layout, LAYOUTS)
         _one_of("proof-device", self.proof_device, DEVICES)
         if self.plan is not None:
             _one_of("plan", self.plan, PLANS)

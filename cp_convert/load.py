@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -14,12 +15,12 @@ from torch.utils import _pytree as pytree
 
 from .errors import CannotShard, ModelFileError, UsageError
 from .instantiate import build, example_inputs, published_config, transformer_folder
-from .job import Job
+from .job import AUTO, EXTERNAL_FROM, Job
 from .mesh import Axis, Mesh
 from .model_file import Given, from_file
 from .preset import read
 from .unallocated import stand_in, unallocated
-from .weights import load_weights
+from .weights import Location, load_weights, locate
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _CASTABLE: Final = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,6 +41,8 @@ class Source:
         bytes: their size in memory.
         peers: rank 1, 2, ... of a model whose ranks hold different parameters.
         groups: the process groups in which the model itself communicates.
+        external: whether weights stay outside the engines.
+        located: where the user's files hold the parameters.
     """
 
     module: nn.Module
@@ -51,6 +54,8 @@ class Source:
     bytes: int
     peers: tuple[nn.Module, ...] = ()
     groups: Mapping[str, Axis] = field(default_factory=dict)
+    external: bool = False
+    located: Mapping[str, Location] = field(default_factory=dict)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:
@@ -70,9 +75,15 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: the model's process groups leave no equal share of the world.
     """
     dtype = DTYPES[job.precision]
-    published = job.is_preset and job.weights is not None
-    with unallocated() if published or not allocate else nullcontext():
-        given = _from_preset(job, allocate) if job.is_preset else from_file(job.model, job.world)
+    located = _located(job) if allocate else {}
+    is_large = _is_external(job, sum(at.size for at in located.values()))
+    mapped = job.weights is not None and (job.is_preset or is_large)
+    with unallocated() if mapped or not allocate else nullcontext():
+        given = (
+            _from_preset(job, allocate, located)
+            if job.is_preset
+            else from_file(job.model, job.world)
+        )
     module = given.module
     for one in (module, *given.peers):
         cast_module(one.eval().requires_grad_(False), dtype)
@@ -85,8 +96,14 @@ def load(job: Job, *, allocate: bool = True) -> Source:
                 f"--weights: {job.model.name} builds every rank with parameters of its own.",
                 hint="let build_model(rank) read them.",
             )
-        folder = transformer_folder(job.weights) if job.is_preset else job.weights
-        load_weights(module, folder)
+        load_weights(module, _folder(job))
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    external = allocate and _is_external(job, size)
+    if external and given.peers:
+        raise UsageError(
+            "--weights-mode external: every rank has parameters of its own here.",
+            hint="--weights-mode embedded.",
+        )
     return Source(
         module=module,
         inputs=cast_inputs(given.inputs, dtype, keep=given.keep_float32),
@@ -94,10 +111,32 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         freeze=(*given.freeze, *job.freeze),
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in module.parameters()),
-        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+        bytes=size,
+        external=external,
+        located=_with_ties(module, located),
         peers=given.peers,
         groups=given.groups,
     )
+
+
+def _located(job: Job) -> dict[str, Location]:
+    return {} if job.weights is None else locate(_folder(job))
+
+
+def _folder(job: Job) -> Path:
+    assert job.weights is not None
+    return transformer_folder(job.weights) if job.is_preset else job.weights
+
+
+def _is_external(job: Job, size: int) -> bool:
+    return job.weights_mode == "external" or (job.weights_mode == AUTO and size >= EXTERNAL_FROM)
+
+
+def _with_ties(module: nn.Module, located: Mapping[str, Location]) -> dict[str, Location]:
+    """A parameter that is tied to one in the files lies where that one does."""
+    named = list(module.named_parameters(remove_duplicate=False))
+    by_tensor = {id(p): located[name] for name, p in named if name in located}
+    return {name: by_tensor[id(p)] for name, p in named if id(p) in by_tensor}
 
 
 def _check_peers(given: Given) -> None:
@@ -123,8 +162,7 @@ def _signature(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors}
 
 
-def _from_preset(job: Job, allocate: bool) -> Given:
-    dtype = DTYPES[job.precision]
+def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
     preset = read(job.model)
     config = preset.config
     if job.weights is not None:
@@ -139,13 +177,22 @@ def _from_preset(job: Job, allocate: bool) -> Given:
             config,
             tiny=job.tiny,
             random=allocate and job.weights is None,
-            bytes_each=0 if not allocate else 4 if job.weights is None else dtype.itemsize,
+            bytes_each=_bytes_each(job, located) if allocate else 0,
         ),
         inputs=inputs,
         plan={},
         freeze=tuple(preset.freeze),
         keep_float32=tuple(preset.keep_float32),
     )
+
+
+def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
+    """Memory that a parameter takes while the model is loaded; none where a file is mapped."""
+    dtype = DTYPES[job.precision]
+    if job.weights is None:
+        return torch.float32.itemsize
+    in_place = _is_external(job, sum(at.size for at in located.values()))
+    return 0 if in_place and all(at.dtype == dtype for at in located.values()) else dtype.itemsize
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:

@@ -156,6 +156,22 @@ class Engine(_Struct, frozen=True):
     activation_bytes: Count | None
 
 
+class Weight(_Struct, frozen=True):
+    """A parameter that is an input of every engine.
+
+    The ``bytes`` at ``offset`` of ``file`` are its numbers, row-major; ``file`` is a name in the
+    bundle (``weights.safetensors``) or the path of the user's own safetensors file.
+    """
+
+    name: str
+    dtype: str
+    shape: list[Count]
+    file: str
+    offset: Count
+    bytes: Count
+    sha256: Sha256
+
+
 class Error(_Struct, frozen=True):
     """Relative errors: largest, and root mean square, each over that of the reference."""
 
@@ -197,7 +213,8 @@ class Manifest(_Struct, frozen=True):
     """A bundle's manifest.
 
     ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
-    itself communicates, which divide the ``world`` beside them.
+    itself communicates, which divide the ``world`` beside them. With the layout ``shared`` all
+    engine files are one (hard links where the file system has them).
     """
 
     schema_version: Literal[4]
@@ -219,7 +236,10 @@ class Manifest(_Struct, frozen=True):
     sharding: list[Sharding]
     attention: list[Attention]
     collectives: list[Collective]
+    layout: Literal["per-rank", "shared"]
     engines: list[Engine]
+    weights_mode: Literal["embedded", "external"]
+    weights: list[Weight]
     proof: Proof
     timings: dict[str, Seconds]
     command: str

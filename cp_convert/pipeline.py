@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from .backends import Backend
-from .bundle import check_space, check_target, engine_name, publish, staged
+from .bundle import check_space, check_target, engine_name, link, publish, staged
 from .decompose import decompose
 from .describe import describe
 from .engine.build import Engine, build, prepare
 from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
+from .errors import CannotShard
+from .external import place
 from .hardware import read as read_hardware
 from .job import AUTO, FUSED, Job
-from .load import load
+from .load import Source, load
 from .manifest import Manifest
 from .mesh import Mesh
 from .planning import cheapest
@@ -34,6 +37,7 @@ from .prove import (
 )
 from .rewrite import rewrite
 from .shard import shard
+from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
 from .trace import trace
 
@@ -53,7 +57,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     with staged(job.out) as folder:
         with clock.stage("load"):
             source = load(job)
-            check_space(job.out, mesh.world * source.bytes)
+            check_space(job.out, _needed(job, source))
             axis = mesh.free(source.groups.values())
         truth = None
         if job.proof != "none" and not source.groups:
@@ -84,6 +88,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             strategy = choose(job.strategy, job.ulysses)
             rewritten, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
         with clock.stage("lower"):
+            layout = _layout(job, source, rewritten)
+            rewritten = by_scatter(rewritten) if layout == "shared" else rewritten
             lowered = lower(rewritten)
         proof = None
         if truth is not None:
@@ -92,16 +98,26 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
                 control, _ = rewrite(sharded, CONTROL, "control", axis, table)
                 stages = Stages(dense, control, rewritten, lowered, sites, axis)
                 proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
+        names = traced.parameters if source.external else {}
         engines: list[Engine] = []
-        with clock.stage("build", total=mesh.world):
-            for rank in mesh.ranks:
-                engines.append(_build(job, folder, lowered, rank, engines))
-                progress.step("build")
+        with ThreadPoolExecutor(1) as aside:
+            parameters = {name: lowered.state[node] for node, name in names.items()}
+            placing = aside.submit(place, parameters, source.located, folder, copy=job.copy_weights)
+            ranks = mesh.ranks if layout == "per-rank" else range(1)
+            with clock.stage("build", total=len(ranks)):
+                for rank in ranks:
+                    engines.append(_build(job, folder, lowered, rank, engines, names))
+                    progress.step("build")
+            with clock.stage("weights"):
+                weights = placing.result()
+        for rank in mesh.ranks[len(engines) :]:
+            twin = link(engines[0].path, engine_name(rank))
+            engines.append(replace(engines[0], rank=rank, path=twin))
         network_proof = None
         if proof is not None and _pays(job, proof, clock.seconds["build"]):
             with clock.stage("replay"):
                 networks = [engine.network for engine in engines if engine.network is not None]
-                inputs = flat_inputs(lowered, source.inputs)
+                inputs = {**flat_inputs(lowered, source.inputs), **parameters}
                 network_proof = prove_networks(networks, inputs, proof, lowered, device)
         manifest = describe(
             job,
@@ -114,6 +130,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             proof,
             network_proof,
             engines,
+            layout,
+            weights,
             backend,
             workarounds,
             clock.seconds,
@@ -122,14 +140,40 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     return manifest
 
 
-def _build(job: Job, folder: Path, lowered: Lowered, rank: int, before: Sequence[Engine]) -> Engine:
+def _needed(job: Job, source: Source) -> int:
+    """Bytes that weights take in the bundle, at most."""
+    return source.bytes if source.external else job.world * source.bytes
+
+
+def _layout(job: Job, source: Source, program: Lowered) -> str:
+    """Whether all ranks share one engine; docs/adr/0011 says when that is the default."""
+    refusal = why_not_shared(program)
+    if job.layout == "shared" and refusal is not None:
+        raise CannotShard(
+            f"--layout shared: the ranks' engines differ, because {refusal}.",
+            hint="--layout per-rank.",
+        )
+    if job.layout == AUTO:
+        return "shared" if source.external and refusal is None else "per-rank"
+    return job.layout
+
+
+def _build(
+    job: Job,
+    folder: Path,
+    lowered: Lowered,
+    rank: int,
+    before: Sequence[Engine],
+    names: Mapping[str, str],
+) -> Engine:
     """Build one rank; its network is kept for the proof, sharing the weights of those before."""
     known = None
     if job.proof in ("auto", "network"):
         networks = [engine.network for engine in before if engine.network is not None]
         known = [*lowered.state.values(), *constants_of(networks)]
+    path = folder / engine_name(rank)
     program = specialise(lowered, rank)
-    return build(program, rank, folder / engine_name(rank), job.compute_capabilities, known=known)
+    return build(program, rank, path, job.compute_capabilities, known=known, external=names)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:

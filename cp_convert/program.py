@@ -98,11 +98,17 @@ class Program:
         return state_of(self.exported)
 
     @property
+    def parameters(self) -> Mapping[str, str]:
+        """The model's own names of its parameters, by placeholder name."""
+        named: Mapping[str, str] = self.exported.graph_signature.inputs_to_parameters
+        return named
+
+    @property
     def own(self) -> Mapping[str, tuple[Tensor, ...]]:
         """Parameters that differ from rank to rank, rank 0 first, by placeholder name."""
         if not self.peers:
             return {}
-        named = self.exported.graph_signature.inputs_to_parameters
+        named = self.parameters
         first = self.state
         return {node: (first[node], *(p[name] for p in self.peers)) for node, name in named.items()}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,65 @@ from .errors import WeightsError
 from .unallocated import replace
 
 _SHOWN = 8
+SAFETENSORS: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of the types that models are computed in."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a file holds a tensor's numbers.
+
+    Attributes:
+        file: the safetensors file.
+        offset: of the first byte.
+        size: in bytes.
+        dtype: as stored; ``None`` for one that torch has not.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    dtype: torch.dtype | None
+
+
+def locate(path: Path) -> dict[str, Location]:
+    """Where the tensors at ``path`` lie; only headers are read.
+
+    Raises:
+        WeightsError: no such file, or a damaged one.
+    """
+    places = _places(path)
+    found: dict[str, Location] = {}
+    for file in sorted(set(places.values())):
+        for name, (offset, size, dtype) in _header(file).items():
+            if places.get(name) == file:
+                found[name] = Location(file, offset, size, SAFETENSORS.get(dtype))
+    return found
+
+
+def _header(file: Path) -> dict[str, tuple[int, int, str]]:
+    """Offset in the file, size and type of every tensor; the library checks the file first."""
+    _names(file)
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (8 + length + told["data_offsets"][0],
+               told["data_offsets"][1] - told["data_offsets"][0], told["dtype"])
+        for name, told in header.items()
+    }  # fmt: skip
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -20,7 +20,7 @@ from ..backends import Backend
 from ..converters import active, register
 from ..errors import BackendMissing, BuildFailed
 from ..network import Network
-from ..program import Lowered, copied, hold
+from ..program import Binding, Lowered, copied, hold
 from .offline import capability, has_driver
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
@@ -102,24 +102,30 @@ def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
     return [f"{row.operator} as {row.instead}: {row.reason}" for row in workarounds.values()]
 
 
-def network_of(program: Lowered) -> TRTInterpreter:
+def network_of(program: Lowered, external: Mapping[str, str] | None = None) -> TRTInterpreter:
     """The TensorRT network of one rank's program, held by the interpreter that made it.
 
     The network refers to numbers that the interpreter owns, so keep the interpreter while the
     network is in use.
 
+    Args:
+        program: of one rank.
+        external: by placeholder, the binding of a parameter that becomes an input; others become
+            constants.
+
     Raises:
         BuildFailed: a converter or TensorRT refused a layer.
     """
-    embedded = _with_parameters(program)
+    module = _with_parameters(program, external or {})
+    bindings = _bindings(module.graph, program, external or {})
     with _listening() as log, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         interpreter = TRTInterpreter(
-            embedded,
-            [_input_spec(b.dtype, b.shape) for b in program.inputs],
+            module,
+            [_input_spec(b.dtype, b.shape) for b in bindings],
             output_dtypes=[_plain(b.dtype) for b in program.outputs],
             compilation_settings=settings(),
-            input_binding_names=[b.name for b in program.inputs],
+            input_binding_names=[b.name for b in bindings],
             output_binding_names=[b.name for b in program.outputs],
         )
         try:
@@ -141,6 +147,7 @@ def build(
     targets: Sequence[str],
     *,
     known: Sequence[Tensor] | None = None,
+    external: Mapping[str, str] | None = None,
 ) -> Engine:
     """Build ``program`` and write the engine to ``path``.
 
@@ -150,11 +157,12 @@ def build(
         path: where to write.
         targets: compute capabilities such as ``"8.9"``; empty for the backend's own choice.
         known: read the network back as well, sharing these tensors (:mod:`.readback`).
+        external: see :func:`network_of`.
 
     Raises:
         BuildFailed: TensorRT returned no engine.
     """
-    interpreter = network_of(program)
+    interpreter = network_of(program, external)
     network = None if known is None else read_network(interpreter.ctx.net, known)
     config = interpreter._populate_trt_builder_config()
     _set_targets(config, targets)
@@ -175,8 +183,17 @@ def build(
     )
 
 
-def _with_parameters(program: Lowered) -> fx.GraphModule:
-    """Parameters as attributes, which Torch-TensorRT turns into constants."""
+def _bindings(graph: fx.Graph, program: Lowered, external: Mapping[str, str]) -> list[Binding]:
+    """The network's inputs, in the order of the placeholders."""
+    own = {binding.node: binding for binding in program.inputs}
+    for node, name in external.items():
+        held = program.state[node]
+        own[node] = Binding(name, node, held.dtype, tuple(held.shape))
+    return [own[node.name] for node in graph.find_nodes(op="placeholder")]
+
+
+def _with_parameters(program: Lowered, external: Mapping[str, str]) -> fx.GraphModule:
+    """Parameters as attributes, which Torch-TensorRT turns into constants, or left as inputs."""
     graph = copied(program.graph_module.graph)
     module = fx.GraphModule(program.graph_module, graph)
     for node in graph.nodes:
@@ -184,7 +201,7 @@ def _with_parameters(program: Lowered) -> fx.GraphModule:
         if "nn_module_stack" in node.meta:
             node.meta["nn_module_stack"] = dict(node.meta["nn_module_stack"])
     for node in list(graph.find_nodes(op="placeholder")):
-        if node.name in program.state:
+        if node.name in program.state and node.name not in external:
             hold(module, node, program.state[node.name].contiguous())
     module.recompile()
     return module

@@ -1,0 +1,128 @@
+"""Whole conversions of large models with external weights: ``python -m benchmarks.large``.
+
+For every preset, safetensors shards of random weights are written first (``--weights FOLDER`` keeps
+them for the next run), then it is converted, each time in a process of its own. Printed are the
+seconds of every stage and of the whole process, the largest memory that it and its children held
+together (proportional set size, sampled twice a second: pages of mapped files that several
+processes share count once; and without file pages, which the system takes back when it needs them),
+and the size of the bundle beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+
+from cp_convert.instantiate import build
+from cp_convert.preset import path_of, read
+from cp_convert.unallocated import unallocated
+
+SHARD = 4 << 30
+
+
+def write_weights(preset: str, folder: Path) -> None:
+    """Shards of at most 4 GiB of random bfloat16 numbers, named as the model names them."""
+    told = read(path_of(preset))
+    with unallocated():
+        module = build(told, told.config, tiny=False, random=False, bytes_each=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    block = torch.randn(1 << 22).bfloat16() * 0.02
+    shard: dict[str, torch.Tensor] = {}
+    places: dict[str, str] = {}
+    size = count = 0
+
+    def flush() -> None:
+        nonlocal shard, size, count
+        name = f"diffusion_pytorch_model-{count:05}.safetensors"
+        save_file(shard, folder / name)
+        places.update(dict.fromkeys(shard, name))
+        shard, size, count = {}, 0, count + 1
+
+    for name, tensor in module.state_dict().items():
+        repeats = -(-tensor.numel() // block.numel())
+        # One block over and over: what the numbers are does not matter here, only how many.
+        values = block.repeat(repeats)[: tensor.numel()] if repeats > 1 else block[: tensor.numel()]
+        shard[name] = values.reshape(tensor.shape).clone()
+        size += shard[name].nbytes
+        if size >= SHARD:
+            flush()
+    if shard:
+        flush()
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def memory(process: psutil.Process) -> tuple[int, int]:
+    """Bytes that a process and its children hold: with pages of mapped files, and without."""
+    whole = own = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            maps = one.memory_maps(grouped=False)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        whole += sum(m.pss for m in maps)
+        own += sum(m.anonymous for m in maps)
+    return whole, own
+
+
+def convert(model: str, weights: Path, options: list[str]) -> dict[str, Any]:
+    """Convert once; the manifest with wall-clock seconds, memory and size."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        command = [sys.executable, "-m", "cp_convert", model, "--weights", str(weights), *options]
+        command += ["--proof", "none", "-o", f"{folder}/bundle", "--json"]
+        start, peak = time.perf_counter(), (0, 0)
+        with (Path(folder) / "out.json").open("w") as out:
+            process = subprocess.Popen(command, stdout=out)
+            while process.poll() is None:
+                now = memory(psutil.Process(process.pid)) if process.poll() is None else (0, 0)
+                peak = (max(peak[0], now[0]), max(peak[1], now[1]))
+                time.sleep(0.5)
+        wall = time.perf_counter() - start
+        if process.returncode:
+            sys.exit(f"{' '.join(command)} failed")
+        manifest: dict[str, Any] = json.loads((Path(folder) / "out.json").read_text())["manifest"]
+        files = {p.stat().st_ino: p.stat().st_size for p in Path(f"{folder}/bundle").iterdir()}
+    return {**manifest, "wall": wall, "peak": peak, "size": sum(files.values())}
+
+
+def main() -> None:
+    """Parse, write weights, convert, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("presets", nargs="*", default=["flux.1-dev"])
+    parser.add_argument("--worlds", default="8")
+    parser.add_argument("--layouts", default="shared")
+    parser.add_argument("--strategy", default="ulysses")
+    parser.add_argument("--weights", type=Path, help="a folder to keep the weights in")
+    args = parser.parse_args()
+    print("| model | world | layout | seconds | of which | peak GB | without files | bundle MB |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+        for preset in args.presets:
+            weights = (args.weights or Path(scratch)) / preset
+            if not weights.is_dir():
+                write_weights(preset, weights)
+            for world in args.worlds.split(","):
+                for layout in args.layouts.split(","):
+                    options = ["-s", args.strategy, "-w", world, "--layout", layout]
+                    run = convert(preset, weights, options)
+                    stages = " ".join(f"{k} {v:.1f}" for k, v in run["timings"].items() if v > 0.3)
+                    whole, own = (n / 1e9 for n in run["peak"])
+                    print(
+                        f"| {preset} | {world} | {layout} | {run['wall']:.1f} | {stages} | "
+                        f"{whole:.1f} | {own:.1f} | {run['size'] / 1e6:.0f} |",
+                        flush=True,
+                    )
+
+
+if __name__ == "__main__":
+    main()

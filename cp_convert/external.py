@@ -1,0 +1,117 @@
+"""Weights outside the engines: where every weight that is an engine's input finds its numbers.
+
+A weight that stands in the user's safetensors file in the type that is computed with is left there;
+any other is written once, in one pass, into ``weights.safetensors`` of the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from .bundle import sha256
+from .weights import SAFETENSORS, Location
+
+WEIGHTS: Final = "weights.safetensors"
+_CHUNK: Final = 1 << 24
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight that is an input of every engine.
+
+    Attributes:
+        name: of the binding, and of the model's parameter.
+        dtype, shape: of the tensor.
+        file: where its numbers are; a bare file name lies in the bundle.
+        offset: of the first byte in that file.
+        size: in bytes.
+        sha256: of these bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    size: int
+    sha256: str
+
+
+def place(
+    parameters: Mapping[str, Tensor],
+    located: Mapping[str, Location],
+    folder: Path,
+    *,
+    copy: bool,
+) -> tuple[Weight, ...]:
+    """Find every parameter in the user's files, or write it into ``folder``.
+
+    Args:
+        parameters: by name.
+        located: where the user's files hold them.
+        folder: the bundle.
+        copy: write all of them, so that the bundle needs no other file.
+    """
+    left = {
+        name: located[name]
+        for name, tensor in parameters.items()
+        if not copy and name in located and located[name].dtype == tensor.dtype
+    }
+    weights = {
+        name: _weight(
+            name,
+            parameters[name],
+            str(at.file.resolve()),
+            at.offset,
+            sha256(at.file, at.offset, at.size),
+        )
+        for name, at in left.items()
+    }
+    own = {name: tensor for name, tensor in parameters.items() if name not in left}
+    weights.update(_written(own, folder / WEIGHTS) if own else {})
+    return tuple(weights[name] for name in parameters)
+
+
+def _weight(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Weight(name, dtype, tuple(tensor.shape), file, offset, tensor.nbytes, sha256)
+
+
+def _written(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Weight]:
+    """One safetensors file, tensor by tensor: the library would hold all of them in memory.
+
+    Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
+    little-endian; the header in JSON; the numbers.
+    """
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    weights = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            offset, digest = file.tell(), hashlib.sha256()
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, len(flat), _CHUNK):
+                piece = flat[start : start + _CHUNK].tobytes()
+                digest.update(piece)
+                file.write(piece)
+            weights[name] = _weight(name, tensor, path.name, offset, digest.hexdigest())
+    return weights
