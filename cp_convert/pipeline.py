@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
 from .errors import CannotShard
-from .external import place
+from .external import Placing
 from .hardware import read as read_hardware
 from .job import AUTO, FUSED, Job
 from .load import Source, load
@@ -54,11 +54,12 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     device = check_device(job.proof_device)
     check_target(job.out, force=job.force)
     workarounds = prepare(backend, fused=job.strategy == FUSED)
-    with staged(job.out) as folder:
+    with staged(job.out) as folder, ExitStack() as work:
         with clock.stage("load"):
             source = load(job)
             check_space(job.out, _needed(job, source))
             axis = mesh.free(source.groups.values())
+            placing = work.enter_context(_placing(job, source, folder))
         truth = None
         if job.proof != "none" and not source.groups:
             with clock.stage("measure"):
@@ -100,16 +101,11 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
                 proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
         names = traced.parameters if source.external else {}
         engines: list[Engine] = []
-        with ThreadPoolExecutor(1) as aside:
-            parameters = {name: lowered.state[node] for node, name in names.items()}
-            placing = aside.submit(place, parameters, source.located, folder, copy=job.copy_weights)
-            ranks = mesh.ranks if layout == "per-rank" else range(1)
-            with clock.stage("build", total=len(ranks)):
-                for rank in ranks:
-                    engines.append(_build(job, folder, lowered, rank, engines, names))
-                    progress.step("build")
-            with clock.stage("weights"):
-                weights = placing.result()
+        ranks = mesh.ranks if layout == "per-rank" else range(1)
+        with clock.stage("build", total=len(ranks)):
+            for rank in ranks:
+                engines.append(_build(job, folder, lowered, rank, engines, names))
+                progress.step("build")
         for rank in mesh.ranks[len(engines) :]:
             twin = link(engines[0].path, engine_name(rank))
             engines.append(replace(engines[0], rank=rank, path=twin))
@@ -117,8 +113,12 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         if proof is not None and _pays(job, proof, clock.seconds["build"]):
             with clock.stage("replay"):
                 networks = [engine.network for engine in engines if engine.network is not None]
-                inputs = {**flat_inputs(lowered, source.inputs), **parameters}
+                inputs = flat_inputs(lowered, source.inputs)
+                inputs |= {name: lowered.state[node] for node, name in names.items()}
                 network_proof = prove_networks(networks, inputs, proof, lowered, device)
+        with clock.stage("weights"):
+            found = placing.weights
+            weights = [found[name] for name in names.values()]
         manifest = describe(
             job,
             source,
@@ -143,6 +143,12 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
 def _needed(job: Job, source: Source) -> int:
     """Bytes that weights take in the bundle, at most."""
     return source.bytes if source.external else job.world * source.bytes
+
+
+def _placing(job: Job, source: Source, folder: Path) -> Placing:
+    """Begins to find, or to write, what external weights are; nothing where they are embedded."""
+    named = source.module.named_parameters(remove_duplicate=False) if source.external else ()
+    return Placing(dict(named), source.located, folder, copy=job.copy_weights)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
