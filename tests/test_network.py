@@ -77,6 +77,7 @@ def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
         ("ulysses", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
         ("allgather-kv", ["K and V arrive"]),
         ("ring", []),
+        ("usp", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
     ],
 )
 def test_no_transposition_that_another_packing_would_save(name: str, moving: list[str]) -> None:

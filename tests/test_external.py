@@ -1,0 +1,193 @@
+"""Weights outside the engines, and one engine for all ranks."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cp_convert import bundle, cli
+from cp_convert import manifest as m
+from cp_convert.engine.lower import lower, specialise
+from cp_convert.errors import CannotShard, WeightsError
+from cp_convert.external import WEIGHTS, place
+from cp_convert.prove.lockstep import run
+from cp_convert.prove.program import flat_inputs
+from cp_convert.shared import by_scatter, why_not_shared
+from cp_convert.weights import locate
+
+
+def convert(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+def manifest_of(folder: Path) -> m.Manifest:
+    return bundle.read(folder)[0]
+
+
+def numbers_of(weight: m.Weight, folder: Path) -> torch.Tensor:
+    """What a user of the bundle would bind, read from the bytes that the manifest names."""
+    with (folder / weight.file).open("rb") as file:
+        file.seek(weight.offset)
+        raw = bytearray(file.read(weight.bytes))
+    return torch.frombuffer(raw, dtype=getattr(torch, weight.dtype)).reshape(weight.shape)
+
+
+def test_offsets_are_those_of_the_numbers(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 5), "b": torch.arange(7), "c": torch.randn(2, 2).bfloat16()}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, metadata={"format": "pt"})
+    for name, at in locate(path).items():
+        raw = path.read_bytes()[at.offset : at.offset + at.size]
+        assert at.dtype == tensors[name].dtype
+        found = torch.frombuffer(bytearray(raw), dtype=at.dtype).reshape(tensors[name].shape)
+        assert torch.equal(found, tensors[name])
+
+
+def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
+    tensors = {
+        "half": torch.randn(3, 5).bfloat16(),
+        "turned": torch.randn(4, 6).T,
+        "one": torch.tensor(2.0),
+        "long": torch.arange(3),
+    }
+    found = place(tensors, {}, tmp_path, Event(), copy=False)
+    loaded = load_file(tmp_path / WEIGHTS)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    for name, weight in found.items():
+        digest = bundle.sha256(tmp_path / weight.file, weight.offset, weight.size)
+        assert (weight.name, weight.sha256) == (name, digest)
+        assert weight.shape == tuple(tensors[name].shape)
+
+
+def test_a_stopped_search_leaves_at_once(tmp_path: Path) -> None:
+    stop = Event()
+    stop.set()
+    assert place({"a": torch.ones(2)}, {}, tmp_path, stop, copy=False) == {}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("layout", ["shared", "per-rank"])
+@pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather-kv"])
+def test_engines_without_weights_are_proven(strategy: str, layout: str, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    status = convert(
+        EXAMPLES / "plain_dit.py", "-s", strategy, "-w", 3, "-p", "fp32", "-o", out, "-q",
+        "--proof", "network", "--weights-mode", "external", "--layout", layout,
+    )  # fmt: skip
+    assert status == 0
+    told = manifest_of(out)
+    assert (told.weights_mode, told.layout, told.proof.level) == ("external", layout, "network")
+    engines = {(out / engine.file).stat().st_ino for engine in told.engines}
+    digests = {engine.sha256 for engine in told.engines}
+    assert len(engines) == len(digests) == (1 if layout == "shared" else 3)
+    assert {c.kind for c in told.collectives if c.kind == "scatter"} == (
+        {"scatter"} if layout == "shared" else set()
+    )
+    torch.manual_seed(0)
+    model = example("plain_dit").build_model()
+    parameters = dict(model.named_parameters())
+    assert {w.name for w in told.weights} == set(parameters)
+    assert all(torch.equal(numbers_of(w, out), parameters[w.name]) for w in told.weights)
+    assert {w.file for w in told.weights} == {WEIGHTS}
+    assert not any(check.problem for check in bundle.verify(out))
+
+
+@pytest.fixture
+def saved(model_file: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A model file and its weights, in the precision that it is converted in."""
+    path = model_file()
+    namespace: dict[str, object] = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    module = namespace["build_model"]()  # type: ignore[operator]
+    weights = tmp_path / "weights" / "model.safetensors"
+    weights.parent.mkdir()
+    state = {name: tensor.half().contiguous() for name, tensor in module.state_dict().items()}
+    save_file(state, weights)
+    return path, weights
+
+
+@pytest.mark.engine
+def test_the_users_own_file_is_named_and_not_copied(
+    saved: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, weights = saved
+    out = tmp_path / "bundle"
+    options = ["-s", "ulysses", "-w", 2, "-q", "--weights", weights, "--weights-mode", "external"]
+    assert convert(path, *options, "-o", out) == 0
+    told = manifest_of(out)
+    assert told.proof.status == "passed"
+    assert {w.file for w in told.weights} == {str(weights.resolve())}
+    assert not (out / WEIGHTS).exists()
+    with safe_open(weights, framework="pt") as stored:
+        assert all(torch.equal(numbers_of(w, out), stored.get_tensor(w.name)) for w in told.weights)
+    assert convert(path, *options, "-o", out, "--force", "--copy-weights") == 0
+    assert {w.file for w in manifest_of(out).weights} == {WEIGHTS}
+    # In another precision the numbers are others, so they are the bundle's own.
+    assert convert(path, *options, "-o", out, "--force", "-p", "fp32") == 0
+    assert {(w.file, w.dtype) for w in manifest_of(out).weights} == {(WEIGHTS, "float32")}
+
+
+@pytest.mark.engine
+def test_a_changed_weight_is_noticed(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    path, weights = saved
+    out = tmp_path / "bundle"
+    options = ["-s", "ring", "-w", 2, "-q", "--weights", weights, "--weights-mode", "external"]
+    assert convert(path, *options, "-o", out, "--no-proof") == 0
+    assert not any(check.problem for check in bundle.verify(out))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    problems = [check.subject for check in bundle.verify(out) if check.problem]
+    assert len(problems) == 1
+    os.truncate(weights, len(data) - 8)
+    assert [c.problem for c in bundle.verify(out) if c.problem] == [f"{weights} ends before it"]
+    weights.unlink()
+    assert all("missing" in (c.problem or "") for c in list(bundle.verify(out))[4:])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["ulysses", "ring", "allgather-kv"])
+def test_one_program_for_all_ranks_means_the_same(name: str) -> None:
+    stages = rewritten(tiny(), tiny_inputs(), name, 4)
+    program = stages.rewritten
+    assert why_not_shared(program) is None  # type: ignore[arg-type]
+    lowered = lower(by_scatter(program))  # type: ignore[arg-type]
+    flat = flat_inputs(program, tiny_inputs())
+    for (ours,), (theirs,) in zip(run(lowered, flat, 4), run(program, flat, 4), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    first, last = (specialise(lowered, rank).graph_module.graph for rank in (0, 3))
+    assert [n.format_node() for n in first.nodes] == [n.format_node() for n in last.nodes]
+
+
+def test_groups_cannot_share_an_engine() -> None:
+    stages = rewritten(tiny(), tiny_inputs(), "usp", 4)
+    assert "groups" in str(why_not_shared(stages.rewritten))  # type: ignore[arg-type]
+
+
+@pytest.mark.engine
+def test_a_layout_that_cannot_be_is_refused(
+    model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = convert(
+        model_file(), "-s", "usp", "--ulysses", 2, "-w", 4, "--layout", "shared",
+        "-o", tmp_path / "bundle", "--no-proof", "--json",
+    )  # fmt: skip
+    assert status == CannotShard.exit_code
+    assert "groups of ranks" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_truncated_header_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1000).to_bytes(8, "little") + b"{")
+    with pytest.raises(WeightsError):
+        locate(path)
