@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
@@ -205,8 +205,9 @@ def verify(path: Path) -> Iterator[Check]:
     yield Check("ranks", problem)
     for engine in manifest.engines:
         yield Check(engine.file, _engine_problem(folder / engine.file, engine))
-    for weight in manifest.weights:
-        yield Check(weight.name, _weight_problem(folder / weight.file, weight))
+    for file in sorted({weight.file for weight in manifest.weights}):
+        own = [weight for weight in manifest.weights if weight.file == file]
+        yield Check(file, _weights_problem(folder / file, own))
 
 
 def _engine_problem(path: Path, engine: manifests.Engine) -> str | None:
@@ -220,13 +221,17 @@ def _engine_problem(path: Path, engine: manifests.Engine) -> str | None:
     return None
 
 
-def _weight_problem(path: Path, weight: manifests.Weight) -> str | None:
+def _weights_problem(path: Path, weights: Sequence[manifests.Weight]) -> str | None:
+    """What is wrong with the numbers that the manifest finds in a file of weights."""
     if not path.is_file():
-        return f"{path} is missing"
-    if path.stat().st_size < weight.offset + weight.bytes:
-        return f"{path} ends before it"
-    if sha256(path, weight.offset, weight.bytes) != weight.sha256:
-        return f"SHA-256 of its numbers in {path} differs from the manifest's"
+        return "missing"
+    size = path.stat().st_size
+    absent = [w.name for w in weights if size < w.offset + w.bytes]
+    if absent:
+        return f"ends before {absent[0]}"
+    other = [w.name for w in weights if sha256(path, w.offset, w.bytes) != w.sha256]
+    if other:
+        return f"SHA-256 of {len(other)} weights differs from the manifest's: {other[0]} first"
     return None
 
 

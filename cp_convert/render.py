@@ -108,6 +108,7 @@ class Screen:
         )
         for row in (
             ("proof", _proof_line(manifest.proof)),
+            ("weights", _weights_line(manifest)),
             ("attention", _attention_line(manifest.attention)),
             ("collectives", _collectives_line(manifest)),
             ("built by", _backend_line(manifest)),
@@ -260,6 +261,7 @@ def _facts(manifest: Manifest) -> Table:
             "strategy",
             f"{manifest.strategy} over {_plural(manifest.world, 'rank')}, {manifest.precision}",
         ),
+        ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
         (
@@ -278,6 +280,18 @@ def _facts(manifest: Manifest) -> Table:
     for frozen in manifest.frozen:
         table.add_row("frozen", escape(f"{frozen.name} = {frozen.value}"))
     return table
+
+
+def _weights_line(manifest: Manifest) -> str:
+    shared = "; one engine for all ranks" if manifest.layout == "shared" else ""
+    if manifest.weights_mode == "embedded":
+        return f"in every engine{shared}"
+    files = sorted({weight.file for weight in manifest.weights})
+    total = sum(weight.bytes for weight in manifest.weights)
+    return (
+        f"{_plural(len(manifest.weights), 'engine input')}, {_size(total)}, "
+        f"from {', '.join(files)}{shared}"
+    )
 
 
 def _engines_table(manifest: Manifest) -> Table:

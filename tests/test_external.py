@@ -146,12 +146,13 @@ def test_a_changed_weight_is_noticed(saved: tuple[Path, Path], tmp_path: Path) -
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    problems = [check.subject for check in bundle.verify(out) if check.problem]
-    assert len(problems) == 1
+    (problem,) = [check.problem for check in bundle.verify(out) if check.problem]
+    assert problem.startswith("SHA-256 of 1 weights differs")
     os.truncate(weights, len(data) - 8)
-    assert [c.problem for c in bundle.verify(out) if c.problem] == [f"{weights} ends before it"]
+    assert [c.problem[:11] for c in bundle.verify(out) if c.problem] == ["ends before"]
     weights.unlink()
-    assert all("missing" in (c.problem or "") for c in list(bundle.verify(out))[4:])
+    (last,) = [check for check in bundle.verify(out) if check.problem]
+    assert (last.subject, last.problem) == (str(weights.resolve()), "missing")
 
 
 @pytest.mark.engine
