@@ -1,0 +1,76 @@
+"""Conversions that are killed or stopped: no half bundle, nothing left behind, the old one kept."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cp_convert import bundle
+
+pytestmark = pytest.mark.engine
+
+
+def started(model: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "cp_convert", str(model), "-s", "ulysses", "-w", "2"]
+    command += ["--weights-mode", "external", "--no-proof", "-q", "-o", str(out), *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+def is_whole(out: Path) -> bool:
+    return not any(check.problem for check in bundle.verify(out))
+
+
+def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """SIGKILL leaves no bundle, or a whole one; what it leaves behind the next one removes."""
+    model, out = model_file(), tmp_path / "out" / "bundle"
+    begin = time.perf_counter()
+    assert started(model, out).wait() == 0
+    whole = time.perf_counter() - begin
+    first = (out / "manifest.json").read_bytes()
+    moments = random.Random(0)
+    for _ in range(3):
+        process = started(model, out, "--force")
+        # The second half is where files are written.
+        time.sleep(whole * moments.uniform(0.5, 1.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        # Between two renames, for an instant, the old bundle stands beside, whole.
+        there = out if out.exists() else next(out.parent.glob(".bundle.partial-*-old"))
+        assert is_whole(there)
+    assert started(model, out, "--force").wait() == 0
+    assert is_whole(out)
+    assert [path.name for path in out.parent.iterdir()] == ["bundle"]
+    assert (out / "manifest.json").read_bytes() != first
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped(number: int, model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Both leave nothing and say so."""
+    out = tmp_path / "out" / "bundle"
+    process = started(model_file(), out)
+    while not any(out.parent.glob(".bundle.partial-*")):  # the conversion has begun
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert told.decode().splitlines()[-1] == "Interrupted; nothing was written."
+    assert list(out.parent.iterdir()) == []
+
+
+def test_two_into_the_same_folder(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """One of them wins; the other may say that the folder is taken. Nothing is broken."""
+    model, out = model_file(), tmp_path / "bundle"
+    both = [started(model, out, "--force") for _ in range(2)]
+    codes = sorted(process.wait() for process in both)
+    told = [process.stderr.read().decode() for process in both if process.stderr]
+    assert codes[0] == 0
+    assert codes[1] in (0, 2), told
+    assert is_whole(out)
+    assert not list(tmp_path.glob(".bundle.*"))
