@@ -77,7 +77,7 @@ def memory(process: psutil.Process) -> tuple[int, int]:
 
 def convert(model: str, weights: Path, options: list[str]) -> dict[str, Any]:
     """Convert once; the manifest with wall-clock seconds, memory and size."""
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cp_convert", model, "--weights", str(weights), *options]
         command += ["--proof", "none", "-o", f"{folder}/bundle", "--json"]
         start, peak = time.perf_counter(), (0, 0)
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| model | world | layout | seconds | of which | peak GB | without files | bundle MB |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
             weights = (args.weights or Path(scratch)) / preset
             if not weights.is_dir():
