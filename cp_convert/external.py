@@ -95,11 +95,8 @@ def place(
         stop: ends the work early; what is returned then is incomplete.
         copy: write all of them, so that the bundle needs no other file.
     """
-    left = {
-        name: located[name]
-        for name, tensor in parameters.items()
-        if not copy and name in located and located[name].dtype == tensor.dtype
-    }
+    own = to_write(parameters, located, copy=copy)
+    left = {name: located[name] for name in parameters if name not in own}
     weights: dict[str, Weight] = {}
     # In the order in which the files hold them: disks read that fastest.
     for name, at in sorted(left.items(), key=lambda item: (item[1].file, item[1].offset)):
@@ -107,8 +104,18 @@ def place(
             return {}
         file, digest = str(at.file.resolve()), sha256(at.file, at.offset, at.size)
         weights[name] = _weight(name, parameters[name], file, at.offset, digest)
-    own = {name: tensor for name, tensor in parameters.items() if name not in left}
     return {**weights, **_written(own, folder / WEIGHTS, stop)} if own else weights
+
+
+def to_write(
+    parameters: Mapping[str, Tensor], located: Mapping[str, Location], *, copy: bool
+) -> dict[str, Tensor]:
+    """Those that stand in no file of the user's in the type that they are computed in."""
+    return {
+        name: tensor
+        for name, tensor in parameters.items()
+        if copy or name not in located or located[name].dtype != tensor.dtype
+    }
 
 
 def _weight(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:

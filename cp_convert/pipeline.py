@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, link, publish, staged
 from .decompose import decompose
@@ -16,7 +18,7 @@ from .engine.lower import lower, specialise
 from .engine.readback import constants_of
 from .engine.runtime import decompositions
 from .errors import CannotShard
-from .external import Placing
+from .external import Placing, to_write
 from .hardware import read as read_hardware
 from .job import AUTO, FUSED, Job
 from .load import Source, load
@@ -142,13 +144,20 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
 
 def _needed(job: Job, source: Source) -> int:
     """Bytes that weights take in the bundle, at most."""
-    return source.bytes if source.external else job.world * source.bytes
+    if not source.external:
+        return job.world * source.bytes
+    own = to_write(_parameters(source), source.located, copy=job.copy_weights)
+    return sum(tensor.nbytes for tensor in own.values())
+
+
+def _parameters(source: Source) -> dict[str, Tensor]:
+    """What external weights are, tied ones under all their names."""
+    return dict(source.module.named_parameters(remove_duplicate=False)) if source.external else {}
 
 
 def _placing(job: Job, source: Source, folder: Path) -> Placing:
     """Begins to find, or to write, what external weights are; nothing where they are embedded."""
-    named = source.module.named_parameters(remove_duplicate=False) if source.external else ()
-    return Placing(dict(named), source.located, folder, copy=job.copy_weights)
+    return Placing(_parameters(source), source.located, folder, copy=job.copy_weights)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
