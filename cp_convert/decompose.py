@@ -12,7 +12,13 @@ from torch.export.graph_signature import ExportGraphSignature
 
 from .complexes import without_complex
 from .errors import CannotLower
-from .passes import copies_as_values, fold_constants, interleave_strided_writes, simplify
+from .passes import (
+    copies_as_values,
+    fold_constants,
+    interleave_strided_writes,
+    share_constants,
+    simplify,
+)
 from .program import Lowered, Program, hold, state_of
 
 
@@ -49,6 +55,7 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     simplify(graph_module.graph)
     fold_constants(graph_module)
     without_complex(graph_module)
+    share_constants(graph_module)
     graph_module.recompile()
     parameters = {n: state[n] for n in signature.inputs_to_parameters}
     # An output that is not returned as a tensor of its own (a constant, None) has no binding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Final
 
 import torch
@@ -68,14 +69,37 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
         n: graph_module.get_buffer(str(n.target)) for n in graph.find_nodes(op="get_attr")
     }
     known = {n: value for n, value in attributes.items() if _is_exact(value)}
+    folded: dict[tuple[object, ...], fx.Node] = {}
     for node, value in settled(graph, known, lambda n: _is_exact(n.meta.get("val"))):
-        name = f"_folded_{node.name}"
-        graph_module.register_buffer(name, value.contiguous().clone(), persistent=False)
-        with graph.inserting_before(node):
-            constant = graph.get_attr(name)
-        constant.meta = dict(node.meta)
-        node.replace_all_uses_with(constant)
+        same = _identity(value)
+        if same not in folded:
+            name = f"_folded_{node.name}"
+            graph_module.register_buffer(name, value.contiguous().clone(), persistent=False)
+            with graph.inserting_before(node):
+                folded[same] = graph.get_attr(name)
+            folded[same].meta = dict(node.meta)
+        node.replace_all_uses_with(folded[same])
     erase_dead(graph)
+
+
+def share_constants(graph_module: fx.GraphModule) -> None:
+    """One attribute for equal constants: models make the same rotary table in every block.
+
+    What follows then splits, sends and stores it once.
+    """
+    graph = graph_module.graph
+    first: dict[tuple[object, ...], fx.Node] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        same = first.setdefault(_identity(graph_module.get_buffer(str(node.target))), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def _identity(value: torch.Tensor) -> tuple[object, ...]:
+    """What equal constants have in common."""
+    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return value.dtype, tuple(value.shape), hashlib.sha256(raw).digest()  # type: ignore[arg-type]
 
 
 def _is_exact(value: Any) -> bool:

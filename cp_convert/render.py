@@ -287,11 +287,9 @@ def _weights_line(manifest: Manifest) -> str:
     if manifest.weights_mode == "embedded":
         return f"in every engine{shared}"
     files = sorted({weight.file for weight in manifest.weights})
+    where = ", ".join(files) if len(files) < 3 else f"{len(files)} files such as {files[0]}"
     total = sum(weight.bytes for weight in manifest.weights)
-    return (
-        f"{_plural(len(manifest.weights), 'engine input')}, {_size(total)}, "
-        f"from {', '.join(files)}{shared}"
-    )
+    return f"{_plural(len(manifest.weights), 'engine input')}, {_size(total)}, from {where}{shared}"
 
 
 def _engines_table(manifest: Manifest) -> Table:

@@ -200,3 +200,22 @@ def test_other_writes_are_left_alone(forward: Callable[..., Tensor]) -> None:
     before = [n.target for n in module.graph.nodes]
     assert interleave_strided_writes(module.graph) == 0
     assert [n.target for n in module.graph.nodes] == before
+
+
+class TablesOfTheirOwn(nn.Module):
+    """Every block makes the same table; one makes another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x * torch.arange(8.0).cos() + torch.ones(8)
+        return x * torch.arange(8.0).sin()
+
+
+def test_equal_constants_are_held_once() -> None:
+    inputs = {"x": torch.randn(2, 8)}
+    program, _ = trace(TablesOfTheirOwn(), inputs, {})
+    dense = decompose(program, table())
+    held = list(dense.graph_module.graph.find_nodes(op="get_attr"))
+    assert len(held) == 3
+    ((ours,),) = run(dense, inputs, 1)
+    torch.testing.assert_close(ours, TablesOfTheirOwn()(**inputs))
