@@ -31,7 +31,7 @@ class Job:
     Attributes:
         model: path of the Python file that defines the model, or of a preset's TOML.
         strategy: one of :data:`STRATEGY_NAMES`, ``fused``, or ``auto`` for the one with the
-            shortest estimated forward.
+            shortest estimated forward that fits into memory.
         world: the world size, at least 1.
         out: directory of the bundle.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others

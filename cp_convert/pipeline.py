@@ -85,7 +85,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             sharded = shard(dense, axis)
         if job.strategy == AUTO:
             with clock.stage("choose"):
-                name, factor = cheapest(sharded, axis, read_hardware(job.hardware), table)
+                hardware = read_hardware(job.hardware)
+                name, factor = cheapest(sharded, axis, hardware, source.bytes, table)
                 job = replace(job, strategy=name, ulysses=factor)
         with clock.stage("rewrite"):
             strategy = choose(job.strategy, job.ulysses)

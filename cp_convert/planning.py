@@ -147,33 +147,47 @@ def _at(
 
 
 def cheapest(
-    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any]
+    split: Sharded, axis: Axis, hardware: Hardware, weights: int, table: Mapping[Any, Any]
 ) -> tuple[str, int | None]:
-    """The strategy, and USP's factor, with the shortest estimated forward.
+    """The strategy, and USP's factor, with the shortest estimated forward among those that fit.
 
     Args:
         split: the sharded program.
         axis: the ranks that share the sequence.
         hardware: what it will run on.
+        weights: bytes of them that a rank holds.
         table: see :func:`.rewrite.rewrite`.
 
     Raises:
-        CannotShard: no strategy can split every attention.
+        CannotShard: no strategy can split every attention, or none that can fits into memory.
     """
     tried = list(_try_all(split, axis, hardware, table))
-    found = [(one.work.seconds, one.name, one.ulysses) for one in tried if one.work is not None]
+    found = [
+        (one.work.seconds, one.work, one.name, one.ulysses) for one in tried if one.work is not None
+    ]
     if not found:
         reasons = " ".join(one.refused for one in tried if one.refused)
         raise CannotShard("no strategy can split this model.", hint=reasons)
-    _, name, ulysses = min(found)
+    fitting = [one for one in found if _fits(weights, one[1], hardware)]
+    if not fitting:
+        needed = min(weights + work.activations for _, work, *_ in found)
+        raise CannotShard(
+            f"no strategy fits into the {hardware.memory_gb:.0f} GB of {hardware.title}: the least "
+            f"needs about {needed / 1e9:.1f} GB a rank.",
+            hint="a larger --world, other --hardware, or name the --strategy to convert anyway.",
+        )
+    _, _, name, ulysses = min(fitting, key=lambda one: (one[0], one[2]))
     return name, ulysses
+
+
+def _fits(weights: int, work: Work, hardware: Hardware) -> bool:
+    return weights + work.activations <= hardware.memory_gb * 1e9
 
 
 def _option(
     option: Option, work: Work, alone: Work, source: Source, hardware: Hardware, key_values: int
 ) -> Option:
     speedup = alone.seconds / work.seconds if work.seconds else 0.0
-    needed = source.bytes + work.activations
     return Option(
         strategy=option.strategy,
         world=option.world,
@@ -187,5 +201,5 @@ def _option(
         communication=work.communication,
         speedup=speedup,
         efficiency=speedup / option.world,
-        fits=needed <= hardware.memory_gb * 1e9,
+        fits=_fits(source.bytes, work, hardware),
     )

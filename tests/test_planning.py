@@ -20,7 +20,7 @@ from torch import nn
 
 from cp_convert import hardware
 from cp_convert.backends import select
-from cp_convert.errors import UsageError
+from cp_convert.errors import CannotShard, UsageError
 from cp_convert.estimate import estimate
 from cp_convert.forecast import Forecast, Option, best, recommend
 from cp_convert.job import Job
@@ -315,3 +315,15 @@ def test_the_command(cp_convert: Run, tmp_path: Path) -> None:  # noqa: F811
     assert told["status"] == "ok"
     assert re.search("Take (one GPU|ulysses|allgather-kv|ring)", told["recommendation"])
     assert cp_convert("plan", model, "--hardware", "h300").code == 2
+
+
+def test_auto_refuses_what_fits_nowhere(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    fields = msgspec.structs.asdict(msgspec.structs.replace(H200, memory_gb=0.001)).items()
+    own.write_text("\n".join(f"{key} = {json.dumps(value)}" for key, value in fields))
+    wanted = replace(
+        job(EXAMPLES / "plain_dit.py", 2), strategy="auto", hardware=str(own), out=tmp_path / "out"
+    )
+    with pytest.raises(CannotShard, match="fits into the 0 GB of NVIDIA H200"):
+        convert(wanted, select("auto", ()), Progress())
+    assert not (tmp_path / "out").exists()
