@@ -112,11 +112,11 @@ def staged(out: Path) -> Iterator[Path]:
         _sweep(out.parent, prefix)
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
     except OSError as error:
-        raise _output_error(error, out.parent) from error
+        raise output_error(error, out.parent) from error
     try:
         yield folder
     except OSError as error:
-        raise _output_error(error, out) from error
+        raise output_error(error, out) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -129,7 +129,8 @@ def _sweep(parent: Path, prefix: str) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def _output_error(error: OSError, path: Path) -> OutputError:
+def output_error(error: OSError, path: Path) -> OutputError:
+    """What the system refused, in words; ``path`` is where, unless the system says it."""
     hints = {
         errno.ENOSPC: "the disk is full: free some space, or choose another --out.",
         errno.EDQUOT: "your quota is used up: free some space, or choose another --out.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import click
 
@@ -68,6 +69,22 @@ def cli() -> None:
     Exit codes: 0 done, 2 usage, 3 the model or strategy cannot be converted, 4 the proof failed,
     5 TensorRT could not build, 6 a bundle is damaged.
     """
+
+
+class _Bytes(click.ParamType[int]):
+    """A number of bytes with a unit."""
+
+    name = "size"
+    _units: ClassVar = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+    _binary: ClassVar = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """``8GiB``, ``500 MB`` or a plain number of bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", str(value).strip().lower())
+        if found is None or (found[3] and not found[2]):
+            self.fail(f"{value!r} is no size; write 8GiB, 500MB or a number of bytes.", param, ctx)
+        units = self._binary if found[3] else self._units
+        return int(float(found[1]) * units[found[2]])
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,6 +202,15 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )  # fmt: skip
 @click.option("--tiny", is_flag=True, help="A preset's structure in small, with random weights.")
 @click.option("--resolution", metavar="NAME", help="One of the preset's; see `cp-convert presets`.")
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1),
+    help="How many engines are built at once, at most.  [default: one for each CPU]",
+)  # fmt: skip
+@click.option(
+    "--memory", type=_Bytes(), metavar="SIZE",
+    help="What the conversion should hold in memory at most, such as 8GiB; fewer engines are then "
+    "built at once.  [default: 80 % of what is free]",
+)  # fmt: skip
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -409,7 +435,8 @@ def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; every :class:`ConvertError` becomes a message and a code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _interrupted)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     try:
         sys.exit(cli.main(args, prog_name="cp-convert", standalone_mode=False) or 0)
     except click.ClickException as error:

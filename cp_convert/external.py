@@ -6,8 +6,6 @@ any other is written once, in one pass, into ``weights.safetensors`` of the bund
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +13,12 @@ from pathlib import Path
 from threading import Event
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from .bundle import sha256
-from .weights import SAFETENSORS, Location
+from .weights import Location, save
 
 WEIGHTS: Final = "weights.safetensors"
-_CHUNK: Final = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,10 @@ def place(
             return {}
         file, digest = str(at.file.resolve()), sha256(at.file, at.offset, at.size)
         weights[name] = _weight(name, parameters[name], file, at.offset, digest)
-    return {**weights, **_written(own, folder / WEIGHTS, stop)} if own else weights
+    if own:
+        for name, (offset, digest) in save(own, folder / WEIGHTS, stop).items():
+            weights[name] = _weight(name, own[name], WEIGHTS, offset, digest)
+    return weights
 
 
 def to_write(
@@ -121,37 +120,3 @@ def to_write(
 def _weight(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Weight(name, dtype, tuple(tensor.shape), file, offset, tensor.nbytes, sha256)
-
-
-def _written(tensors: Mapping[str, Tensor], path: Path, stop: Event) -> dict[str, Weight]:
-    """One safetensors file, tensor by tensor: the library would hold all of them in memory.
-
-    Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
-    little-endian; the header in JSON; the numbers.
-    """
-    header, begin = {}, 0
-    for name, tensor in tensors.items():
-        end = begin + tensor.nbytes
-        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    weights = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            if stop.is_set():
-                break
-            offset, digest = file.tell(), hashlib.sha256()
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, len(flat), _CHUNK):
-                piece = flat[start : start + _CHUNK].tobytes()
-                digest.update(piece)
-                file.write(piece)
-            weights[name] = _weight(name, tensor, path.name, offset, digest.hexdigest())
-    return weights

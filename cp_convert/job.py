@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from .errors import UsageError
 
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
@@ -59,6 +61,9 @@ class Job:
         resolution: one of the preset's; ``None`` takes its usual one.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
+        jobs: how many engines are built at once, at most; ``None``: as many as there are CPUs.
+        memory: bytes that the conversion and its workers should hold at most; it decides how many
+            work at once. ``None``: four fifths of what is free when it begins.
         command: the command line, as recorded in the manifest.
     """
 
@@ -83,6 +88,8 @@ class Job:
     resolution: str | None = None
     rtol: float | None = None
     force: bool = False
+    jobs: int | None = None
+    memory: int | None = None
     command: str = ""
 
     def __post_init__(self) -> None:
@@ -114,6 +121,9 @@ class Job:
                 "--strategy fused: TensorRT's multi-device attention computes in FP16 and BF16.",
                 hint="add --precision bf16, or take another strategy.",
             )
+        for option, value in (("jobs", self.jobs), ("memory", self.memory)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{option} {value}: at least 1 is needed.")
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise UsageError(
                 f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
@@ -135,6 +145,16 @@ class Job:
     def is_preset(self) -> bool:
         """Whether the model is described by a preset."""
         return self.model.suffix == ".toml"
+
+    @property
+    def workers(self) -> int:
+        """How many engines are built at once, at most."""
+        return self.jobs or len(psutil.Process().cpu_affinity() or [0])
+
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that the conversion and its workers should hold together."""
+        return self.memory or psutil.virtual_memory().available * 4 // 5
 
     @property
     def name(self) -> str:

@@ -13,10 +13,11 @@ from .backends import Backend
 from .bundle import check_space, check_target, engine_name, link, publish, staged
 from .decompose import decompose
 from .describe import describe
-from .engine.build import Engine, build, prepare
-from .engine.lower import lower, specialise
-from .engine.readback import constants_of
+from .engine.build import Engine, prepare
+from .engine.lower import lower
+from .engine.pool import Pool
 from .engine.runtime import decompositions
+from .engine.worker import Task
 from .errors import CannotShard
 from .external import Placing, to_write
 from .hardware import read as read_hardware
@@ -24,6 +25,7 @@ from .job import AUTO, FUSED, Job
 from .load import Source, load
 from .manifest import Manifest
 from .mesh import Mesh
+from .packed import pack
 from .planning import cheapest
 from .program import Lowered
 from .progress import Clock, Progress
@@ -56,7 +58,11 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     device = check_device(job.proof_device)
     check_target(job.out, force=job.force)
     workarounds = prepare(backend, fused=job.strategy == FUSED)
-    with staged(job.out) as folder, ExitStack() as work:
+    with (
+        Pool(job.workers, job.memory_limit) as pool,
+        staged(job.out) as folder,
+        ExitStack() as work,
+    ):
         with clock.stage("load"):
             source = load(job)
             check_space(job.out, _needed(job, source))
@@ -103,12 +109,9 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
                 stages = Stages(dense, control, rewritten, lowered, sites, axis)
                 proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
         names = traced.parameters if source.external else {}
-        engines: list[Engine] = []
         ranks = mesh.ranks if layout == "per-rank" else range(1)
         with clock.stage("build", total=len(ranks)):
-            for rank in ranks:
-                engines.append(_build(job, folder, lowered, rank, engines, names))
-                progress.step("build")
+            engines = _built(job, backend, pool, folder, lowered, ranks, names, progress)
         for rank in mesh.ranks[len(engines) :]:
             twin = link(engines[0].path, engine_name(rank))
             engines.append(replace(engines[0], rank=rank, path=twin))
@@ -174,22 +177,38 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
     return job.layout
 
 
-def _build(
+def _built(
     job: Job,
+    backend: Backend,
+    pool: Pool,
     folder: Path,
     lowered: Lowered,
-    rank: int,
-    before: Sequence[Engine],
+    ranks: Sequence[int],
     names: Mapping[str, str],
-) -> Engine:
-    """Build one rank; its network is kept for the proof, sharing the weights of those before."""
-    known = None
-    if job.proof in ("auto", "network"):
-        networks = [engine.network for engine in before if engine.network is not None]
-        known = [*lowered.state.values(), *constants_of(networks)]
-    path = folder / engine_name(rank)
-    program = specialise(lowered, rank)
-    return build(program, rank, path, job.compute_capabilities, known=known, external=names)
+    progress: Progress,
+) -> list[Engine]:
+    """Build the engines of ``ranks``; for the proof, their networks share the model's weights."""
+    packed, file = pack(lowered, described=names, provenance=False), folder / "program.safetensors"
+    packed.write(file)
+    tasks = [
+        Task(
+            rank=rank,
+            program=file,
+            path=folder / engine_name(rank),
+            backend=backend,
+            fused=job.strategy == FUSED,
+            targets=job.compute_capabilities,
+            external=dict(names),
+            network=job.proof in ("auto", "network"),
+        )
+        for rank in ranks
+    ]
+    engines = []
+    for engine in pool.build(tasks, packed.nbytes, packed.tensors):
+        engines.append(engine)
+        progress.step("build")
+    file.unlink()
+    return sorted(engines, key=lambda engine: engine.rank)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Final
 
 import torch
@@ -17,6 +19,7 @@ from .errors import WeightsError
 from .unallocated import replace
 
 _SHOWN = 8
+_CHUNK: Final = 1 << 24
 SAFETENSORS: Final = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -225,3 +228,57 @@ def _shapes(places: dict[str, Path]) -> dict[str, tuple[int, ...]]:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def save(
+    tensors: Mapping[str, Tensor], path: Path, stop: Event | None = None
+) -> dict[str, tuple[int, str]]:
+    """Write one safetensors file, tensor by tensor: the library would hold all of them in memory.
+
+    Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
+    little-endian; the header in JSON; the numbers.
+
+    Returns:
+        Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
+    """
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    written = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            if stop is not None and stop.is_set():
+                break
+            offset, digest = file.tell(), hashlib.sha256()
+            flat = numbers(tensor)
+            for start in range(0, len(flat), _CHUNK):
+                piece = flat[start : start + _CHUNK]
+                digest.update(piece)
+                file.write(piece)
+            written[name] = (offset, digest.hexdigest())
+    return written
+
+
+def numbers(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as bytes, in row-major order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; their numbers are read when they are used.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    with _opened(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

@@ -2,13 +2,16 @@
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cp_convert import bundle
@@ -49,19 +52,61 @@ def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -
     assert (out / "manifest.json").read_bytes() != first
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped(number: int, model_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Both leave nothing and say so."""
-    out = tmp_path / "out" / "bundle"
-    process = started(model_file(), out)
-    while not any(out.parent.glob(".bundle.partial-*")):  # the conversion has begun
+def wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
+    while not happened():
         assert process.poll() is None
         time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that build: children of the server that forks them."""
+    children = psutil.Process(process.pid).children()
+    return [worker for child in children for worker in child.children()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("while_building", [False, True])
+def test_stopped(
+    number: int, while_building: bool, model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both signals leave no file and no process behind, and it is said so."""
+    out = tmp_path / "out" / "bundle"
+    process = started(model_file(), out)
+    wait_for(process, lambda: any(out.parent.glob(".bundle.partial-*")))
+    if while_building:
+        wait_for(process, lambda: bool(workers(process)))
+    family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, number)
     _, told = process.communicate()
     assert process.returncode == 130
-    assert told.decode().splitlines()[-1] == "Interrupted; nothing was written."
+    assert told.decode().strip() == "Interrupted; nothing was written."
     assert list(out.parent.iterdir()) == []
+    assert not psutil.wait_procs(family, timeout=20)[1]
+
+
+def test_a_worker_that_is_killed_is_told(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """As the system does when memory runs out."""
+    out = tmp_path / "out" / "bundle"
+    process = started(model_file(), out)
+    wait_for(process, lambda: bool(workers(process)))
+    workers(process)[0].kill()
+    _, told = process.communicate()
+    assert process.returncode == 5
+    assert "the process that built rank 0 was ended by SIGKILL" in told.decode()
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [100_000, 1_000_000])
+def test_a_full_disk_is_told(room: int, model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """While weights are written here, while an engine is written there (a worker does that)."""
+    limits = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
+    model = model_file()
+    command = [sys.executable, "-m", "cp_convert", str(model), "-s", "ulysses", "-w", "2"]
+    command += ["--no-proof", "-q", "-o", str(tmp_path / "out" / "bundle")]
+    done = subprocess.run(command, preexec_fn=limits, capture_output=True, check=False)
+    assert done.returncode == 2, done.stderr.decode()
+    assert "File too large. Nothing was left behind." in done.stderr.decode()
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_two_into_the_same_folder(model_file: Callable[..., Path], tmp_path: Path) -> None:
