@@ -75,8 +75,11 @@ def memory(process: psutil.Process) -> tuple[int, int]:
     return whole, own
 
 
-def convert(model: str, weights: Path, options: list[str]) -> dict[str, Any]:
+def convert(
+    model: str, weights: Path, options: list[str], cache: Path | None = None
+) -> dict[str, Any]:
     """Convert once; the manifest with wall-clock seconds, memory and size."""
+    options = [*options, *(["--no-cache"] if cache is None else ["--cache", str(cache)])]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "cp_convert", model, "--weights", str(weights), *options]
         command += ["--proof", "none", "-o", f"{folder}/bundle", "--json"]
@@ -103,9 +106,11 @@ def main() -> None:
     parser.add_argument("--layouts", default="shared")
     parser.add_argument("--strategy", default="ulysses")
     parser.add_argument("--weights", type=Path, help="a folder to keep the weights in")
+    parser.add_argument("--again", action="store_true", help="twice each, with an empty cache")
     args = parser.parse_args()
-    print("| model | world | layout | seconds | of which | peak GB | without files | bundle MB |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | world | layout | cache | seconds | of which | peak GB | without files", end="")
+    print(" | bundle MB |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
             weights = (args.weights or Path(scratch)) / preset
@@ -114,14 +119,20 @@ def main() -> None:
             for world in args.worlds.split(","):
                 for layout in args.layouts.split(","):
                     options = ["-s", args.strategy, "-w", world, "--layout", layout]
-                    run = convert(preset, weights, options)
-                    stages = " ".join(f"{k} {v:.1f}" for k, v in run["timings"].items() if v > 0.3)
-                    whole, own = (n / 1e9 for n in run["peak"])
-                    print(
-                        f"| {preset} | {world} | {layout} | {run['wall']:.1f} | {stages} | "
-                        f"{whole:.1f} | {own:.1f} | {run['size'] / 1e6:.0f} |",
-                        flush=True,
-                    )
+                    cache = Path(scratch) / "cache" if args.again else None
+                    for what in ("first", "again") if args.again else ("no cache",):
+                        row(preset, world, layout, what, convert(preset, weights, options, cache))
+
+
+def row(preset: str, world: str, layout: str, what: str, run: dict[str, Any]) -> None:
+    """Print one line of the table."""
+    stages = " ".join(f"{k} {v:.1f}" for k, v in run["timings"].items() if v > 0.3)
+    whole, own = (n / 1e9 for n in run["peak"])
+    print(
+        f"| {preset} | {world} | {layout} | {what} | {run['wall']:.1f} | {stages} | {whole:.1f} | "
+        f"{own:.1f} | {run['size'] / 1e6:.0f} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def staged(out: Path) -> Iterator[Path]:
     prefix = f".{out.name}.partial-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out.parent, prefix)
+        sweep(out.parent, prefix)
         folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
     except OSError as error:
         raise output_error(error, out.parent) from error
@@ -121,7 +121,7 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(parent: Path, prefix: str) -> None:
+def sweep(parent: Path, prefix: str) -> None:
     """Remove what conversions that were killed have left behind."""
     for stale in parent.glob(f"{prefix}*"):
         owner = re.match(r"\d+", stale.name.removeprefix(prefix))
@@ -248,13 +248,3 @@ def sha256(path: Path, offset: int = 0, size: int | None = None) -> str:
                 with memoryview(pages)[start : min(end, start + _CHUNK)] as piece:
                     digest.update(piece)
     return digest.hexdigest()
-
-
-def link(engine: Path, name: str) -> Path:
-    """The same file under another name beside it; a copy where the file system has no links."""
-    other = engine.with_name(name)
-    try:
-        other.hardlink_to(engine)
-    except OSError:
-        shutil.copyfile(engine, other)
-    return other

@@ -211,6 +211,12 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="What the conversion should hold in memory at most, such as 8GiB; fewer engines are then "
     "built at once.  [default: 80 % of what is free]",
 )  # fmt: skip
+@click.option(
+    "--cache", type=click.Path(path_type=Path), metavar="FOLDER",
+    help="Where traces and engines are kept; what is there and still right is not made again.  "
+    "[default: the platform's cache folder]",
+)  # fmt: skip
+@click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -225,7 +231,9 @@ def convert(
     quiet: bool,
     verbose: int,
     out: Path | None,
+    cache: Path | None,
     model: Path,
+    no_cache: bool,
     no_proof: bool,
     ring: int | None,
     **options: Any,
@@ -240,6 +248,7 @@ def convert(
 
     A preset is one of `cp-convert presets`, or a TOML file of the same form.
     """
+    from .cache import default_folder
     from .render import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
@@ -262,6 +271,7 @@ def convert(
     job = Job(
         model=model,
         out=out or Path(),
+        cache=None if no_cache else cache or default_folder(),
         command=shlex.join(["cp-convert", *sys.argv[1:]]),
         **options,
     )
@@ -432,6 +442,44 @@ def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
         screen.note(f"{bundle} is whole.")
 
 
+@cli.group("cache", context_settings=_SETTINGS)
+def cache_() -> None:
+    """What earlier conversions made and later ones need not make again."""
+
+
+def _cached(command: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option(
+        "--cache", type=click.Path(path_type=Path), metavar="FOLDER",
+        help="Which.  [default: the platform's cache folder]",
+    )  # fmt: skip
+    return option(_common(command))
+
+
+@cache_.command("info", context_settings=_SETTINGS)
+@_cached
+def cache_info(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Show where the cache is, and how much it holds."""
+    from .cache import Cache, default_folder
+    from .render import Screen
+
+    folder = cache or default_folder()
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    screen.cache(folder, Cache(folder).held())
+
+
+@cache_.command("clear", context_settings=_SETTINGS)
+@_cached
+def cache_clear(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
+    """Remove everything from the cache. Bundles stay as they are."""
+    from .cache import Cache, default_folder
+    from .render import Screen
+
+    folder = cache or default_folder()
+    freed = Cache(folder).clear()
+    screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
+    screen.cleared(folder, freed)
+
+
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; every :class:`ConvertError` becomes a message and a code."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -444,7 +492,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except ConvertError as error:
         _show(error, args)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was written.", err=True)
+        click.echo("Interrupted; nothing was written. What was finished is in the cache:", err=True)
+        click.echo("the same command goes on from there.", err=True)
         sys.exit(130)
 
 

@@ -11,12 +11,13 @@ import torch
 from . import __version__
 from . import manifest as m
 from .backends import Backend
+from .capture import Signature
 from .engine.build import Engine
 from .external import Weight
 from .job import Job
 from .load import Source
 from .mesh import Axis, bytes_sent
-from .program import Binding, Program
+from .program import Binding, Lowered
 from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
 from .shard import Move, Sharded
@@ -30,8 +31,8 @@ OWN_REFERENCE: Final = "the model's own ranks together in float32, before the se
 def describe(
     job: Job,
     source: Source,
-    program: Program,
-    applied: Sequence[Applied],
+    program: Lowered,
+    signature: Signature,
     sharded: Sharded,
     outcomes: Sequence[Outcome],
     axis: Axis,
@@ -43,9 +44,11 @@ def describe(
     backend: Backend,
     workarounds: Sequence[str],
     timings: Mapping[str, float],
+    *,
+    recalled: Sequence[int],
 ) -> m.Manifest:
     """The manifest of a conversion that has come to its end."""
-    strategy = choose(job.strategy, job.ulysses)
+    strategy, applied = choose(job.strategy, job.ulysses), signature.applied
     targets = job.compute_capabilities or backend.default_targets
     return m.Manifest(
         schema_version=m.SCHEMA_VERSION,
@@ -72,7 +75,7 @@ def describe(
         torch=str(torch.__version__),
         torch_tensorrt=backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
-        frozen=[m.Frozen(name=c.name, value=repr(c.value)) for c in program.frozen],
+        frozen=[m.Frozen(name=n, value=v) for n, v in signature.frozen.items()],
         plan_source=_plan_source(axis, applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in applied],
         sharding=[_sharding(move) for move in sharded.moves],
@@ -99,6 +102,7 @@ def describe(
                 bytes=e.size,
                 sha256=e.sha256,
                 activation_bytes=e.activations,
+                recalled=e.rank in recalled,
             )
             for e in engines
         ],

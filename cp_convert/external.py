@@ -6,6 +6,7 @@ any other is written once, in one pass, into ``weights.safetensors`` of the bund
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Final
 from torch import Tensor
 
 from .bundle import sha256
+from .cache import Cache, key_of
 from .weights import Location, save
 
 WEIGHTS: Final = "weights.safetensors"
@@ -56,10 +58,13 @@ class Placing:
         folder: Path,
         *,
         copy: bool,
+        cache: Cache,
     ) -> None:
         self._stop = Event()
         self._pool = ThreadPoolExecutor(1)
-        self._found = self._pool.submit(place, parameters, located, folder, self._stop, copy=copy)
+        self._found = self._pool.submit(
+            place, parameters, located, folder, self._stop, copy=copy, cache=cache
+        )
 
     @property
     def weights(self) -> dict[str, Weight]:
@@ -81,6 +86,7 @@ def place(
     stop: Event,
     *,
     copy: bool,
+    cache: Cache,
 ) -> dict[str, Weight]:
     """Find every parameter in the user's files, or write it into ``folder``.
 
@@ -90,20 +96,47 @@ def place(
         folder: the bundle.
         stop: ends the work early; what is returned then is incomplete.
         copy: write all of them, so that the bundle needs no other file.
+        cache: knows the digests of files that are as they were.
     """
     own = to_write(parameters, located, copy=copy)
     left = {name: located[name] for name in parameters if name not in own}
     weights: dict[str, Weight] = {}
-    # In the order in which the files hold them: disks read that fastest.
-    for name, at in sorted(left.items(), key=lambda item: (item[1].file, item[1].offset)):
+    by_file: dict[Path, dict[str, Location]] = {}
+    for name, at in left.items():
+        by_file.setdefault(at.file.resolve(), {})[name] = at
+    for file, places in sorted(by_file.items()):
+        digests = _digests(file, places, stop, cache)
         if stop.is_set():
             return {}
-        file, digest = str(at.file.resolve()), sha256(at.file, at.offset, at.size)
-        weights[name] = _weight(name, parameters[name], file, at.offset, digest)
+        for name, at in places.items():
+            weights[name] = _weight(name, parameters[name], str(file), at.offset, digests[name])
     if own:
         for name, (offset, digest) in save(own, folder / WEIGHTS, stop).items():
             weights[name] = _weight(name, own[name], WEIGHTS, offset, digest)
     return weights
+
+
+def _digests(
+    file: Path, places: Mapping[str, Location], stop: Event, cache: Cache
+) -> dict[str, str]:
+    """SHA-256 of every place; read anew unless the file is the very one that was read before."""
+    state = file.stat()
+    same = (str(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+    key = key_of((*same, sorted((at.offset, at.size) for at in places.values())))
+    entry = cache.find("digests", key)
+    if entry is not None:
+        told: dict[str, str] = json.loads((entry / "sha256.json").read_bytes())
+        return {name: told[str(at.offset)] for name, at in places.items()}
+    found = {}
+    # In the order in which the file holds them: disks read that fastest.
+    for name, at in sorted(places.items(), key=lambda item: item[1].offset):
+        if stop.is_set():
+            return {}
+        found[name] = sha256(file, at.offset, at.size)
+    with cache.store("digests", key) as folder:
+        told = {str(places[name].offset): digest for name, digest in found.items()}
+        (folder / "sha256.json").write_text(json.dumps(told))
+    return found
 
 
 def to_write(

@@ -61,6 +61,7 @@ class Job:
         resolution: one of the preset's; ``None`` takes its usual one.
         rtol: replaces the proof's own bound on the relative error.
         force: replace an existing bundle.
+        cache: folder of what earlier conversions made; ``None``: everything is made anew.
         jobs: how many engines are built at once, at most; ``None``: as many as there are CPUs.
         memory: bytes that the conversion and its workers should hold at most; it decides how many
             work at once. ``None``: four fifths of what is free when it begins.
@@ -88,6 +89,7 @@ class Job:
     resolution: str | None = None
     rtol: float | None = None
     force: bool = False
+    cache: Path | None = None
     jobs: int | None = None
     memory: int | None = None
     command: str = ""

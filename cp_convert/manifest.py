@@ -147,13 +147,18 @@ class Collective(_Struct, frozen=True):
 
 
 class Engine(_Struct, frozen=True):
-    """One rank's engine file; ``activation_bytes`` is what TensorRT's builder says it needs."""
+    """One rank's engine file.
+
+    ``activation_bytes`` is what TensorRT's builder says it needs; ``recalled`` says that the engine
+    was not built in this conversion, but in an earlier one from the same program (the cache).
+    """
 
     rank: Count
     file: FileName
     bytes: Positive
     sha256: Sha256
     activation_bytes: Count | None
+    recalled: bool
 
 
 class Weight(_Struct, frozen=True):

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
 from .backends import Backend
-from .bundle import check_space, check_target, engine_name, link, publish, staged
-from .decompose import decompose
+from .bundle import check_space, check_target, engine_name, publish, staged
+from .cache import Cache, key_of, place
+from .capture import capture
 from .describe import describe
 from .engine.build import Engine, prepare
 from .engine.lower import lower
 from .engine.pool import Pool
 from .engine.runtime import decompositions
-from .engine.worker import Task
+from .engine.worker import Task, answered
 from .errors import CannotShard
 from .external import Placing, to_write
+from .fingerprint import source_key, tool_key
 from .hardware import read as read_hardware
 from .job import AUTO, FUSED, Job
 from .load import Source, load
@@ -43,7 +46,9 @@ from .rewrite import rewrite
 from .shard import shard
 from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
-from .trace import trace
+
+_ENGINE: Final = "engine"
+_ANSWER: Final = "answer.pickle"
 
 
 def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
@@ -54,7 +59,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     Raises:
         ConvertError: see :mod:`cp_convert.errors`; nothing has been written then.
     """
-    mesh, clock = Mesh.line(job.world), Clock(progress)
+    mesh, clock, cache = Mesh.line(job.world), Clock(progress), Cache(job.cache)
     device = check_device(job.proof_device)
     check_target(job.out, force=job.force)
     workarounds = prepare(backend, fused=job.strategy == FUSED)
@@ -67,23 +72,16 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             source = load(job)
             check_space(job.out, _needed(job, source))
             axis = mesh.free(source.groups.values())
-            placing = work.enter_context(_placing(job, source, folder))
+            tool = tool_key(backend.version, backend.torch_tensorrt_version)
+            trace_key = source_key(source, tool) if cache.folder is not None else None
+            placing = work.enter_context(_placing(job, source, folder, cache))
         truth = None
         if job.proof != "none" and not source.groups:
             with clock.stage("measure"):
                 truth = measure(source.module, source.inputs, device)
-        with clock.stage("trace"):
-            traced, applied = trace(
-                source.module,
-                source.inputs,
-                source.plan,
-                source.freeze,
-                peers=source.peers,
-                groups=source.groups,
-            )
-        with clock.stage("decompose"):
-            table = decompositions()
-            dense = decompose(traced, table)
+        table = decompositions()
+        captured = capture(source, table, cache, trace_key, clock)
+        dense = captured.dense
         if job.proof != "none" and source.groups:
             with clock.stage("measure"):
                 truth = measure_ranks(dense, source.inputs, mesh.world, device)
@@ -108,15 +106,17 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
                 control, _ = rewrite(sharded, CONTROL, "control", axis, table)
                 stages = Stages(dense, control, rewritten, lowered, sites, axis)
                 proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
-        names = traced.parameters if source.external else {}
+        names = captured.signature.parameters if source.external else {}
         ranks = mesh.ranks if layout == "per-rank" else range(1)
         with clock.stage("build", total=len(ranks)):
-            engines = _built(job, backend, pool, folder, lowered, ranks, names, progress)
+            wanted = _Wanted(job, backend, tool, lowered, names, ranks)
+            engines, recalled = _built(wanted, pool, cache, folder, progress)
         for rank in mesh.ranks[len(engines) :]:
-            twin = link(engines[0].path, engine_name(rank))
+            twin = engines[0].path.with_name(engine_name(rank))
+            place(engines[0].path, twin)
             engines.append(replace(engines[0], rank=rank, path=twin))
         network_proof = None
-        if proof is not None and _pays(job, proof, clock.seconds["build"]):
+        if proof is not None and _pays(job, proof, sum(engine.seconds for engine in engines)):
             with clock.stage("replay"):
                 networks = [engine.network for engine in engines if engine.network is not None]
                 inputs = flat_inputs(lowered, source.inputs)
@@ -128,8 +128,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         manifest = describe(
             job,
             source,
-            traced,
-            applied,
+            lowered,
+            captured.signature,
             sharded,
             outcomes,
             axis,
@@ -141,6 +141,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             backend,
             workarounds,
             clock.seconds,
+            recalled=recalled,
         )
         publish(folder, job.out, manifest)
     return manifest
@@ -159,9 +160,10 @@ def _parameters(source: Source) -> dict[str, Tensor]:
     return dict(source.module.named_parameters(remove_duplicate=False)) if source.external else {}
 
 
-def _placing(job: Job, source: Source, folder: Path) -> Placing:
+def _placing(job: Job, source: Source, folder: Path, cache: Cache) -> Placing:
     """Begins to find, or to write, what external weights are; nothing where they are embedded."""
-    return Placing(_parameters(source), source.located, folder, copy=job.copy_weights)
+    copy = job.copy_weights
+    return Placing(_parameters(source), source.located, folder, copy=copy, cache=cache)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -177,38 +179,71 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
     return job.layout
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """Engines to be built: all that decides their bytes.
+
+    Attributes:
+        job, backend: what was asked for.
+        tool: our own code and the versions of others.
+        program: of all ranks.
+        names: by placeholder, the binding of a parameter that becomes an input.
+        ranks: of which.
+    """
+
+    job: Job
+    backend: Backend
+    tool: str
+    program: Lowered
+    names: Mapping[str, str]
+    ranks: Sequence[int]
+
+    def key(self, task: Task, program: str) -> str:
+        """For the cache; ``program`` is the digest of the packed one."""
+        told = (task.rank, task.backend, task.fused, task.targets, task.external, task.network)
+        return key_of((self.tool, program, *told))
+
+
 def _built(
-    job: Job,
-    backend: Backend,
-    pool: Pool,
-    folder: Path,
-    lowered: Lowered,
-    ranks: Sequence[int],
-    names: Mapping[str, str],
-    progress: Progress,
-) -> list[Engine]:
-    """Build the engines of ``ranks``; for the proof, their networks share the model's weights."""
-    packed, file = pack(lowered, described=names, provenance=False), folder / "program.safetensors"
-    packed.write(file)
-    tasks = [
-        Task(
+    wanted: _Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress
+) -> tuple[list[Engine], list[int]]:
+    """The engines, and which ranks' were in the cache; networks share the model's weights."""
+    job, file = wanted.job, folder / "program.safetensors"
+    packed = pack(wanted.program, described=wanted.names, provenance=False)
+    digest = packed.digest() if cache.folder is not None else ""
+    engines, tasks = [], []
+    for rank in wanted.ranks:
+        task = Task(
             rank=rank,
             program=file,
             path=folder / engine_name(rank),
-            backend=backend,
+            backend=wanted.backend,
             fused=job.strategy == FUSED,
             targets=job.compute_capabilities,
-            external=dict(names),
+            external=dict(wanted.names),
             network=job.proof in ("auto", "network"),
         )
-        for rank in ranks
-    ]
-    engines = []
-    for engine in pool.build(tasks, packed.nbytes, packed.tensors):
+        entry = cache.find("engines", wanted.key(task, digest))
+        if entry is None:
+            tasks.append(task)
+            continue
+        place(entry / _ENGINE, task.path)
+        known, _ = answered((entry / _ANSWER).read_bytes(), packed.tensors)
+        engines.append(replace(known, path=task.path))
+        progress.step("build")
+    recalled = [engine.rank for engine in engines]
+    if tasks:
+        packed.write(file)
+    by_rank = {task.rank: task for task in tasks}
+    for engine, answer in pool.build(tasks, packed.nbytes, packed.tensors, progress):
+        key = wanted.key(by_rank[engine.rank], digest)
+        with cache.store("engines", key, {_ENGINE: engine.sha256}) as kept:
+            place(engine.path, kept / _ENGINE)
+            (kept / _ANSWER).write_bytes(answer)
         engines.append(engine)
         progress.step("build")
-    file.unlink()
-    return sorted(engines, key=lambda engine: engine.rank)
+    file.unlink(missing_ok=True)
+    return sorted(engines, key=lambda engine: engine.rank), recalled
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:

@@ -14,6 +14,12 @@ class Progress:
     def start(self, stage: str, total: int) -> None:
         """A stage of ``total`` steps begins."""
 
+    def begin(self, stage: str, item: str) -> None:
+        """Work on an item of the stage begins; several may be under way at once."""
+
+    def end(self, stage: str, item: str) -> None:
+        """Work on an item is done, or not needed."""
+
     def step(self, stage: str) -> None:
         """One step of the stage is done."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .bundle import Check
+from .cache import Held
 from .errors import ConvertError
 from .forecast import Forecast, Option, told
 from .manifest import Attention, Manifest, Proof
@@ -72,11 +74,11 @@ class Screen:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Progress bars on stderr; silent when stdout is no terminal, plain lines with ``-v``."""
-        if self.verbosity > 0:
-            yield _Lines(self.err)
-        elif self.verbosity < 0 or not self.out.is_terminal:
+        """Progress bars on stderr; plain lines where that is no terminal, and with ``-v``."""
+        if self.verbosity < 0:
             yield Progress()
+        elif self.verbosity > 0 or not self.err.is_terminal:
+            yield _Lines(self.err)
         else:
             columns = (
                 SpinnerColumn(),
@@ -84,6 +86,7 @@ class Screen:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[items]}", markup=False),
             )
             with Bars(*columns, console=self.err, transient=True) as bars:
                 yield _Bars(bars)
@@ -134,6 +137,23 @@ class Screen:
             print_(_plan_table(manifest))
         if manifest.sharding:
             print_(_sharding_table(manifest))
+
+    def cache(self, folder: Path, held: Sequence[Held]) -> None:
+        """What a cache holds."""
+        if self.as_json:
+            kinds = {h.kind: {"entries": h.entries, "bytes": h.bytes} for h in held}
+            self.document({"folder": str(folder), "kinds": kinds})
+            return
+        self.out.print(f"[bold]{escape(str(folder))}[/]", soft_wrap=True)
+        for one in held:
+            self.out.print(f"  {one.kind:8} {one.entries:5}  {_size(one.bytes)}")
+
+    def cleared(self, folder: Path, freed: int) -> None:
+        """What was removed from a cache."""
+        if self.as_json:
+            self.document({"folder": str(folder), "bytes": freed})
+        else:
+            self.note(f"{_size(freed)} removed from {folder}.")
 
     def presets(self, presets: Mapping[str, Preset]) -> None:
         """All presets as a table."""
@@ -215,8 +235,18 @@ class _Lines(Progress):
     def __init__(self, console: Console) -> None:
         self.console = console
 
+        self.begun: dict[str, float] = {}
+
     def start(self, stage: str, total: int) -> None:
-        self.console.print(f"{stage} ...")
+        self.console.print(f"{stage} ...", soft_wrap=True)
+
+    def begin(self, stage: str, item: str) -> None:
+        self.begun[item] = time.monotonic()
+        self.console.print(f"{stage} {item} ...", soft_wrap=True)
+
+    def end(self, stage: str, item: str) -> None:
+        seconds = time.monotonic() - self.begun.pop(item)
+        self.console.print(f"{stage} {item} done in {seconds:.1f} s", soft_wrap=True)
 
     def finish(self, stage: str, seconds: float) -> None:
         self.console.print(f"{stage} done in {seconds:.1f} s")
@@ -228,9 +258,20 @@ class _Bars(Progress):
     def __init__(self, bars: Bars) -> None:
         self.bars = bars
         self.tasks: dict[str, Any] = {}
+        self.items: list[str] = []
 
     def start(self, stage: str, total: int) -> None:
-        self.tasks[stage] = self.bars.add_task(stage, total=total)
+        self.tasks[stage] = self.bars.add_task(stage, total=total, items="")
+
+    def begin(self, stage: str, item: str) -> None:
+        self._tell(stage, [*self.items, item])
+
+    def end(self, stage: str, item: str) -> None:
+        self._tell(stage, [one for one in self.items if one != item])
+
+    def _tell(self, stage: str, items: list[str]) -> None:
+        self.items = items
+        self.bars.update(self.tasks[stage], items=", ".join(items))
 
     def step(self, stage: str) -> None:
         self.bars.advance(self.tasks[stage])

@@ -68,6 +68,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
             m.Engine(
                 rank=r, file=f.name, bytes=f.stat().st_size, sha256=bundle.sha256(f),
                 activation_bytes=2**20,
+                recalled=False,
             )
             for r, f in enumerate(files)
         ],

@@ -40,7 +40,9 @@ def cp_convert(
     return run
 
 
-@pytest.mark.parametrize("command", [[], ["convert"], ["presets"], ["inspect"], ["verify"]])
+@pytest.mark.parametrize(
+    "command", [[], ["convert"], ["presets"], ["inspect"], ["verify"], ["cache"]]
+)
 def test_help_reads(cp_convert: Run, command: list[str]) -> None:
     result = cp_convert(*command, "--help")
     assert result.code == 0
@@ -52,7 +54,7 @@ def test_torch_is_imported_only_to_convert(tmp_path: Path) -> None:
     out = written(tmp_path / "out")
     for args in (
         ["--help"], ["convert", "--help"], ["presets"], ["presets", "flux.1-dev"],
-        ["inspect", str(out)], ["verify", str(out)],
+        ["inspect", str(out)], ["verify", str(out)], ["cache", "info"],
     ):  # fmt: skip
         script = (
             "import sys\nfrom cp_convert import cli\n"
@@ -168,7 +170,7 @@ def test_a_conversion_that_fails_says_why_and_writes_nothing(  # type: ignore[no
 def test_errors_come_alone(cp_convert: Run, model_file: Write) -> None:
     """torch.export logs and prints a page before it raises; a user sees one message."""
     model_file(("        q, k, v =", "        x = -x if x.sum() > 0 else x\n        q, k, v ="))
-    result = cp_convert("model.py", "-s", "ring", "-w", 2, "--json")
+    result = cp_convert("model.py", "-s", "ring", "-w", 2, "--json", "-q")
     assert len(result.err.splitlines()) == 3, result.err
     error = json.loads(result.out)["error"]
     assert "decides by the value of a tensor" in error["message"]

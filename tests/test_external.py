@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cp_convert import bundle, cli
 from cp_convert import manifest as m
+from cp_convert.cache import Cache
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.external import WEIGHTS, place
@@ -59,7 +60,7 @@ def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
         "one": torch.tensor(2.0),
         "long": torch.arange(3),
     }
-    found = place(tensors, {}, tmp_path, Event(), copy=False)
+    found = place(tensors, {}, tmp_path, Event(), copy=False, cache=Cache(None))
     loaded = load_file(tmp_path / WEIGHTS)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     for name, weight in found.items():
@@ -71,7 +72,7 @@ def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
 def test_a_stopped_search_leaves_at_once(tmp_path: Path) -> None:
     stop = Event()
     stop.set()
-    assert place({"a": torch.ones(2)}, {}, tmp_path, stop, copy=False) == {}
+    assert place({"a": torch.ones(2)}, {}, tmp_path, stop, copy=False, cache=Cache(None)) == {}
 
 
 @pytest.mark.engine

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Engine:
         size: in bytes.
         sha256: of the file.
         collectives: what its network communicates.
+        seconds: how long network and engine took to make.
+        activations: bytes that the builder says it needs.
         network: what the builder was given, if it was asked for.
     """
 
@@ -65,6 +68,7 @@ class Engine:
     size: int
     sha256: str
     collectives: tuple[NetworkCollective, ...]
+    seconds: float
     activations: int | None = None
     network: Network | None = None
 
@@ -162,6 +166,7 @@ def build(
     Raises:
         BuildFailed: TensorRT returned no engine.
     """
+    start = time.perf_counter()
     interpreter = network_of(program, external)
     network = None if known is None else read_network(interpreter.ctx.net, known)
     config = interpreter._populate_trt_builder_config()
@@ -178,6 +183,7 @@ def build(
         size=plan.nbytes,
         sha256=hashlib.sha256(plan).hexdigest(),
         collectives=tuple(collectives_of(interpreter.ctx.net)),
+        seconds=time.perf_counter() - start,
         activations=log.activations,
         network=network,
     )

@@ -16,6 +16,7 @@ import psutil
 from torch import Tensor
 
 from ..errors import BuildFailed
+from ..progress import Progress
 from .build import Engine
 from .offline import has_driver
 from .worker import Task, answered, run
@@ -64,14 +65,19 @@ class Pool:
         self._at_work.clear()
 
     def build(
-        self, tasks: Sequence[Task], embedded: int, known: Mapping[str, Tensor]
-    ) -> Iterator[Engine]:
-        """Build all, yielding each as it is done.
+        self,
+        tasks: Sequence[Task],
+        embedded: int,
+        known: Mapping[str, Tensor],
+        progress: Progress,
+    ) -> Iterator[tuple[Engine, bytes]]:
+        """Build all, yielding each as it is done, with the worker's answer (:func:`.answered`).
 
         Args:
             tasks: one for each engine.
             embedded: bytes of weights that each engine holds.
             known: the packed program's tensors, which read-back networks share.
+            progress: is told which ranks are being built.
 
         Raises:
             BuildFailed: TensorRT refused a network, or a worker was killed.
@@ -79,11 +85,14 @@ class Pool:
         waiting, most, measured = list(tasks), _BASE + _PER_BYTE * embedded, False
         while waiting or self._at_work:
             while waiting and self._has_room(most):
+                progress.begin("build", f"rank {waiting[0].rank}")
                 self._start(waiting.pop(0))
             for rank in self._ended():
-                engine, peak = self._collect(rank, known)
+                data = self._collect(rank)
+                engine, peak = answered(data, known)
                 most, measured = (max(most, peak) if measured else peak), True
-                yield engine
+                progress.end("build", f"rank {rank}")
+                yield engine, data
 
     def _has_room(self, most: int) -> bool:
         count = len(self._at_work)
@@ -101,7 +110,7 @@ class Pool:
         ready = wait([answer for _, answer, _ in self._at_work.values()])
         return [rank for rank, (_, answer, _) in self._at_work.items() if answer in ready]
 
-    def _collect(self, rank: int, known: Mapping[str, Tensor]) -> tuple[Engine, int]:
+    def _collect(self, rank: int) -> bytes:
         process, answer, _task = self._at_work[rank]
         data = None
         with suppress(EOFError):
@@ -113,7 +122,7 @@ class Pool:
             raise BuildFailed(
                 f"the process that built rank {rank} {_fate(process.exitcode)}.", hint=_ADVICE
             )
-        return answered(data, known)
+        return data
 
 
 @contextmanager

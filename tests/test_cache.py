@@ -1,0 +1,213 @@
+"""The cache: what is found again, what is not, and what is broken."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
+from torch import nn
+
+from cp_convert import bundle
+from cp_convert.backends import select
+from cp_convert.cache import Cache
+from cp_convert.fingerprint import source_key
+from cp_convert.job import Job
+from cp_convert.load import Source, load
+from cp_convert.packed import pack, read_packed, unpack
+from cp_convert.pipeline import convert
+from cp_convert.progress import Progress
+
+Write = Callable[..., Path]
+
+
+def entry(cache: Cache, key: str, content: bytes = b"x") -> None:
+    with cache.store("engines", key) as folder:
+        (folder / "engine").write_bytes(content)
+
+
+def test_what_was_stored_is_found_and_counted(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "c")
+    assert cache.find("engines", "a") is None
+    entry(cache, "a")
+    found = cache.find("engines", "a")
+    assert found is not None
+    assert (found / "engine").read_bytes() == b"x"
+    assert cache.find("engines", "b") is None
+    assert {h.kind: h.entries for h in cache.held()} == {"traces": 0, "engines": 1, "digests": 0}
+    assert cache.clear() > 0
+    assert cache.find("engines", "a") is None
+
+
+def test_a_broken_entry_is_not_found_and_goes(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    entry(cache, "a")
+    (tmp_path / "engines" / "a" / "engine").write_bytes(b"y")
+    assert cache.find("engines", "a") is None
+    assert not (tmp_path / "engines" / "a").exists()
+    entry(cache, "b")
+    (tmp_path / "engines" / "b" / "files.json").write_bytes(b"{")
+    assert cache.find("engines", "b") is None
+
+
+def test_a_full_cache_forgets_what_was_not_used_for_longest(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, limit=2500)
+    for age, key in enumerate("abc"):
+        entry(cache, key, bytes(1000))
+        os.utime(tmp_path / "engines" / key, (1e9 - age, 1e9 - age))
+    entry(cache, "d", bytes(1000))
+    assert {path.name for path in (tmp_path / "engines").iterdir()} == {"a", "d"}
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    ended = multiprocessing.Process(target=int)
+    ended.start()
+    ended.join()
+    left = tmp_path / "engines" / f".partial-{ended.pid}-x"
+    left.mkdir(parents=True)
+    entry(Cache(tmp_path), "a")
+    assert not left.exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    entry(Cache(tmp_path / "file"), "a")
+    entry(Cache(None), "a")
+    assert Cache(None).find("engines", "a") is None
+
+
+def test_packed_programs_are_the_same_program(tmp_path: Path) -> None:
+    done = rewritten(tiny(), tiny_inputs(), "ulysses", 2, TINY_PLAN).rewritten
+    packed = pack(done)
+    packed.write(tmp_path / "p")
+    again = unpack(read_packed(tmp_path / "p"))
+    assert pack(again).document == packed.document
+    assert pack(again).digest() == packed.digest()
+    nodes = zip(done.graph_module.graph.nodes, again.graph_module.graph.nodes, strict=True)
+    for ours, theirs in nodes:
+        assert ours.format_node() == theirs.format_node()
+        value = ours.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            assert theirs.meta["val"].shape == value.shape
+            assert theirs.meta["val"].dtype == value.dtype
+    assert all(torch.equal(again.state[name], tensor) for name, tensor in done.state.items())
+
+
+def test_a_number_more_or_less_is_another_digest() -> None:
+    done = rewritten(tiny(), tiny_inputs(), "ulysses", 2, TINY_PLAN).rewritten
+    name = next(iter(done.state))
+    other = replace(done, state={**done.state, name: done.state[name] + 1})
+    assert pack(other).digest() != pack(done).digest()
+    # Unless the weight is an input of the engine: only its type and shape matter then.
+    every = list(done.state)
+    assert pack(other, described=every).digest() == pack(done, described=every).digest()
+
+
+def sourced(path: Path) -> Source:
+    return load(Job(model=path, strategy="ulysses", world=2, out=Path(), precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("8 * q", "9 * q"),
+        ("randn(1, 16, 8)", "randn(1, 32, 8)"),
+        ("super().__init__()", "super().__init__(); self.number = 3"),
+        ("super().__init__()", "super().__init__(); self.register_buffer('b', torch.ones(1))"),
+        ("super().__init__()", "super().__init__(); self.f = functional.relu"),
+    ],
+)
+def test_the_key_of_a_model_holds_what_decides_its_trace(
+    change: tuple[str, str], model_file: Write
+) -> None:
+    first = model_file()
+    key = source_key(sourced(first), "tool")
+    assert key is not None
+    assert source_key(sourced(first), "tool") == key
+    assert source_key(sourced(first), "another tool") != key
+    # The file's own digest is left alike, so that it is the loaded model that must tell.
+    other = replace(sourced(model_file(change)), sha256=sourced(first).sha256)
+    assert source_key(other, "tool") != key
+
+
+def test_attributes_count_and_what_is_unknown_gives_no_key(model_file: Write) -> None:
+    source = sourced(model_file())
+    module: Any = source.module
+    keys = set()
+    for value in (1, 2, "1", [1], {"a": 1}, nn.functional.silu, torch.float16, torch.ones(2)):
+        module.setting = value
+        keys.add(source_key(source, "tool"))
+    assert len(keys) == 8
+    assert None not in keys
+    module.setting = iter(())
+    assert source_key(source, "tool") is None
+
+
+def test_imported_code_counts(tmp_path: Path) -> None:
+    """A helper beside the model is read anew in every process; its source is in the key."""
+    (tmp_path / "helper.py").write_text("factor = 2\n")
+    script = (
+        "import sys; sys.path.insert(0, '.'); import helper\n"
+        "from cp_convert.fingerprint import _code; print(_code())"
+    )
+    told = []
+    for text in ("factor = 2\n", "factor = 2\n", "factor = 3\n"):
+        (tmp_path / "helper.py").write_text(text)
+        command = [sys.executable, "-c", script]
+        told.append(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout)
+    assert told[0] == told[1] != told[2]
+
+
+@pytest.mark.engine
+def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Path) -> None:
+    job = Job(
+        model=model_file(), strategy="ulysses", world=2, out=tmp_path / "a", cache=tmp_path / "c"
+    )
+    backend = select("auto", ())
+    first = convert(job, backend, Progress())
+    assert "trace" in first.timings
+    assert not any(engine.recalled for engine in first.engines)
+
+    again = convert(replace(job, out=tmp_path / "b"), backend, Progress())
+    assert "trace" not in again.timings
+    assert all(engine.recalled for engine in again.engines)
+    assert [e.sha256 for e in again.engines] == [e.sha256 for e in first.engines]
+    assert again.proof.level == first.proof.level == "network"
+    assert not any(check.problem for check in bundle.verify(tmp_path / "b"))
+
+    other = convert(replace(job, out=tmp_path / "d", strategy="ring"), backend, Progress())
+    assert "trace" not in other.timings
+    assert not any(engine.recalled for engine in other.engines)
+
+    # One engine of the two is lost, as if the first conversion had been stopped between them.
+    engines = sorted((tmp_path / "c" / "engines").iterdir())
+    assert len(engines) == 4
+    for damaged in engines:
+        (damaged / "engine").unlink()
+        (damaged / "engine").write_bytes(b"half")
+        break
+    resumed = [
+        convert(replace(job, out=tmp_path / f"e-{name}", strategy=name), backend, Progress())
+        for name in ("ulysses", "ring")
+    ]
+    assert sum(engine.recalled for m in resumed for engine in m.engines) == 3
+
+
+def test_cache_info_and_clear(tmp_path: Path) -> None:
+    entry(Cache(tmp_path), "a")
+
+    def told(what: str) -> Any:
+        command = [sys.executable, "-m", "cp_convert", "cache", what, "--json"]
+        command += ["--cache", str(tmp_path)]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert told("info")["kinds"]["engines"]["entries"] == 1
+    assert told("clear")["bytes"] > 0
+    assert told("info")["kinds"]["engines"]["entries"] == 0
