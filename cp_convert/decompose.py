@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
 from .complexes import without_complex
 from .errors import CannotLower
+from .opwise import opwise
 from .passes import (
     copies_as_values,
     fold_constants,
@@ -35,13 +37,11 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     Raises:
         CannotLower: forward writes to its own state.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = program.exported.run_decompositions(dict(table))
+    exported, graph = _decomposed(program.exported, table)
     signature = exported.graph_signature
     _check_mutation(signature)
     state = state_of(exported)
-    graph_module = fx.GraphModule(exported.graph_module, exported.graph_module.graph)
+    graph_module = fx.GraphModule(exported.graph_module, graph)
     inputs = {binding.node for binding in program.inputs}
     for node in list(graph_module.graph.find_nodes(op="placeholder")):
         if node.name in inputs or node.name in signature.inputs_to_parameters:
@@ -64,6 +64,19 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     names = [v.name for v in returned if isinstance(v, fx.Node)]
     outputs = tuple(replace(b, node=n) for b, n in zip(program.outputs, names, strict=True))
     return Lowered(graph_module, parameters, program.inputs, outputs, program.own)
+
+
+def _decomposed(
+    exported: torch.export.ExportedProgram, table: Mapping[Any, Any]
+) -> tuple[torch.export.ExportedProgram, fx.Graph]:
+    """The graph in the table's operators, and the program whose signature it has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = opwise(exported.graph_module, table)
+        if graph is None:
+            exported = exported.run_decompositions(dict(table))
+            graph = exported.graph_module.graph
+    return exported, graph
 
 
 def _check_mutation(signature: ExportGraphSignature) -> None:
