@@ -379,7 +379,12 @@ def _run(job: Job, screen: Any) -> Any:
     with elsewhere, screen.progress() as progress:
         from .pipeline import convert as run
 
-        return run(job, backend, progress)
+        try:
+            return run(job, backend, progress)
+        except KeyboardInterrupt:
+            if job.cache is not None:
+                click.echo("What was finished is in the cache; the same command goes on.", err=True)
+            raise
 
 
 @cli.command(context_settings=_SETTINGS)
@@ -492,8 +497,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except ConvertError as error:
         _show(error, args)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("Interrupted; nothing was written. What was finished is in the cache:", err=True)
-        click.echo("the same command goes on from there.", err=True)
+        click.echo("Interrupted; nothing was written.", err=True)
         sys.exit(130)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -151,7 +152,8 @@ class Job:
     @property
     def workers(self) -> int:
         """How many engines are built at once, at most."""
-        return self.jobs or len(psutil.Process().cpu_affinity() or [0])
+        has_affinity = hasattr(os, "sched_getaffinity")
+        return self.jobs or (len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
     @property
     def memory_limit(self) -> int:

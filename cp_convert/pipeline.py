@@ -64,8 +64,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     check_target(job.out, force=job.force)
     workarounds = prepare(backend, fused=job.strategy == FUSED)
     with (
-        Pool(job.workers, job.memory_limit) as pool,
         staged(job.out) as folder,
+        Pool(job.workers, job.memory_limit) as pool,  # workers end before their folder does
         ExitStack() as work,
     ):
         with clock.stage("load"):
