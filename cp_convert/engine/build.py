@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor, fx
@@ -171,17 +171,20 @@ def build(
     network = None if known is None else read_network(interpreter.ctx.net, known)
     config = interpreter._populate_trt_builder_config()
     _set_targets(config, targets)
-    with _listening() as log:
-        plan = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
-    if plan is None:
+    with _listening() as log, path.open("wb") as file:
+        written = _Written(file)
+        done = interpreter.builder.build_serialized_network_to_stream(
+            interpreter.ctx.net, config, written
+        )
+    if written.error is not None:
+        raise written.error
+    if not done:
         raise BuildFailed(f"no engine for rank {rank}.{_quoted(log.errors)}")
-    with path.open("wb") as file:
-        file.write(plan)
     return Engine(
         rank=rank,
         path=path,
-        size=plan.nbytes,
-        sha256=hashlib.sha256(plan).hexdigest(),
+        size=written.size,
+        sha256=written.digest.hexdigest(),
         collectives=tuple(collectives_of(interpreter.ctx.net)),
         seconds=time.perf_counter() - start,
         activations=log.activations,
@@ -248,6 +251,28 @@ def collectives_of(network: Any) -> Iterator[NetworkCollective]:
                 group=tuple(told["group"]),
                 payload=trt.volume(tensor.shape) * tensor.dtype.itemsize,
             )
+
+
+class _Written(trt.IStreamWriter):  # type: ignore[misc]
+    """An engine on its way to a file, piece by piece: it is never whole in memory a second time."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self.size = 0
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        self._file = file
+
+    def write(self, data: bytes) -> int:
+        """Called by TensorRT, through which no exception may pass; 0 tells it to stop."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            return 0
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
 
 
 class _Log(logging.Handler):
