@@ -151,7 +151,7 @@ class _Opwise:
                 here[node] = here[node.args[0]]
             else:
                 copy = self.graph.node_copy(node, here.__getitem__)
-                copy.meta = {**provenance, "val": node.meta["val"]}
+                copy.meta = {**provenance, "val": node.meta.get("val")}  # an assertion has none
                 here[node] = copy
         raise _Beyond
 

@@ -18,6 +18,8 @@ from torch.nn import functional
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.decompose import decompose
 from cp_convert.mesh import Axis, Mesh
+from cp_convert.network import Network
+from cp_convert.program import Lowered
 from cp_convert.prove import Stages
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard
@@ -188,3 +190,17 @@ def rewritten(
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, strategy(name, world), name, axis, table())
     return Stages(dense, control, done, done, [(o.site, o.node) for o in outcomes], axis)
+
+
+def networks_of(lowered: Lowered, world: int) -> list[Network]:
+    """What the builder would be given, rank by rank."""
+    from cp_convert.engine.build import network_of
+    from cp_convert.engine.lower import specialise
+    from cp_convert.engine.readback import constants_of, read_network
+
+    found: list[Network] = []
+    for rank in range(world):
+        interpreter = network_of(specialise(lowered, rank))  # it owns the network's numbers
+        known = [*lowered.state.values(), *constants_of(found)]
+        found.append(read_network(interpreter.ctx.net, known))
+    return found

@@ -7,21 +7,27 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import axis_of, table
+from conftest import axis_of, networks_of, table
 from torch import Tensor
 
 from benchmarks import zoo
+from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
+from cp_convert.engine.build import prepare
+from cp_convert.engine.lower import lower
 from cp_convert.program import Lowered
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import dense_outputs, worst
+from cp_convert.prove.replay import replay
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard
 from cp_convert.strategies import STRATEGIES
 from cp_convert.trace import trace
 
 PLANNED = sorted(name for name, kind in zoo.classes().items() if getattr(kind, "_cp_plan", None))
+pytestmark = pytest.mark.engine
+
 NAMED = (
     "Cosmos3OmniTransformer", "CosmosTransformer3DModel", "SD3Transformer2DModel",
     "HunyuanVideoTransformer3DModel", "CogVideoXTransformer3DModel", "PixArtTransformer2DModel",
@@ -33,6 +39,7 @@ NAMED = (
 @cache
 def dense(name: str, plan: str) -> tuple[Lowered, dict[str, Any], list[Tensor]]:
     """The whole program in core operators, its inputs, and what the model returns."""
+    prepare(BACKENDS["tensorrt-rtx"])
     module, inputs = zoo.build(name), zoo.example_inputs(name)
     truth = dense_outputs(module, inputs)
     declared = module._cp_plan if plan == "declared" else {}
@@ -45,10 +52,14 @@ def gathers(found: Sharded) -> int:
 
 
 def agrees(name: str, plan: str, strategy: str, world: int) -> None:
+    """The program, and the networks made of it, compute what the model does."""
     program, inputs, truth = dense(name, plan)
     axis = axis_of(world)
     done, _ = rewrite(shard(program, axis), STRATEGIES[strategy], strategy, axis, table())
     for outputs in run(done, flat_inputs(done, inputs), world):
+        assert worst(outputs, truth).max < 1e-5
+    lowered = lower(done)
+    for outputs in replay(networks_of(lowered, world), flat_inputs(lowered, inputs)):
         assert worst(outputs, truth).max < 1e-5
 
 

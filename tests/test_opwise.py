@@ -84,3 +84,15 @@ def test_what_writes_in_place_is_left_to_torch() -> None:
             return y
 
     assert opwise(exported(Writes(), torch.randn(4, 4)).graph_module, table()) is None
+
+
+def test_an_assertion_has_no_value() -> None:
+    class Coded(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot(x, 4)  # decomposed into one, and into assertions
+
+    codes = torch.tensor([0, 3, 1])
+    graph = opwise(exported(Coded(), codes).graph_module, table())
+    assert graph is not None
+    found = fx.GraphModule(nn.Module(), graph)(codes)
+    assert torch.equal(found[0], nn.functional.one_hot(codes, 4))

@@ -10,17 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import axis_of, table
+from conftest import axis_of, networks_of, table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from cp_convert import instantiate, preset
+from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
+from cp_convert.engine.build import prepare
+from cp_convert.engine.lower import lower
 from cp_convert.errors import CannotTrace, ModelFileError, UsageError, WeightsError
 from cp_convert.job import Job
 from cp_convert.load import load
-from cp_convert.prove import Stages, measure, prove
+from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
@@ -64,7 +67,8 @@ def test_it_is_the_published_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_tiny_is_proven(name: str) -> None:
-    """Program level, with the strategy that the preset proposes; the tokens are those it names."""
+    """Program and networks, with the strategy that the preset proposes; the tokens it names."""
+    prepare(BACKENDS["tensorrt-rtx"])
     told, path = read(name), preset.path_of(name)
     assert path is not None
     source = load(job(path, tiny=True))
@@ -75,7 +79,10 @@ def test_tiny_is_proven(name: str) -> None:
     done, outcomes = rewrite(split, STRATEGIES[told.strategy], told.strategy, axis, table())
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     sites = [(o.site, o.node) for o in outcomes]
-    prove(truth, source.inputs, Stages(program, control, done, done, sites, axis_of(2)))
+    lowered = lower(done)
+    stages = Stages(program, control, done, lowered, sites, axis)
+    proof = prove(truth, source.inputs, stages)
+    prove_networks(networks_of(lowered, 2), flat_inputs(lowered, source.inputs), proof, lowered)
     tokens = told.numbers(preset.TINY, {**told.config, **told.tiny})["tokens"]
     lengths = {
         segment.length for queries, _ in split.places.values() for segment in queries.segments
