@@ -176,9 +176,10 @@ def build(
         done = interpreter.builder.build_serialized_network_to_stream(
             interpreter.ctx.net, config, written
         )
-    if written.error is not None:
-        raise written.error
     if not done:
+        path.unlink()
+        if written.error is not None:
+            raise written.error
         raise BuildFailed(f"no engine for rank {rank}.{_quoted(log.errors)}")
     return Engine(
         rank=rank,
@@ -312,4 +313,5 @@ def _listening() -> Iterator[_Log]:
 
 
 def _quoted(errors: Sequence[str]) -> str:
-    return f' TensorRT said: "{errors[-1]}"' if errors else ""
+    """What TensorRT complained about: the first is the cause, the last often only a consequence."""
+    return "".join(f' TensorRT said: "{error}"' for error in dict.fromkeys(errors))
