@@ -21,7 +21,7 @@ from .passes import (
     share_constants,
     simplify,
 )
-from .program import Lowered, Program, hold, state_of
+from .program import Lowered, Program, hold, module_of, state_of
 
 
 def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
@@ -41,10 +41,11 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     signature = exported.graph_signature
     _check_mutation(signature)
     state = state_of(exported)
-    graph_module = fx.GraphModule(exported.graph_module, graph)
+    graph_module = module_of(exported.graph_module, graph)
     inputs = {binding.node for binding in program.inputs}
+    named = signature.inputs_to_parameters  # made anew whenever it is asked for
     for node in list(graph_module.graph.find_nodes(op="placeholder")):
-        if node.name in inputs or node.name in signature.inputs_to_parameters:
+        if node.name in inputs or node.name in named:
             continue
         if node.name in state:
             hold(graph_module, node, state[node.name])
@@ -57,7 +58,7 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     without_complex(graph_module)
     share_constants(graph_module)
     graph_module.recompile()
-    parameters = {n: state[n] for n in signature.inputs_to_parameters}
+    parameters = {n: state[n] for n in named}
     # An output that is not returned as a tensor of its own (a constant, None) has no binding.
     values: Any = graph_module.graph.output_node().args[0]
     returned = list(values)

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from .errors import CannotLower
-from .program import Binding, Lowered, module_path, source_line
+from .program import Binding, Lowered, module_of, module_path, source_line
 from .weights import mapped, numbers, save
 
 _PYTHON: Final = ("_operator", "builtins", "math")
@@ -151,7 +151,7 @@ def unpack(packed: Packed) -> Lowered:
         for name, size in document["own"].items()
     }
     return Lowered(
-        fx.GraphModule(root, graph),
+        module_of(root, graph),
         state,
         tuple(_bound(b) for b in document["inputs"]),
         tuple(_bound(b) for b in document["outputs"]),

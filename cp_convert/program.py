@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 HALF: Final = (torch.float16, torch.bfloat16)
 PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -145,6 +146,14 @@ def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
     return state
 
 
+def module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
+    """``graph`` over the attributes of ``root``.
+
+    Python code is generated when it is called, which passes never do: they read the graph.
+    """
+    return _LazyGraphModule(root, graph)
+
+
 def copied(graph: fx.Graph) -> fx.Graph:
     """A graph of its own with the same nodes, names and metadata."""
     copy = fx.Graph()
@@ -182,6 +191,7 @@ class Writer:
         self.graph = graph
         self.mode = fake_mode_of(graph) if mode is None else mode
         self.origin: fx.Node | None = None
+        self._known: dict[str, Any] = {}
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call of ``target``."""
@@ -192,11 +202,40 @@ class Writer:
         return node
 
     def value(self, node: fx.Node) -> Any:
-        """What ``node`` gives on the fake values of its operands."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        target: Any = node.target
-        with self.mode, torch.no_grad():
-            return target(*args, **kwargs)
+        """What ``node`` gives on the fake values of its operands; equal calls share it."""
+        call = described(node)
+        if call not in self._known:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            target: Any = node.target
+            with self.mode, torch.no_grad():
+                self._known[call] = target(*args, **kwargs)
+        return self._known[call]
+
+
+def described(node: fx.Node) -> str:
+    """A call by what decides its result's shape: operator, arguments, and tensors as they lie."""
+    like: Any = _like_of
+    given = fx.map_arg((node.args, node.kwargs), like)
+    return f"{node.target}{given}"
+
+
+def _like_of(node: fx.Node) -> _Like:
+    return _Like(node.meta.get("val"))
+
+
+class _Like:
+    """A value as text: of tensors how they lie, of anything else what it is."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        told = self._value
+        if isinstance(told, list | tuple):
+            return repr([_Like(one) for one in told])
+        if not isinstance(told, Tensor):
+            return repr(told)
+        return f"{told.dtype}{tuple(told.shape)}{told.stride()}{told.device}"
 
 
 def settled(

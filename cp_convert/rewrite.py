@@ -13,7 +13,16 @@ from .errors import CannotShard
 from .links import arguments
 from .mesh import Axis
 from .ops import ATTENTION
-from .program import PROVENANCE, Lowered, copied, erase_dead, module_path, source_line, tensor_of
+from .program import (
+    PROVENANCE,
+    Lowered,
+    copied,
+    erase_dead,
+    module_of,
+    module_path,
+    source_line,
+    tensor_of,
+)
 from .shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated
@@ -75,7 +84,7 @@ def rewrite(
         outcomes.append(Outcome(site, new.name, kept))
     graph.lint()
     outputs = tuple(replace(b, node=renamed.get(b.node, b.node)) for b in program.outputs)
-    module = fx.GraphModule(program.graph_module, graph)
+    module = module_of(program.graph_module, graph)
     return replace(program, graph_module=module, outputs=outputs), tuple(outcomes)
 
 

@@ -25,7 +25,16 @@ from .layout import Layout, Segment
 from .links import GETITEM, Link, elements, links, operands, shape
 from .mesh import Axis
 from .ops import ATTENTION, MARK
-from .program import Lowered, Writer, erase_dead, fake_mode_of, module_path, source_line, tensor_of
+from .program import (
+    Lowered,
+    Writer,
+    erase_dead,
+    fake_mode_of,
+    module_of,
+    module_path,
+    source_line,
+    tensor_of,
+)
 from .wants import Want, is_tensor, wants
 
 aten: Final = torch.ops.aten
@@ -168,7 +177,7 @@ class _Walk(Writer):
 
     def module(self) -> fx.GraphModule:
         """The graph as a module, over the dense program's attributes."""
-        return fx.GraphModule(self.program.graph_module, self.graph)
+        return module_of(self.program.graph_module, self.graph)
 
     def _finish(self, node: fx.Node) -> None:
         returned = fx.map_arg(node.args, lambda n: self._whole(n))

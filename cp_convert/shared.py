@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .program import Lowered, Writer, copied, tensor_of
+from .program import Lowered, Writer, copied, module_of, tensor_of
 
 aten: Final = torch.ops.aten
 _SHARD: Final = torch.ops.cp.shard.default
@@ -49,7 +49,7 @@ def by_scatter(program: Lowered) -> Lowered:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.lint()
-    return replace(program, graph_module=fx.GraphModule(program.graph_module, graph))
+    return replace(program, graph_module=module_of(program.graph_module, graph))
 
 
 def _scattered(write: Writer, node: fx.Node) -> fx.Node:

@@ -21,7 +21,7 @@ from ..backends import Backend
 from ..converters import active, register
 from ..errors import BackendMissing, BuildFailed
 from ..network import Network
-from ..program import Binding, Lowered, copied, hold
+from ..program import Binding, Lowered, copied, hold, module_of
 from .offline import capability, has_driver
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
@@ -205,7 +205,7 @@ def _bindings(graph: fx.Graph, program: Lowered, external: Mapping[str, str]) ->
 def _with_parameters(program: Lowered, external: Mapping[str, str]) -> fx.GraphModule:
     """Parameters as attributes, which Torch-TensorRT turns into constants, or left as inputs."""
     graph = copied(program.graph_module.graph)
-    module = fx.GraphModule(program.graph_module, graph)
+    module = module_of(program.graph_module, graph)
     for node in graph.nodes:
         # Torch-TensorRT empties the module stack while it names layers; other ranks need theirs.
         if "nn_module_stack" in node.meta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from ..program import (
     Binding,
     Lowered,
     copied,
+    described,
+    module_of,
     module_path,
     source_line,
     tensor_of,
@@ -35,7 +38,7 @@ def lower(program: Lowered) -> Lowered:
         CannotLower: an operator has no converter.
     """
     module = program.graph_module
-    own = fx.GraphModule(module, copied(module.graph))
+    own = module_of(module, copied(module.graph))
     _truncate_doubles(own)
     with _quiet():
         own = post_lowering(own, settings())
@@ -118,15 +121,25 @@ def _flat(returned: Any) -> list[Any]:
 
 
 def _check_converters(lowered: Lowered) -> None:
+    seen: set[str] = set()
     for node in lowered.graph_module.graph.nodes:
-        if node.op != "call_function" or node.target is _SHARD:
+        if node.op != "call_function" or node.target is _SHARD or (told := _told(node)) in seen:
             continue
+        seen.add(told)
         if DYNAMO_CONVERTERS.get(node) is None:
             raise CannotLower(
                 f"TensorRT has no converter for {node.target}({_call(node)}).",
                 where=f"{module_path(node)} ({source_line(node) or 'source unknown'})",
                 hint="replace the operation in the model, or move it out of forward.",
             )
+
+
+def _told(node: fx.Node) -> str:
+    """What converters choose by: the call, where its operands come from, and who reads it."""
+    origins = [operand.op for operand in node.all_input_nodes]
+    readers = sorted(str(user.target) for user in node.users)
+    taken = sorted(str(user.args[1]) for user in node.users if user.target is operator.getitem)
+    return f"{described(node)}{origins}{readers}{taken}"
 
 
 def _call(node: fx.Node) -> str:
@@ -155,7 +168,7 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
     graph.lint()
     return replace(
         lowered,
-        graph_module=fx.GraphModule(lowered.graph_module, graph),
+        graph_module=module_of(lowered.graph_module, graph),
         state={**lowered.state, **{name: of[rank] for name, of in lowered.own.items()}},
         own={},
     )

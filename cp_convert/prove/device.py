@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
 from ..network import Network
-from ..program import Executable, Lowered, copied
+from ..program import Executable, Lowered, copied, module_of
 
 
 def check_device(name: str) -> torch.device:
@@ -57,7 +57,7 @@ class Mover:
     def program(self, program: Executable) -> Lowered:
         """A program that computes there; ``program`` stays as it is."""
         graph = copied(program.graph_module.graph)
-        module = fx.GraphModule(program.graph_module, graph)
+        module = module_of(program.graph_module, graph)
         for node in graph.nodes:
             if node.op == "get_attr":
                 self._move_attribute(module, str(node.target))
