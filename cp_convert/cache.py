@@ -23,7 +23,7 @@ import platformdirs
 
 from .bundle import sha256, sweep
 
-KINDS: Final = ("traces", "engines", "digests")
+KINDS: Final = ("traces", "engines", "bundles", "digests")
 LIMIT: Final = 20_000_000_000
 _LIST: Final = "files.json"
 _PARTIAL: Final = ".partial-"

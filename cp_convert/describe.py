@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
@@ -12,17 +12,19 @@ from . import __version__
 from . import manifest as m
 from .backends import Backend
 from .capture import Signature
-from .engine.build import Engine
 from .external import Weight
 from .job import Job
 from .load import Source
 from .mesh import Axis, bytes_sent
 from .program import Binding, Lowered
-from .prove import Error, NetworkProof, Proof
 from .rewrite import Outcome
 from .shard import Move, Sharded
 from .strategies import Strategy, choose
 from .trace import Applied
+
+if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof
+    from .engine.build import Engine
+    from .prove import Error, NetworkProof, Proof
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -54,13 +56,7 @@ def describe(
         schema_version=m.SCHEMA_VERSION,
         tool=m.Tool(name="cp-convert", version=__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=m.Model(
-            name=job.name,
-            source=str(job.model),
-            source_sha256=source.sha256,
-            parameters=source.parameters,
-            weights=None if job.weights is None else str(job.weights),
-        ),
+        model=model_entry(job, source),
         strategy=job.strategy,
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
@@ -83,18 +79,7 @@ def describe(
         collectives=_collectives(engines[0]),
         layout=layout,  # type: ignore[arg-type]
         weights_mode="external" if source.external else "embedded",
-        weights=[
-            m.Weight(
-                name=w.name,
-                dtype=w.dtype,
-                shape=list(w.shape),
-                file=w.file,
-                offset=w.offset,
-                bytes=w.size,
-                sha256=w.sha256,
-            )
-            for w in weights
-        ],
+        weights=[weight_entry(w) for w in weights],
         engines=[
             m.Engine(
                 rank=e.rank,
@@ -109,6 +94,30 @@ def describe(
         proof=_proof(proof, network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
         command=job.command,
+    )
+
+
+def model_entry(job: Job, source: Source) -> m.Model:
+    """Which model this is."""
+    return m.Model(
+        name=job.name,
+        source=str(job.model),
+        source_sha256=source.sha256,
+        parameters=source.parameters,
+        weights=None if job.weights is None else str(job.weights),
+    )
+
+
+def weight_entry(weight: Weight) -> m.Weight:
+    """Where one external weight is."""
+    return m.Weight(
+        name=weight.name,
+        dtype=weight.dtype,
+        shape=list(weight.shape),
+        file=weight.file,
+        offset=weight.offset,
+        bytes=weight.size,
+        sha256=weight.sha256,
     )
 
 
@@ -220,6 +229,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             control=None,
             network=None,
             seconds=0,
+            recalled=False,
         )
     return m.Proof(
         status="passed",
@@ -239,6 +249,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             seconds=round(network.seconds, 3),
         ),
         seconds=round(proof.seconds, 3),
+        recalled=False,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bundle import sha256
 from .cache import Cache, key_of
-from .weights import Location, save
+from .weights import Location, file_state, save
 
 WEIGHTS: Final = "weights.safetensors"
 
@@ -120,9 +120,7 @@ def _digests(
     file: Path, places: Mapping[str, Location], stop: Event, cache: Cache
 ) -> dict[str, str]:
     """SHA-256 of every place; read anew unless the file is the very one that was read before."""
-    state = file.stat()
-    same = (str(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-    key = key_of((*same, sorted((at.offset, at.size) for at in places.values())))
+    key = key_of((*file_state(file), sorted((at.offset, at.size) for at in places.values())))
     entry = cache.find("digests", key)
     if entry is not None:
         told: dict[str, str] = json.loads((entry / "sha256.json").read_bytes())

@@ -2,7 +2,7 @@
 
 A trace is decided by the code of forward, by everything that forward reads from its modules, and by
 the shapes of parameters and inputs. All of that goes into the key: the sources of every imported
-module that belongs to no installed package (of those, the version), the attributes of all
+module that belongs to no installed package, the versions of all those, the attributes of all
 submodules down to plain values, buffers and frozen inputs with their numbers. A model that holds
 something of unknown kind gets no key, and is traced every time.
 """
@@ -15,6 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, Final
@@ -36,11 +37,11 @@ class _Unknown(Exception):
     """A value that may decide the trace, and cannot be put into a key."""
 
 
-def tool_key(*versions: object) -> str:
-    """Of this program's own code, and of the given versions of others."""
+def tool_key(*others: object) -> str:
+    """Of this program's own code, and of others by name and version."""
     folder = Path(__file__).parent
     files = sorted(folder.rglob("*.py"))
-    return key_of([*versions, sys.version, torch.__version__, *(f.read_bytes() for f in files)])
+    return key_of([*others, sys.version, torch.__version__, *(f.read_bytes() for f in files)])
 
 
 def source_key(source: Source, tool: str) -> str | None:
@@ -142,21 +143,16 @@ def _name(cls: type) -> str:
 
 
 def _code() -> list[tuple[str, str]]:
-    """Every imported module: its package's version, or its source where it has none."""
-    installed = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib")})
-    standard = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib")})
-    own = str(Path(__file__).parent)
-    found: dict[str, str] = {}
-    for name, module in sorted(sys.modules.items()):
+    """Versions of what is installed, and the sources of every imported module that is not.
+
+    All that is installed, imported or not: the key must not depend on what TensorRT imports later.
+    """
+    known = [sysconfig.get_path(n) for n in ("purelib", "platlib", "stdlib", "platstdlib")]
+    known.append(str(Path(__file__).parent))
+    found = {one.name: one.version for one in metadata.distributions()}
+    for name, module in sys.modules.items():
         file = getattr(module, "__file__", None) or ""
-        if not file.endswith(".py") or file.startswith(own):
-            continue
-        top = name.partition(".")[0]
-        version = getattr(sys.modules.get(top), "__version__", None)
-        if file.startswith(installed) and isinstance(version, str):
-            found[top] = version
-        elif file.startswith(standard) and not file.startswith(installed):
-            continue
-        elif Path(file).is_file():  # torch.classes, for one, only says that it has a file
+        # torch.classes, for one, only says that it has a file.
+        if file.endswith(".py") and not file.startswith(tuple(known)) and Path(file).is_file():
             found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return sorted(found.items())

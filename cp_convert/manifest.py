@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 4
-SCHEMA_ID: Final = "urn:cp-convert:manifest:4"
+SCHEMA_VERSION: Final = 5
+SCHEMA_ID: Final = "urn:cp-convert:manifest:5"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -199,6 +199,8 @@ class Proof(_Struct, frozen=True):
     arithmetic, ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses
     in that precision and ``bound`` what the ranks may lose. ``control`` is what is lost when
     every rank attends to its own keys alone: it must be large, or nothing would be proven.
+    ``recalled`` says that all this was computed by an earlier conversion of the same job, with the
+    same numbers (the cache).
     """
 
     status: Literal["passed", "skipped"]
@@ -212,6 +214,7 @@ class Proof(_Struct, frozen=True):
     control: Error | None
     network: NetworkProof | None
     seconds: Seconds
+    recalled: bool
 
 
 class Manifest(_Struct, frozen=True):
@@ -222,7 +225,7 @@ class Manifest(_Struct, frozen=True):
     engine files are one (hard links where the file system has them).
     """
 
-    schema_version: Literal[4]
+    schema_version: Literal[5]
     tool: Tool
     created: str
     model: Model

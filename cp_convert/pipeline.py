@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
 
+import msgspec
 from torch import Tensor
 
+from .again import job_key, keep, recall
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
-from .cache import Cache, key_of, place
+from .cache import Cache, place
 from .capture import capture
 from .describe import describe
-from .engine.build import Engine, prepare
-from .engine.lower import lower
-from .engine.pool import Pool
-from .engine.runtime import decompositions
-from .engine.worker import Task, answered
+from .engine.offline import check_gpu
 from .errors import CannotShard
 from .external import Placing, to_write
 from .fingerprint import source_key, tool_key
@@ -28,8 +24,6 @@ from .job import AUTO, FUSED, Job
 from .load import Source, load
 from .manifest import Manifest
 from .mesh import Mesh
-from .packed import pack
-from .planning import cheapest
 from .program import Lowered
 from .progress import Clock, Progress
 from .prove import (
@@ -47,104 +41,149 @@ from .shard import shard
 from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
 
-_ENGINE: Final = "engine"
-_ANSWER: Final = "answer.pickle"
-
 
 def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
-    """Convert the job's model into one engine per rank; docs/pipeline.md tells the stages.
-
-    Everything up to ``build`` happens once for all ranks.
+    """Convert the job's model into one engine per rank, or take them from the cache.
 
     Raises:
         ConvertError: see :mod:`cp_convert.errors`; nothing has been written then.
     """
-    mesh, clock, cache = Mesh.line(job.world), Clock(progress), Cache(job.cache)
-    device = check_device(job.proof_device)
+    clock, cache = Clock(progress), Cache(job.cache)
+    check_device(job.proof_device)
     check_target(job.out, force=job.force)
-    workarounds = prepare(backend, fused=job.strategy == FUSED)
-    with (
-        staged(job.out) as folder,
-        Pool(job.workers, job.memory_limit) as pool,  # workers end before their folder does
-        ExitStack() as work,
-    ):
+    check_gpu(backend, fused=job.strategy == FUSED)
+    with staged(job.out) as folder, ExitStack() as work:
         with clock.stage("load"):
             source = load(job)
             check_space(job.out, _needed(job, source))
-            axis = mesh.free(source.groups.values())
-            tool = tool_key(backend.version, backend.torch_tensorrt_version)
+            tool = tool_key(backend.name, backend.version, backend.torch_tensorrt_version)
             trace_key = source_key(source, tool) if cache.folder is not None else None
             placing = work.enter_context(_placing(job, source, folder, cache))
-        truth = None
-        if job.proof != "none" and not source.groups:
-            with clock.stage("measure"):
-                truth = measure(source.module, source.inputs, device)
-        table = decompositions()
-        captured = capture(source, table, cache, trace_key, clock)
-        dense = captured.dense
-        if job.proof != "none" and source.groups:
-            with clock.stage("measure"):
-                truth = measure_ranks(dense, source.inputs, mesh.world, device)
-        with clock.stage("shard"):
-            sharded = shard(dense, axis)
-        if job.strategy == AUTO:
-            with clock.stage("choose"):
-                hardware = read_hardware(job.hardware)
-                name, factor = cheapest(sharded, axis, hardware, source.bytes, table)
-                job = replace(job, strategy=name, ulysses=factor)
-        with clock.stage("rewrite"):
-            strategy = choose(job.strategy, job.ulysses)
-            rewritten, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-        with clock.stage("lower"):
-            layout = _layout(job, source, rewritten)
-            rewritten = by_scatter(rewritten) if layout == "shared" else rewritten
-            lowered = lower(rewritten)
-        proof = None
-        if truth is not None:
-            with clock.stage("prove"):
-                sites = [(outcome.site, outcome.node) for outcome in outcomes]
-                control, _ = rewrite(sharded, CONTROL, "control", axis, table)
-                stages = Stages(dense, control, rewritten, lowered, sites, axis)
-                proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
-        names = captured.signature.parameters if source.external else {}
-        ranks = mesh.ranks if layout == "per-rank" else range(1)
-        with clock.stage("build", total=len(ranks)):
-            wanted = _Wanted(job, backend, tool, lowered, names, ranks)
-            engines, recalled = _built(wanted, pool, cache, folder, progress)
-        for rank in mesh.ranks[len(engines) :]:
-            twin = engines[0].path.with_name(engine_name(rank))
-            place(engines[0].path, twin)
-            engines.append(replace(engines[0], rank=rank, path=twin))
-        network_proof = None
-        if proof is not None and _pays(job, proof, sum(engine.seconds for engine in engines)):
-            with clock.stage("replay"):
-                networks = [engine.network for engine in engines if engine.network is not None]
-                inputs = flat_inputs(lowered, source.inputs)
-                inputs |= {name: lowered.state[node] for node, name in names.items()}
-                network_proof = prove_networks(networks, inputs, proof, lowered, device)
-        with clock.stage("weights"):
-            found = placing.weights
-            weights = [found[name] for name in names.values()]
-        manifest = describe(
-            job,
-            source,
-            lowered,
-            captured.signature,
-            sharded,
-            outcomes,
-            axis,
-            proof,
-            network_proof,
-            engines,
-            layout,
-            weights,
-            backend,
-            workarounds,
-            clock.seconds,
-            recalled=recalled,
-        )
+            key = job_key(job, source, trace_key)
+            manifest = recall(cache, key, job, source, placing, folder)
+        if manifest is None:
+            given = _Given(job, backend, source, tool, trace_key, placing, folder)
+            manifest, keys = _made(given, cache, clock, work)
+            keep(cache, key, manifest, keys)
+        else:
+            manifest = msgspec.structs.replace(manifest, timings=dict(clock.seconds))
         publish(folder, job.out, manifest)
     return manifest
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a conversion starts from.
+
+    Attributes:
+        job, backend: what was asked for.
+        source: the model, loaded.
+        tool: key of our own code and of the versions below it.
+        trace_key: of the model's trace.
+        placing: finds the external weights.
+        folder: where the bundle is put together.
+    """
+
+    job: Job
+    backend: Backend
+    source: Source
+    tool: str
+    trace_key: str | None
+    placing: Placing
+    folder: Path
+
+
+def _made(
+    given: _Given, cache: Cache, clock: Clock, work: ExitStack
+) -> tuple[Manifest, dict[int, str]]:
+    """All stages; docs/pipeline.md tells them. Everything up to ``build`` is for all ranks at once.
+
+    Returns:
+        the manifest, and under which keys the cache has the engines, by rank.
+    """
+    # Here, because it takes seconds to import TensorRT, which a job that is recalled does without.
+    from .engine.build import prepare
+    from .engine.lower import lower
+    from .engine.pool import Pool
+    from .engine.runtime import decompositions
+    from .engines import Wanted, built
+    from .planning import cheapest
+
+    job, backend, source, folder = given.job, given.backend, given.source, given.folder
+    mesh, device = Mesh.line(job.world), check_device(job.proof_device)
+    axis = mesh.free(source.groups.values())
+    pool = work.enter_context(Pool(job.workers, job.memory_limit))  # ends before the folder does
+    workarounds = prepare(backend, fused=job.strategy == FUSED)
+    truth = None
+    if job.proof != "none" and not source.groups:
+        with clock.stage("measure"):
+            truth = measure(source.module, source.inputs, device)
+    table = decompositions()
+    captured = capture(source, table, cache, given.trace_key, clock)
+    dense = captured.dense
+    if job.proof != "none" and source.groups:
+        with clock.stage("measure"):
+            truth = measure_ranks(dense, source.inputs, mesh.world, device)
+    with clock.stage("shard"):
+        sharded = shard(dense, axis)
+    if job.strategy == AUTO:
+        with clock.stage("choose"):
+            hardware = read_hardware(job.hardware)
+            name, factor = cheapest(sharded, axis, hardware, source.bytes, table)
+            job = replace(job, strategy=name, ulysses=factor)
+    with clock.stage("rewrite"):
+        strategy = choose(job.strategy, job.ulysses)
+        rewritten, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
+    with clock.stage("lower"):
+        layout = _layout(job, source, rewritten)
+        rewritten = by_scatter(rewritten) if layout == "shared" else rewritten
+        lowered = lower(rewritten)
+    proof = None
+    if truth is not None:
+        with clock.stage("prove"):
+            sites = [(outcome.site, outcome.node) for outcome in outcomes]
+            control, _ = rewrite(sharded, CONTROL, "control", axis, table)
+            stages = Stages(dense, control, rewritten, lowered, sites, axis)
+            proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
+    names = captured.signature.parameters if source.external else {}
+    ranks = mesh.ranks if layout == "per-rank" else range(1)
+    with clock.stage("build", total=len(ranks)):
+        wanted = Wanted(job, backend, given.tool, lowered, names, ranks)
+        done = built(wanted, pool, cache, folder, clock.progress)
+        engines = done.engines
+    for rank in mesh.ranks[len(engines) :]:
+        twin = engines[0].path.with_name(engine_name(rank))
+        place(engines[0].path, twin)
+        engines.append(replace(engines[0], rank=rank, path=twin))
+    network_proof = None
+    if proof is not None and _pays(job, proof, sum(engine.seconds for engine in engines)):
+        with clock.stage("replay"):
+            networks = [engine.network for engine in engines if engine.network is not None]
+            inputs = flat_inputs(lowered, source.inputs)
+            inputs |= {name: lowered.state[node] for node, name in names.items()}
+            network_proof = prove_networks(networks, inputs, proof, lowered, device)
+    with clock.stage("weights"):
+        found = given.placing.weights
+        weights = [found[name] for name in names.values()]
+    manifest = describe(
+        job,
+        source,
+        lowered,
+        captured.signature,
+        sharded,
+        outcomes,
+        axis,
+        proof,
+        network_proof,
+        engines,
+        layout,
+        weights,
+        backend,
+        workarounds,
+        clock.seconds,
+        recalled=done.recalled,
+    )
+    return manifest, done.keys
 
 
 def _needed(job: Job, source: Source) -> int:
@@ -177,73 +216,6 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
     if job.layout == AUTO:
         return "shared" if source.external and refusal is None else "per-rank"
     return job.layout
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Engines to be built: all that decides their bytes.
-
-    Attributes:
-        job, backend: what was asked for.
-        tool: our own code and the versions of others.
-        program: of all ranks.
-        names: by placeholder, the binding of a parameter that becomes an input.
-        ranks: of which.
-    """
-
-    job: Job
-    backend: Backend
-    tool: str
-    program: Lowered
-    names: Mapping[str, str]
-    ranks: Sequence[int]
-
-    def key(self, task: Task, program: str) -> str:
-        """For the cache; ``program`` is the digest of the packed one."""
-        told = (task.rank, task.backend, task.fused, task.targets, task.external, task.network)
-        return key_of((self.tool, program, *told))
-
-
-def _built(
-    wanted: _Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress
-) -> tuple[list[Engine], list[int]]:
-    """The engines, and which ranks' were in the cache; networks share the model's weights."""
-    job, file = wanted.job, folder / "program.safetensors"
-    packed = pack(wanted.program, described=wanted.names, provenance=False)
-    digest = packed.digest() if cache.folder is not None else ""
-    engines, tasks = [], []
-    for rank in wanted.ranks:
-        task = Task(
-            rank=rank,
-            program=file,
-            path=folder / engine_name(rank),
-            backend=wanted.backend,
-            fused=job.strategy == FUSED,
-            targets=job.compute_capabilities,
-            external=dict(wanted.names),
-            network=job.proof in ("auto", "network"),
-        )
-        entry = cache.find("engines", wanted.key(task, digest))
-        if entry is None:
-            tasks.append(task)
-            continue
-        place(entry / _ENGINE, task.path)
-        known, _ = answered((entry / _ANSWER).read_bytes(), packed.tensors)
-        engines.append(replace(known, path=task.path))
-        progress.step("build")
-    recalled = [engine.rank for engine in engines]
-    if tasks:
-        packed.write(file)
-    by_rank = {task.rank: task for task in tasks}
-    for engine, answer in pool.build(tasks, packed.nbytes, packed.tensors, progress):
-        key = wanted.key(by_rank[engine.rank], digest)
-        with cache.store("engines", key, {_ENGINE: engine.sha256}) as kept:
-            place(engine.path, kept / _ENGINE)
-            (kept / _ANSWER).write_bytes(answer)
-        engines.append(engine)
-        progress.step("build")
-    file.unlink(missing_ok=True)
-    return sorted(engines, key=lambda engine: engine.rank), recalled
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:

@@ -475,7 +475,9 @@ def _proof_line(proof: Proof) -> str:
     )
     if proof.network is not None:
         line += f", of the networks {max(e.max for e in proof.network.algebra):.1e}"
-    return line + (f"; without communication {proof.control.max:.1e}" if proof.control else "")
+    if proof.control is not None:
+        line += f"; without communication {proof.control.max:.1e}"
+    return line + ("; proven when this same job was run before" if proof.recalled else "")
 
 
 def _attention_line(sites: Sequence[Attention]) -> str:

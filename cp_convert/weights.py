@@ -269,6 +269,12 @@ def save(
     return written
 
 
+def file_state(file: Path) -> tuple[object, ...]:
+    """What changes when a file is written or replaced."""
+    state = file.stat()
+    return str(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def numbers(tensor: Tensor) -> memoryview:
     """A tensor's numbers as bytes, in row-major order."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
+from msgspec import structs
+from safetensors.torch import save_file
 from torch import nn
 
 from cp_convert import bundle
+from cp_convert.again import job_key
 from cp_convert.backends import select
 from cp_convert.cache import Cache
 from cp_convert.fingerprint import source_key
 from cp_convert.job import Job
 from cp_convert.load import Source, load
+from cp_convert.manifest import Manifest
 from cp_convert.packed import pack, read_packed, unpack
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
@@ -41,7 +45,7 @@ def test_what_was_stored_is_found_and_counted(tmp_path: Path) -> None:
     assert found is not None
     assert (found / "engine").read_bytes() == b"x"
     assert cache.find("engines", "b") is None
-    assert {h.kind: h.entries for h in cache.held()} == {"traces": 0, "engines": 1, "digests": 0}
+    assert {h.kind: h.entries for h in cache.held() if h.entries} == {"engines": 1}
     assert cache.clear() > 0
     assert cache.find("engines", "a") is None
 
@@ -176,11 +180,20 @@ def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Pa
     assert not any(engine.recalled for engine in first.engines)
 
     again = convert(replace(job, out=tmp_path / "b"), backend, Progress())
-    assert "trace" not in again.timings
+    assert list(again.timings) == ["load"]
     assert all(engine.recalled for engine in again.engines)
     assert [e.sha256 for e in again.engines] == [e.sha256 for e in first.engines]
-    assert again.proof.level == first.proof.level == "network"
+    assert not first.proof.recalled
+    assert again.proof == structs.replace(first.proof, recalled=True)
+    assert first.proof.level == "network"
+    assert again.io == first.io
     assert not any(check.problem for check in bundle.verify(tmp_path / "b"))
+
+    # Another bound is another proof, of the same engines.
+    bound = convert(replace(job, out=tmp_path / "c1", rtol=0.5), backend, Progress())
+    assert not bound.proof.recalled
+    assert "trace" not in bound.timings
+    assert all(engine.recalled for engine in bound.engines)
 
     other = convert(replace(job, out=tmp_path / "d", strategy="ring"), backend, Progress())
     assert "trace" not in other.timings
@@ -198,6 +211,60 @@ def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Pa
         for name in ("ulysses", "ring")
     ]
     assert sum(engine.recalled for m in resumed for engine in m.engines) == 3
+
+
+def test_the_key_of_a_job_holds_what_decides_its_bundle(model_file: Write, tmp_path: Path) -> None:
+    job = Job(model=model_file(), strategy="ulysses", world=2, out=tmp_path, precision="fp32")
+    torch.manual_seed(0)
+    source = load(job)
+    key = job_key(job, source, "trace")
+    assert key is not None
+    for same in ({"out": tmp_path / "b"}, {"jobs": 1}, {"force": True}, {"command": "other"}):
+        assert job_key(replace(job, **same), source, "trace") == key
+    for other in ({"strategy": "ring"}, {"world": 4}, {"proof": "none"}, {"layout": "shared"}):
+        assert job_key(replace(job, **other), source, "trace") != key
+    assert job_key(job, source, "another trace") != key
+    assert job_key(job, source, None) is None
+    name, values = next(iter(source.inputs.items()))
+    given = {**source.inputs, name: values + 1}
+    assert job_key(job, replace(source, inputs=given), "trace") != key
+    with torch.no_grad():
+        next(source.module.parameters()).add_(1)
+    assert job_key(job, source, "trace") != key
+
+
+@pytest.mark.engine
+def test_weights_in_files_count_by_the_files_state(model_file: Write, tmp_path: Path) -> None:
+    """External weights are not read to find the job again; a file that was replaced is."""
+    model, file = model_file(), tmp_path / "weights.safetensors"
+    job = Job(
+        model=model,
+        strategy="ulysses",
+        world=2,
+        out=tmp_path / "a",
+        cache=tmp_path / "c",
+        precision="fp32",
+        weights=file,
+        weights_mode="external",
+        layout="shared",
+    )
+    module = load(replace(job, weights=None)).module
+
+    def converted(out: str) -> Manifest:
+        return convert(replace(job, out=tmp_path / out), select("auto", ()), Progress())
+
+    save_file(module.state_dict(), file)
+    first, again = converted("a"), converted("b")
+    assert list(again.timings) == ["load"]
+    assert again.weights == first.weights
+    assert again.proof.recalled
+    assert not any(check.problem for check in bundle.verify(tmp_path / "b"))
+
+    save_file({name: 2 * value for name, value in module.state_dict().items()}, file)
+    changed = converted("d")
+    assert not changed.proof.recalled
+    assert [w.sha256 for w in changed.weights] != [w.sha256 for w in first.weights]
+    assert all(engine.recalled for engine in changed.engines)  # they hold none of the weights
 
 
 def test_cache_info_and_clear(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor, fx
 
 from ..backends import Backend
 from ..converters import active, register
-from ..errors import BackendMissing, BuildFailed
+from ..errors import BuildFailed
 from ..network import Network
 from ..program import Binding, Lowered, copied, hold, module_of
-from .offline import capability, has_driver
+from .offline import check_gpu
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
 
@@ -83,23 +83,7 @@ def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
     Raises:
         BackendMissing: the backend needs a GPU and there is none, or another one.
     """
-    if fused and not backend.needs_gpu:
-        raise BackendMissing(
-            f"--strategy fused: {backend.name} has no multi-device attention; TensorRT documents "
-            "it for compute capability 10.0 (Blackwell) and later.",
-            hint="build with --backend tensorrt on such a GPU, or take --strategy ulysses.",
-        )
-    if backend.needs_gpu and not has_driver():
-        raise BackendMissing(
-            f"the {backend.name} backend builds for the GPU it runs on, and there is none here.",
-            hint="run on a machine with the target GPU, or use --backend tensorrt-rtx.",
-        )
-    if fused and capability() < (10, 0):
-        raise BackendMissing(
-            "--strategy fused: TensorRT's multi-device attention needs compute capability 10.0 "
-            f"(Blackwell) or later, and this GPU has {'.'.join(map(str, capability()))}.",
-            hint="build on such a GPU, or take --strategy ulysses.",
-        )
+    check_gpu(backend, fused=fused)
     assert is_rtx() == (backend.name == "tensorrt-rtx")
     workarounds = active(backend.name, backend.version)
     register(workarounds)
@@ -176,7 +160,7 @@ def build(
         done = interpreter.builder.build_serialized_network_to_stream(
             interpreter.ctx.net, config, written
         )
-    if not done:
+    if written.error is not None or not done:  # TensorRT may call it done without its last bytes
         path.unlink()
         if written.error is not None:
             raise written.error

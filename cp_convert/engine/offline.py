@@ -16,6 +16,9 @@ from typing import Any, Final
 
 import torch
 
+from ..backends import Backend
+from ..errors import BackendMissing
+
 _CAPABILITY: Final = (8, 9)
 
 
@@ -28,6 +31,35 @@ def capability() -> tuple[int, int]:
     """Compute capability of this machine's GPU; there must be one."""
     major, minor = torch.cuda.get_device_capability()
     return major, minor
+
+
+def check_gpu(backend: Backend, *, fused: bool) -> None:
+    """Refuse, before TensorRT is imported, what this machine's GPU, or its absence, rules out.
+
+    Args:
+        backend: which TensorRT is to build.
+        fused: whether its multi-device attention is to be used.
+
+    Raises:
+        BackendMissing: the backend needs a GPU and there is none, or another one.
+    """
+    if fused and not backend.needs_gpu:
+        raise BackendMissing(
+            f"--strategy fused: {backend.name} has no multi-device attention; TensorRT documents "
+            "it for compute capability 10.0 (Blackwell) and later.",
+            hint="build with --backend tensorrt on such a GPU, or take --strategy ulysses.",
+        )
+    if backend.needs_gpu and not has_driver():
+        raise BackendMissing(
+            f"the {backend.name} backend builds for the GPU it runs on, and there is none here.",
+            hint="run on a machine with the target GPU, or use --backend tensorrt-rtx.",
+        )
+    if fused and capability() < (10, 0):
+        raise BackendMissing(
+            "--strategy fused: TensorRT's multi-device attention needs compute capability 10.0 "
+            f"(Blackwell) or later, and this GPU has {'.'.join(map(str, capability()))}.",
+            hint="build on such a GPU, or take --strategy ulysses.",
+        )
 
 
 @contextmanager

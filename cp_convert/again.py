@@ -1,0 +1,141 @@
+"""The same job again: its manifest and engines from the cache, before TensorRT is imported.
+
+A finished conversion leaves its manifest under a key of everything that decides a byte of the
+engines or a number of the proof: the trace's key (code, plan, shapes), the values of parameters and
+inputs, every option, and the versions. What is found was proven with these very values by this very
+code, so the proof is not repeated, and the manifest says so (``proof.recalled``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import manifest as m
+from .cache import Cache, key_of, place
+from .describe import model_entry, weight_entry
+from .external import Placing
+from .hardware import read as read_hardware
+from .job import AUTO, EXTERNAL_FROM, Job
+from .load import Source
+from .weights import file_state, numbers
+
+ENGINE: Final = "engine"
+_MANIFEST: Final = "manifest.json"
+_ENGINES: Final = "engines.json"
+_NO_DIFFERENCE: Final = frozenset(
+    {"model", "out", "hardware", "weights", "force", "cache", "jobs", "memory", "command"}
+)
+"""Options that decide nothing, or are in the key by what they name."""
+
+
+def job_key(job: Job, source: Source, trace: str | None) -> str | None:
+    """Of a whole conversion; ``None`` for one that gets no key.
+
+    Parameters that lie in files count as these files' state (path, size, times); others by their
+    numbers, unless that would take long.
+
+    Args:
+        job: what was asked for.
+        source: the model and the inputs that it is proven with.
+        trace: the key of its trace, which holds the model's code and the versions.
+    """
+    elsewhere = [p for name, p in _parameters(source).items() if name not in source.located]
+    if trace is None or source.peers or sum(p.nbytes for p in elsewhere) > EXTERNAL_FROM:
+        return None
+    options = {
+        field.name: getattr(job, field.name)
+        for field in fields(job)
+        if field.name not in _NO_DIFFERENCE
+    }
+    hardware = read_hardware(job.hardware) if job.strategy == AUTO else None
+    return key_of([trace, sorted(options.items()), hardware, *_values(source)])
+
+
+def _parameters(source: Source) -> dict[str, Tensor]:
+    return dict(source.module.named_parameters(remove_duplicate=False))
+
+
+def _values(source: Source) -> Iterator[object]:
+    files = {at.file for at in source.located.values()}
+    states = {file: file_state(file.resolve()) for file in files}
+    for name, parameter in sorted(_parameters(source).items()):
+        at = source.located.get(name)
+        yield name, _digest(parameter) if at is None else (states[at.file], at.offset)
+    for leaf in pytree.tree_leaves(source.inputs):
+        yield _digest(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(numbers(tensor)).hexdigest()
+
+
+def recall(
+    cache: Cache, key: str | None, job: Job, source: Source, placing: Placing, folder: Path
+) -> m.Manifest | None:
+    """The manifest of an equal conversion, its engines put into ``folder``; or ``None``.
+
+    Args:
+        cache: where to look.
+        key: see :func:`job_key`.
+        job: this conversion's.
+        source: its model.
+        placing: finds the external weights; what it finds must be what was converted then.
+        folder: where the bundle is put together.
+    """
+    entry = None if key is None else cache.find("bundles", key)
+    if entry is None:
+        return None
+    known = m.decode((entry / _MANIFEST).read_bytes())
+    engines: dict[str, str] = json.loads((entry / _ENGINES).read_bytes())
+    files: dict[str, Path] = {}
+    for engine in set(engines.values()):
+        found = cache.find("engines", engine)
+        if found is None:
+            return None
+        files[engine] = found / ENGINE
+    weights = [weight_entry(placing.weights[weight.name]) for weight in known.weights]
+    if [_content(w) for w in weights] != [_content(w) for w in known.weights]:
+        return None
+    for name, engine in engines.items():
+        place(files[engine], folder / name)
+    return replace(
+        known,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=model_entry(job, source),
+        weights=weights,
+        engines=[replace(engine, recalled=True) for engine in known.engines],
+        proof=replace(known.proof, recalled=known.proof.status == "passed"),
+        command=job.command,
+    )
+
+
+def _content(weight: m.Weight) -> tuple[Any, ...]:
+    return weight.name, weight.dtype, weight.shape, weight.sha256
+
+
+def keep(cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int, str]) -> None:
+    """Remember a finished conversion; its engines are in the cache already.
+
+    Args:
+        cache: where.
+        key: see :func:`job_key`.
+        manifest: of the conversion.
+        keys: the engines' own keys by rank; ranks that are not named share rank 0's.
+    """
+    if key is None:
+        return
+    engines = {engine.file: keys.get(engine.rank, keys[0]) for engine in manifest.engines}
+    with cache.store("bundles", key) as folder:
+        (folder / _MANIFEST).write_bytes(m.encode(manifest))
+        (folder / _ENGINES).write_bytes(msgspec.json.encode(engines))

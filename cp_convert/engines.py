@@ -1,0 +1,110 @@
+"""Engines from the cache, or from workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from .again import ENGINE
+from .backends import Backend
+from .bundle import engine_name
+from .cache import Cache, key_of, place
+from .engine.build import Engine
+from .engine.pool import Pool
+from .engine.worker import Task, answered
+from .job import FUSED, Job
+from .packed import pack
+from .program import Lowered
+from .progress import Progress
+
+_ANSWER: Final = "answer.pickle"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Engines to be built: all that decides their bytes.
+
+    Attributes:
+        job, backend: what was asked for.
+        tool: our own code and the versions of others.
+        program: of all ranks.
+        names: by placeholder, the binding of a parameter that becomes an input.
+        ranks: of which.
+    """
+
+    job: Job
+    backend: Backend
+    tool: str
+    program: Lowered
+    names: Mapping[str, str]
+    ranks: Sequence[int]
+
+    def task(self, rank: int, program: Path) -> Task:
+        """What a worker is told; ``program`` is the packed one, and the engine goes beside it."""
+        return Task(
+            rank=rank,
+            program=program,
+            path=program.with_name(engine_name(rank)),
+            backend=self.backend,
+            fused=self.job.strategy == FUSED,
+            targets=self.job.compute_capabilities,
+            external=dict(self.names),
+            network=self.job.proof in ("auto", "network"),
+        )
+
+    def key(self, task: Task, program: str) -> str:
+        """For the cache; ``program`` is the digest of the packed one."""
+        told = (task.rank, task.backend, task.fused, task.targets, task.external, task.network)
+        return key_of((self.tool, program, *told))
+
+
+@dataclass(frozen=True)
+class Built:
+    """Engines of all ranks that were wanted.
+
+    Attributes:
+        engines: by rank; networks share the model's weights.
+        recalled: ranks whose engines were in the cache.
+        keys: by rank, under which the cache has them.
+    """
+
+    engines: list[Engine]
+    recalled: list[int]
+    keys: dict[int, str]
+
+
+def built(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress) -> Built:
+    """Build what is not in the cache; all of it stands in ``folder`` then.
+
+    Raises:
+        BuildFailed: TensorRT refused a network, or a worker was killed.
+    """
+    file = folder / "program.safetensors"
+    packed = pack(wanted.program, described=wanted.names, provenance=False)
+    digest = packed.digest() if cache.folder is not None else ""
+    tasks = {rank: wanted.task(rank, file) for rank in wanted.ranks}
+    keys = {rank: wanted.key(task, digest) for rank, task in tasks.items()}
+    done = Built([], [], keys)
+    for rank, key in keys.items():
+        entry = cache.find("engines", key)
+        if entry is not None:
+            task = tasks.pop(rank)
+            place(entry / ENGINE, task.path)
+            known, _ = answered((entry / _ANSWER).read_bytes(), packed.tensors)
+            done.engines.append(replace(known, path=task.path))
+            done.recalled.append(rank)
+            progress.step("build")
+    if tasks:
+        packed.write(file)
+    building = pool.build(list(tasks.values()), packed.nbytes, packed.tensors, progress)
+    for engine, answer in building:
+        with cache.store("engines", keys[engine.rank], {ENGINE: engine.sha256}) as kept:
+            place(engine.path, kept / ENGINE)
+            (kept / _ANSWER).write_bytes(answer)
+        done.engines.append(engine)
+        progress.step("build")
+    file.unlink(missing_ok=True)
+    done.engines.sort(key=lambda engine: engine.rank)
+    return done
