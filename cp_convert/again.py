@@ -28,6 +28,7 @@ from .external import Placing
 from .hardware import read as read_hardware
 from .job import AUTO, EXTERNAL_FROM, Job
 from .load import Source
+from .settle import CONSTANTS
 from .weights import file_state, numbers
 
 ENGINE: Final = "engine"
@@ -104,11 +105,15 @@ def recall(
         if found is None:
             return None
         files[engine] = found / ENGINE
-    weights = [weight_entry(placing.weights[weight.name]) for weight in known.weights]
+    weights = [
+        w if w.file == CONSTANTS else weight_entry(placing.weights[w.name]) for w in known.weights
+    ]
     if [_content(w) for w in weights] != [_content(w) for w in known.weights]:
         return None
     for name, engine in engines.items():
         place(files[engine], folder / name)
+    if (entry / CONSTANTS).is_file():
+        place(entry / CONSTANTS, folder / CONSTANTS)
     return replace(
         known,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -124,7 +129,9 @@ def _content(weight: m.Weight) -> tuple[Any, ...]:
     return weight.name, weight.dtype, weight.shape, weight.sha256
 
 
-def keep(cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int, str]) -> None:
+def keep(
+    cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int, str], bundle: Path
+) -> None:
     """Remember a finished conversion; its engines are in the cache already.
 
     Args:
@@ -132,6 +139,7 @@ def keep(cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int,
         key: see :func:`job_key`.
         manifest: of the conversion.
         keys: the engines' own keys by rank; ranks that are not named share rank 0's.
+        bundle: the folder that holds it.
     """
     if key is None:
         return
@@ -139,3 +147,5 @@ def keep(cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int,
     with cache.store("bundles", key) as folder:
         (folder / _MANIFEST).write_bytes(m.encode(manifest))
         (folder / _ENGINES).write_bytes(msgspec.json.encode(engines))
+        if (bundle / CONSTANTS).is_file():
+            place(bundle / CONSTANTS, folder / CONSTANTS)

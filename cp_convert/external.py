@@ -28,7 +28,7 @@ class Weight:
     """One weight that is an input of every engine.
 
     Attributes:
-        name: of the binding, and of the model's parameter.
+        name: of the binding, and of the model's parameter; ``constants.*`` follow from parameters.
         dtype, shape: of the tensor.
         file: where its numbers are; a bare file name lies in the bundle.
         offset: of the first byte in that file.
@@ -109,10 +109,10 @@ def place(
         if stop.is_set():
             return {}
         for name, at in places.items():
-            weights[name] = _weight(name, parameters[name], str(file), at.offset, digests[name])
+            weights[name] = weight_of(name, parameters[name], str(file), at.offset, digests[name])
     if own:
         for name, (offset, digest) in save(own, folder / WEIGHTS, stop).items():
-            weights[name] = _weight(name, own[name], WEIGHTS, offset, digest)
+            weights[name] = weight_of(name, own[name], WEIGHTS, offset, digest)
     return weights
 
 
@@ -148,6 +148,7 @@ def to_write(
     }
 
 
-def _weight(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
+def weight_of(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
+    """A weight whose numbers begin at ``offset`` of ``file``."""
     dtype = str(tensor.dtype).removeprefix("torch.")
     return Weight(name, dtype, tuple(tensor.shape), file, offset, tensor.nbytes, sha256)

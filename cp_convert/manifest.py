@@ -164,8 +164,9 @@ class Engine(_Struct, frozen=True):
 class Weight(_Struct, frozen=True):
     """A parameter that is an input of every engine.
 
-    The ``bytes`` at ``offset`` of ``file`` are its numbers, row-major; ``file`` is a name in the
-    bundle (``weights.safetensors``) or the path of the user's own safetensors file.
+    ``constants.*`` are what forward computes from parameters alone. The ``bytes`` at ``offset`` of
+    ``file`` are the numbers, row-major; ``file`` is a name in the bundle (``weights.safetensors``,
+    ``constants.safetensors``) or the path of the user's own safetensors file.
     """
 
     name: str

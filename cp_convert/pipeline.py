@@ -37,6 +37,7 @@ from .prove import (
     prove_networks,
 )
 from .rewrite import rewrite
+from .settle import settle, store
 from .shard import shard
 from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
@@ -64,7 +65,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
         if manifest is None:
             given = _Given(job, backend, source, tool, trace_key, placing, folder)
             manifest, keys = _made(given, cache, clock, work)
-            keep(cache, key, manifest, keys)
+            keep(cache, key, manifest, keys, folder)
         else:
             manifest = msgspec.structs.replace(manifest, timings=dict(clock.seconds))
         publish(folder, job.out, manifest)
@@ -137,7 +138,9 @@ def _made(
     with clock.stage("lower"):
         layout = _layout(job, source, rewritten)
         rewritten = by_scatter(rewritten) if layout == "shared" else rewritten
-        lowered = lower(rewritten)
+        names = captured.signature.parameters if source.external else {}
+        settled = settle(lower(rewritten), names)
+        lowered, names = settled.program, settled.names
     proof = None
     if truth is not None:
         with clock.stage("prove"):
@@ -145,7 +148,6 @@ def _made(
             control, _ = rewrite(sharded, CONTROL, "control", axis, table)
             stages = Stages(dense, control, rewritten, lowered, sites, axis)
             proof = prove(truth, source.inputs, stages, rtol=job.rtol, device=device)
-    names = captured.signature.parameters if source.external else {}
     ranks = mesh.ranks if layout == "per-rank" else range(1)
     with clock.stage("build", total=len(ranks)):
         wanted = Wanted(job, backend, given.tool, lowered, names, ranks)
@@ -155,6 +157,7 @@ def _made(
         twin = engines[0].path.with_name(engine_name(rank))
         place(engines[0].path, twin)
         engines.append(replace(engines[0], rank=rank, path=twin))
+        done.recalled.extend([rank] if done.recalled else [])
     network_proof = None
     if proof is not None and _pays(job, proof, sum(engine.seconds for engine in engines)):
         with clock.stage("replay"):
@@ -163,7 +166,7 @@ def _made(
             inputs |= {name: lowered.state[node] for node, name in names.items()}
             network_proof = prove_networks(networks, inputs, proof, lowered, device)
     with clock.stage("weights"):
-        found = given.placing.weights
+        found = given.placing.weights | store(settled.constants, folder)
         weights = [found[name] for name in names.values()]
     manifest = describe(
         job,

@@ -100,7 +100,8 @@ class Screen:
         if self.verbosity < 0:
             return
         console = self.err if self.as_json else self.out
-        total = sum(engine.bytes for engine in manifest.engines)
+        # Equal engines are one file under several names.
+        total = sum({engine.sha256: engine.bytes for engine in manifest.engines}.values())
         console.print(
             f"[bold green]{_plural(len(manifest.engines), 'engine')}[/] of "
             f"{escape(manifest.model.name)} "

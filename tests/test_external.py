@@ -18,8 +18,11 @@ from cp_convert.cache import Cache
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.external import WEIGHTS, place
+from cp_convert.job import Job
+from cp_convert.load import load
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import flat_inputs
+from cp_convert.settle import CONSTANTS, settle
 from cp_convert.shared import by_scatter, why_not_shared
 from cp_convert.weights import locate
 
@@ -193,3 +196,72 @@ def test_a_truncated_header_is_refused(tmp_path: Path) -> None:
     path.write_bytes((1000).to_bytes(8, "little") + b"{")
     with pytest.raises(WeightsError):
         locate(path)
+
+
+PARTS = (
+    "self.enter, self.qkv, self.leave = nn.Linear(8, 64), nn.Linear(64, 192), nn.Linear(64, 8)",
+    """self.enter, self.leave = nn.Linear(8, 64), nn.Linear(64, 8)
+        self.qk, self.v = nn.Linear(64, 128, bias=False), nn.Linear(64, 64, bias=False)
+        self.scale, self.shift = nn.Parameter(torch.randn(64)), nn.Parameter(torch.randn(64))""",
+)
+JOINED = (
+    "self.qkv(self.enter(x))",
+    "functional.linear(self.enter(x), torch.cat([self.qk.weight, self.v.weight]))",
+)
+APART = (
+    "self.qkv(self.enter(x))",
+    "torch.cat([self.qk(self.enter(x)), self.v(self.enter(x))], -1)",
+)
+
+
+def scaled(expression: str) -> tuple[str, str]:
+    flat = "mixed.transpose(1, 2).flatten(2)"
+    return flat, f"{flat} * {expression}"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("layout", ["shared", "per-rank"])
+def test_what_follows_from_weights_is_computed_once(
+    layout: str, model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A QKV that forward joins becomes one input, exactly; its parts are no inputs any more."""
+    model = model_file(PARTS, JOINED, scaled("self.scale.sigmoid()"))
+    options = ["-s", "ulysses", "-w", 2, "--weights-mode", "external", "--layout", layout, "-q"]
+    options += ["--precision", "fp32", "--proof", "network", "--cache", tmp_path / "cache"]
+    held = dict(load(Job(model, "ulysses", 2, Path(), precision="fp32")).module.named_parameters())
+    for out in (tmp_path / "first", tmp_path / "again"):
+        assert convert(model, *options, "-o", out) == 0
+        told = manifest_of(out)
+        assert told.proof.recalled == (out.name == "again")
+        assert not any(check.problem for check in bundle.verify(out))
+        names = {w.name for w in told.weights}
+        computed = [w for w in told.weights if w.name.startswith("constants.")]
+        assert {w.file for w in computed} == {CONSTANTS}
+        assert not names & {"qk.weight", "v.weight", "scale"}
+        assert names >= {"enter.weight", "leave.bias"}
+        scale, qkv = sorted(computed, key=lambda w: len(w.shape))
+        assert torch.equal(numbers_of(scale, out), held["scale"].sigmoid())
+        joined = torch.cat([held["qk.weight"], held["v.weight"]])
+        assert torch.equal(numbers_of(qkv, out).reshape(joined.shape), joined)
+
+
+@pytest.mark.parametrize(
+    ("expression", "precision", "computed"),
+    [
+        ("(self.scale + self.shift)", "fp32", 1),
+        ("(self.scale.float() + self.shift.float())", "bf16", 1),
+        ("(self.scale + self.shift)", "bf16", 0),  # rounded, where the proof wants float32
+        ("self.scale.reshape(8, 8).reshape(64)", "fp32", 0),  # a view
+        ("torch.sigmoid(x.mean() + self.scale)", "fp32", 0),  # of an input as well
+    ],
+)
+def test_what_is_not_exact_or_costs_nothing_stays_in_the_engine(
+    expression: str, precision: str, computed: int, model_file: Callable[..., Path]
+) -> None:
+    model = model_file(PARTS, APART, scaled(f"({expression}).to(mixed.dtype)"))
+    source = load(Job(model, "ulysses", 2, Path(), precision=precision, plan="model"))
+    stages = rewritten(source.module, source.inputs, "ulysses", 2, source.plan)
+    lowered = lower(stages.rewritten)
+    names = {name: name for name in lowered.state}
+    assert len(settle(lowered, names).constants) == computed
+    assert not settle(lowered, {}).constants  # embedded: TensorRT's builder does that

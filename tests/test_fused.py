@@ -9,7 +9,7 @@ from conftest import axis_of, rewritten, tiny, tiny_inputs
 from test_strategies import site_of
 
 from cp_convert.backends import BACKENDS
-from cp_convert.engine import build
+from cp_convert.engine import offline
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
@@ -72,7 +72,7 @@ def test_what_cannot_have_it_is_refused(
         prepare(BACKENDS["tensorrt-rtx"], fused=True)
     with pytest.raises(UsageError, match="FP16 and BF16"):
         Job(model_file(), "fused", 2, Path("out"), precision="fp32")
-    monkeypatch.setattr(build, "has_driver", lambda: True)
-    monkeypatch.setattr(build, "capability", lambda: (9, 0))
+    monkeypatch.setattr(offline, "has_driver", lambda: True)
+    monkeypatch.setattr(offline, "capability", lambda: (9, 0))
     with pytest.raises(BackendMissing, match=r"this GPU has 9\.0"):
         prepare(BACKENDS["tensorrt"], fused=True)
