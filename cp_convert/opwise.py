@@ -3,8 +3,8 @@
 ``ExportedProgram.run_decompositions`` traces the whole program anew, 10,000 operators for 57 equal
 blocks. Here every distinct call (operator, arguments, shapes, strides) is traced alone, with the
 same table and the same tracer (``make_fx``), and what it becomes is written in the place of all its
-equals. That is right where operators neither write in place nor contain others; programs of which
-that cannot be said are left to torch.
+equals. That is right where operators neither write in place (:mod:`.writes` turns most such writes
+into values first) nor contain others; programs of which that cannot be said are left to torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .program import PROVENANCE, fake_mode_of
+from .program import PROVENANCE, fake_mode_of, fresh
+from .writes import Unclear, without_writes
 
 _DROPPED: Final = (
     torch.ops.aten.detach.default,
@@ -44,8 +45,8 @@ def opwise(module: fx.GraphModule, table: Mapping[Any, Any]) -> fx.Graph | None:
         A graph with the same placeholders, or ``None`` when the program is beyond this.
     """
     try:
-        return _Opwise(module.graph, table).graph
-    except _Beyond:
+        return _Opwise(without_writes(module.graph), table).graph
+    except (_Beyond, Unclear):
         return None
 
 
@@ -124,7 +125,7 @@ class _Opwise:
         for _ in range(2):
             made = functionalize(call if traced is meaning else traced, remove="mutations")
             with self._mode, torch.no_grad():
-                traced = make_fx(made, decomposition_table=self._table)(*map(_fresh, values))
+                traced = make_fx(made, decomposition_table=self._table)(*map(fresh, values))
             schemas = [getattr(node.target, "_schema", None) for node in traced.graph.nodes]
             if not any(schema is not None and schema.is_mutable for schema in schemas):
                 break
@@ -181,11 +182,6 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
 def _typed(leaf: Any) -> Any:
     """``1``, ``1.0`` and ``True`` are equal, and different arguments."""
     return type(leaf), leaf
-
-
-def _fresh(value: Tensor) -> Tensor:
-    """A tensor like it: the tracer tells tensors by identity, and equal calls share theirs."""
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _told(value: Tensor) -> tuple[Any, ...]:

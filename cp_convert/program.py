@@ -281,6 +281,11 @@ def fake_mode_of(graph: fx.Graph) -> FakeTensorMode:
     return FakeTensorMode()
 
 
+def fresh(value: Tensor) -> Tensor:
+    """A tensor like it, in memory of its own."""
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+
 def written_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that a later operator writes into, and what they are views of.
 

@@ -76,16 +76,6 @@ def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[0] == counts[1] > 0
 
 
-def test_what_writes_in_place_is_left_to_torch() -> None:
-    class Writes(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            y = torch.zeros_like(x)
-            y[..., ::2] = x[..., ::2]
-            return y
-
-    assert opwise(exported(Writes(), torch.randn(4, 4)).graph_module, table()) is None
-
-
 def test_an_assertion_has_no_value() -> None:
     class Coded(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
