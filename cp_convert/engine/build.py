@@ -24,7 +24,7 @@ from ..network import Network
 from ..program import Binding, Lowered, copied, hold, module_of
 from .offline import check_gpu
 from .readback import read_network
-from .runtime import TENSORRT_LOG, Input, TRTInterpreter, is_rtx, settings, trt
+from .runtime import TENSORRT_LOG, Input, TRTInterpreter, checked_once, is_rtx, settings, trt
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def network_of(program: Lowered, external: Mapping[str, str] | None = None) -> T
     """
     module = _with_parameters(program, external or {})
     bindings = _bindings(module.graph, program, external or {})
-    with _listening() as log, warnings.catch_warnings():
+    with _listening() as log, checked_once(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         interpreter = TRTInterpreter(
             module,

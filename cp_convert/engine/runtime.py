@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ __all__ = [
     "Input",
     "SourceIR",
     "TRTInterpreter",
+    "checked_once",
     "decompositions",
     "dynamo_tensorrt_converter",
     "get_trt_tensor",
@@ -94,6 +96,21 @@ def decompositions() -> dict[Any, Any]:
     # angles (LTX-Video's reach 15,000 radians) turns into an error of 1e-3.
     table.pop(torch.ops.aten.linspace.default, None)
     return table
+
+
+@contextmanager
+def checked_once() -> Iterator[None]:
+    """Check Torch-TensorRT's registry of converters now, and not again at every look-up.
+
+    There are two for every operator, and each would go through all of the registry: half of the
+    time in which a network is made.
+    """
+    DYNAMO_CONVERTERS.validate_invariants()
+    DYNAMO_CONVERTERS.validate_invariants = lambda: None
+    try:
+        yield
+    finally:
+        del DYNAMO_CONVERTERS.validate_invariants
 
 
 def _zeros(size: Sequence[int], **kwargs: Any) -> torch.Tensor:
