@@ -98,8 +98,8 @@ def share_constants(graph_module: fx.GraphModule) -> None:
 
 def _identity(value: torch.Tensor) -> tuple[object, ...]:
     """What equal constants have in common."""
-    raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return value.dtype, tuple(value.shape), hashlib.sha256(raw).digest()  # type: ignore[arg-type]
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return value.dtype, tuple(value.shape), value.device, hashlib.sha256(raw).digest()  # type: ignore[arg-type]
 
 
 def _is_exact(value: Any) -> bool:
