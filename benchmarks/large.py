@@ -101,9 +101,14 @@ def convert(
 ) -> dict[str, Any]:
     """Convert once; the manifest with wall-clock seconds, memory and size."""
     options = [*options, *(["--no-cache"] if cache is None else ["--cache", str(cache)])]
+    return watched([model, "--weights", str(weights), *options, "--proof", "none"])
+
+
+def watched(arguments: list[str]) -> dict[str, Any]:
+    """A whole conversion in a process of its own; the manifest with seconds, memory and size."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "cp_convert", model, "--weights", str(weights), *options]
-        command += ["--proof", "none", "-o", f"{folder}/bundle", "--json"]
+        command = [sys.executable, "-m", "cp_convert", *arguments]
+        command += ["-o", f"{folder}/bundle", "--json"]
         start, peak = time.perf_counter(), (0, 0)
         with (Path(folder) / "out.json").open("w") as out:
             process = subprocess.Popen(command, stdout=out)
