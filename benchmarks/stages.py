@@ -28,7 +28,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     args = parser.parse_args()
     options = ["-w", args.world, "-p", args.precision, "--no-cache", "-q"]
-    stages = ["load", "trace", "decompose", "shard", "rewrite", "lower", "prove", "build", "replay"]
+    stages = [
+        "load",
+        "measure",
+        "trace",
+        "decompose",
+        "shard",
+        "rewrite",
+        "lower",
+        "prove",
+        "build",
+    ]
     print(
         f"{args.model.name}, world {args.world}, {args.precision}, median of {args.runs}, seconds"
     )
