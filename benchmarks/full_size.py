@@ -21,8 +21,8 @@ from torch._decomp import core_aten_decompositions
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from cp_convert.decompose import decompose
+from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
-from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.prove.program import Stages, Truth, flat_inputs, measure, prove, worst
 from cp_convert.rewrite import rewrite

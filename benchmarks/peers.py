@@ -82,7 +82,7 @@ def torch_tensorrt(folder: Path, seconds: Seconds) -> str:
 
     from cp_convert.engine.runtime import Input, TRTInterpreter, decompositions, settings
     from cp_convert.engine.runtime import post_lowering as lower
-    from cp_convert.program import hold, state_of
+    from cp_convert.ir.program import hold, state_of
 
     module, inputs = _model()
     with _timed(seconds, "export"), torch.no_grad():

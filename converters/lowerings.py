@@ -19,8 +19,8 @@ from ..engine.runtime import (
     impl,
     trt,
 )
+from ..ir.ops import FUSED
 from ..mesh import split_groups
-from ..ops import FUSED
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.

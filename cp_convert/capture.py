@@ -12,9 +12,9 @@ import msgspec
 from .cache import Cache
 from .decompose import decompose
 from .errors import CannotLower
+from .ir.program import Lowered
+from .ir.serialize import pack, read_packed, unpack
 from .load import Source
-from .packed import pack, read_packed, unpack
-from .program import Lowered
 from .progress import Clock
 from .trace import Applied, trace
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from .errors import CannotLower
+from .ir.program import Writer, erase_dead, module_path, source_line
 from .links import arguments, with_argument
-from .program import Writer, erase_dead, module_path, source_line
 
 aten: Final = torch.ops.aten
 

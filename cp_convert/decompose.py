@@ -13,15 +13,15 @@ from torch.export.graph_signature import ExportGraphSignature
 
 from .complexes import without_complex
 from .errors import CannotLower
-from .opwise import opwise
-from .passes import (
+from .ir.passes import (
     copies_as_values,
     fold_constants,
     interleave_strided_writes,
     share_constants,
     simplify,
 )
-from .program import Lowered, Program, hold, module_of, state_of
+from .ir.program import Lowered, Program, hold, module_of, state_of
+from .opwise import opwise
 
 
 def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:

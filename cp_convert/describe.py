@@ -13,10 +13,10 @@ from . import manifest as m
 from .backends import Backend
 from .capture import Signature
 from .external import Weight
+from .ir.program import Binding, Lowered
 from .job import Job
 from .load import Source
 from .mesh import Axis, bytes_sent
-from .program import Binding, Lowered
 from .rewrite import Outcome
 from .shard import Move, Sharded
 from .strategies import Strategy, choose

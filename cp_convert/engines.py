@@ -14,9 +14,9 @@ from .cache import Cache, key_of, place
 from .engine.build import Engine
 from .engine.pool import Pool
 from .engine.worker import Task, answered
+from .ir.program import Lowered
+from .ir.serialize import pack
 from .job import FUSED, Job
-from .packed import pack
-from .program import Lowered
 from .progress import Progress
 
 _ANSWER: Final = "answer.pickle"

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import UsageError
-from .program import HALF, fake_mode_of, settled, written_in_place
+from .ir.program import HALF, fake_mode_of, settled, written_in_place
 
 _FOLLOWED: Final = 1 << 20
 """Elements of the largest tensor that is followed by value."""
@@ -98,7 +98,7 @@ def _constant(leaf: Any) -> Any:
 def settle(exported: torch.export.ExportedProgram) -> None:
     """Store what the constants decide, so that no later stage has to know their values.
 
-    Half-precision values are left alone; see :func:`cp_convert.passes.fold_constants`.
+    Half-precision values are left alone; see :func:`cp_convert.ir.passes.fold_constants`.
     """
     graph, signature = exported.graph, exported.graph_signature
     known: dict[fx.Node, Any] = {}

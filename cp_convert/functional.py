@@ -15,8 +15,8 @@ import torch.distributed._functional_collectives
 from torch import fx
 
 from .errors import CannotTrace
+from .ir.program import module_path, source_line, tensor_of
 from .mesh import Axis
-from .program import module_path, source_line, tensor_of
 
 _NAMESPACES: Final = ("_c10d_functional", "_c10d_functional_autograd")
 

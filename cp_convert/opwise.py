@@ -19,7 +19,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .program import PROVENANCE, fake_mode_of, fresh
+from .ir.program import PROVENANCE, fake_mode_of, fresh
 from .writes import Unclear, without_writes
 
 _DROPPED: Final = (

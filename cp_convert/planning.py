@@ -12,10 +12,10 @@ from .errors import CannotConvert, CannotShard
 from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend
 from .hardware import Hardware
+from .ir.program import Lowered
 from .job import Job
 from .load import DTYPES, Source, load
 from .mesh import Axis, Mesh
-from .program import Lowered
 from .progress import Clock, Progress
 from .rewrite import Outcome, rewrite
 from .shard import Sharded, shard

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .errors import CannotShard
-from .links import arguments
-from .mesh import Axis
-from .ops import ATTENTION
-from .program import (
+from .ir.ops import ATTENTION
+from .ir.program import (
     PROVENANCE,
     Lowered,
     copied,
@@ -23,6 +21,8 @@ from .program import (
     source_line,
     tensor_of,
 )
+from .links import arguments
+from .mesh import Axis
 from .shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from .external import Weight, weight_of
-from .program import HALF, Lowered, copied, erase_dead, module_of, settled
+from .ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
 from .weights import save
 
 CONSTANTS: Final = "constants.safetensors"

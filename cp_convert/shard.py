@@ -21,11 +21,9 @@ import torch
 from torch import Tensor, fx
 
 from .errors import CannotShard
-from .layout import Layout, Segment
-from .links import GETITEM, Link, elements, links, operands, shape
-from .mesh import Axis
-from .ops import ATTENTION, MARK
-from .program import (
+from .ir.layout import Layout, Segment
+from .ir.ops import ATTENTION, MARK
+from .ir.program import (
     Lowered,
     Writer,
     erase_dead,
@@ -35,6 +33,8 @@ from .program import (
     source_line,
     tensor_of,
 )
+from .links import GETITEM, Link, elements, links, operands, shape
+from .mesh import Axis
 from .wants import Want, is_tensor, wants
 
 aten: Final = torch.ops.aten

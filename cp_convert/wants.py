@@ -12,8 +12,8 @@ from math import prod
 
 from torch import Tensor, fx
 
+from .ir.ops import ATTENTION
 from .links import GETITEM, Link, operands, shape
-from .ops import ATTENTION
 
 Linked = dict[fx.Node, list[Link]]
 

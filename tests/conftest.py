@@ -17,9 +17,9 @@ from torch.nn import functional
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.decompose import decompose
+from cp_convert.ir.network import Network
+from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
-from cp_convert.network import Network
-from cp_convert.program import Lowered
 from cp_convert.prove import Stages
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp_convert.layout import Layout
+from cp_convert.ir.layout import Layout
 
 layouts = st.builds(
     Layout.even, st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 8)

@@ -8,17 +8,17 @@ from conftest import example, rewritten, sharded, table, tiny, tiny_inputs
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cp_convert import ops
 from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
 from cp_convert.errors import CannotLower
+from cp_convert.ir import ops
+from cp_convert.ir.passes import interleave_strided_writes
+from cp_convert.ir.program import Lowered
 from cp_convert.load import cast_module
 from cp_convert.mesh import Mesh
-from cp_convert.passes import interleave_strided_writes
-from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.strategies import STRATEGIES

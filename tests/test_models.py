@@ -15,7 +15,7 @@ from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
-from cp_convert.program import Lowered
+from cp_convert.ir.program import Lowered
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import dense_outputs, worst

@@ -10,7 +10,6 @@ import torch
 from conftest import axis_of, rewritten, tiny, tiny_inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cp_convert import ops
 from cp_convert.backends import BACKENDS
 from cp_convert.converters import WORKAROUNDS, active, register
 from cp_convert.engine.build import build, collectives_of, network_of, prepare
@@ -18,10 +17,11 @@ from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
 from cp_convert.engine.runtime import trt
 from cp_convert.errors import BuildFailed
+from cp_convert.ir import ops
+from cp_convert.ir.network import Layer
+from cp_convert.ir.program import Binding, Lowered
 from cp_convert.load import cast_inputs, cast_module
 from cp_convert.mesh import Axis
-from cp_convert.network import Layer
-from cp_convert.program import Binding, Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 

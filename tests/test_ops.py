@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp_convert import ops
+from cp_convert.ir import ops
 from cp_convert.mesh import Mesh
 
 worlds = st.integers(1, 5)

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from cp_convert import ContextParallelInput
 from cp_convert.errors import CannotShard
+from cp_convert.ir.program import Lowered
 from cp_convert.job import STRATEGY_NAMES
-from cp_convert.program import Lowered
 from cp_convert.prove.lockstep import run
 from cp_convert.rewrite import ATTENTION, Outcome, rewrite
 from cp_convert.strategies import STRATEGIES

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cp_convert import ops
+from cp_convert.ir import ops
+from cp_convert.ir.layout import Layout
+from cp_convert.ir.program import Binding, Lowered
 from cp_convert.job import STRATEGY_NAMES
-from cp_convert.layout import Layout
-from cp_convert.program import Binding, Lowered
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.strategies import STRATEGIES, Site, Usp
 

@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from ..backends import Backend
 from ..converters import active, register
 from ..errors import BuildFailed
-from ..network import Network
-from ..program import Binding, Lowered, copied, hold, module_of
+from ..ir.network import Network
+from ..ir.program import Binding, Lowered, copied, hold, module_of
 from .offline import check_gpu
 from .readback import read_network
 from .runtime import TENSORRT_LOG, Input, TRTInterpreter, checked_once, is_rtx, settings, trt

@@ -12,10 +12,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .. import ops
 from ..errors import CannotLower
-from ..mesh import split_groups
-from ..program import (
+from ..ir import ops
+from ..ir.program import (
     Binding,
     Lowered,
     copied,
@@ -26,6 +25,7 @@ from ..program import (
     tensor_of,
     with_dtypes,
 )
+from ..mesh import split_groups
 from .runtime import DYNAMO_CONVERTERS, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ProofFailed
-from ..network import Layer, Network, Result
-from ..program import Binding
+from ..ir.network import Layer, Network, Result
+from ..ir.program import Binding
 from .runtime import trt
 
 DTYPES: Final = {

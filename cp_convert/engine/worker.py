@@ -25,7 +25,7 @@ from .. import errors
 from ..backends import Backend
 from ..bundle import output_error
 from ..errors import BuildFailed, ConvertError
-from ..packed import read_packed, unpack
+from ..ir.serialize import read_packed, unpack
 from .build import Engine, build, prepare
 from .lower import specialise
 
@@ -36,7 +36,7 @@ class Task:
 
     Attributes:
         rank: whose engine.
-        program: file of the packed program (:mod:`cp_convert.packed`), of all ranks.
+        program: file of the packed program (:mod:`cp_convert.ir.serialize`), of all ranks.
         path: where the engine goes.
         backend: which TensorRT builds.
         fused: whether the program has TensorRT's own multi-device attention.

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
-from ..network import Network
-from ..program import Executable, Lowered, copied, module_of
+from ..ir.network import Network
+from ..ir.program import Executable, Lowered, copied, module_of
 
 
 def check_device(name: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ProofFailed
-from ..network import Layer
+from ..ir.network import Layer
 
 Values = Sequence[Tensor | None]
 

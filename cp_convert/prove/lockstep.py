@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import ops
+from ..ir import ops
+from ..ir.program import HALF, Executable, with_dtypes, written_in_place
 from ..mesh import Axis
-from ..program import HALF, Executable, with_dtypes, written_in_place
 from .device import exact
 
 Watch = Callable[[fx.Node, "PerRank"], None]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ProofFailed
-from ..network import Network
-from ..program import Executable
+from ..ir.network import Network
+from ..ir.program import Executable
 from .device import Mover
 from .lockstep import run
 from .program import CPU, FLOOR, ROUNDING, Error, Proof, deviation, worst

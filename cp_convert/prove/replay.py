@@ -1,6 +1,6 @@
 """A TensorRT network, run layer by layer with torch, all ranks in lockstep.
 
-What runs is what was handed to TensorRT's builder (``cp_convert.network``), with the meaning that
+What runs is what was handed to TensorRT's builder (``cp_convert.ir.network``), with the meaning that
 TensorRT's operator documentation gives each layer. An unknown layer, or an attribute whose meaning
 is not implemented, is an error and never skipped.
 """
@@ -13,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..errors import ProofFailed
-from ..network import Layer, Network
-from ..program import HALF
+from ..ir import ops
+from ..ir.network import Layer, Network
+from ..ir.program import HALF
 from .device import exact
 from .layers import LAYERS
 from .lockstep import HalfMatmulsInFloat32, PerRank, merged

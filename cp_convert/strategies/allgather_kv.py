@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ir import ops
 from ..mesh import Axis
 from .site import Cost, Refusal, Site
 from .tokens import mask_columns, mask_of, mask_rows, real_keys, repeated

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from ..ir import ops
 from ..mesh import Axis
 from .site import Cost, Refusal, Site
 from .tokens import repeated

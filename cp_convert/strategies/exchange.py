@@ -7,7 +7,7 @@ from math import lcm
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ir import ops
 from ..mesh import Axis
 from .site import Site
 from .tokens import padded_heads, repeated

@@ -29,7 +29,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..ir import ops
 from ..mesh import Axis
 from .online import OnlineAttention, blocks_for
 from .site import Cost, Refusal, Site

@@ -1,6 +1,6 @@
 """What the strategies share: token order, padding, masks and grouped heads, in plain torch.
 
-Between ranks tokens stand in shard order with padding (:mod:`cp_convert.layout`); masks come
+Between ranks tokens stand in shard order with padding (:mod:`cp_convert.ir.layout`); masks come
 whole, in the model's order. Padded keys are cut away rather than masked, so they take no softmax
 mass; padded queries are computed and later dropped.
 """
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..layout import Layout
+from ..ir import ops
+from ..ir.layout import Layout
 from ..mesh import Axis
 from .site import Site
 

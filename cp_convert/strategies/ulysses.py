@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops
+from ..ir import ops
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
 from .site import Cost, Refusal, Site

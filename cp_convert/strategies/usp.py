@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..layout import Layout, merged
+from ..ir import ops
+from ..ir.layout import Layout, merged
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
 from .online import OnlineAttention, blocks_for

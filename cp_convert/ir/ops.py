@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from .mesh import Axis, split_groups
+from ..mesh import Axis, split_groups
 
 _LIBRARY: Final = torch.library.Library("cp", "DEF")
 

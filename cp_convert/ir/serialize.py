@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
-from .errors import CannotLower
+from ..errors import CannotLower
+from ..weights import mapped, numbers, save
 from .program import Binding, Lowered, module_of, module_path, source_line
-from .weights import mapped, numbers, save
 
 _PYTHON: Final = ("_operator", "builtins", "math")
 _DOCUMENT: Final = "document"
