@@ -23,9 +23,9 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from cp_convert.instantiate import build
-from cp_convert.preset import path_of, read
-from cp_convert.unallocated import unallocated
+from cp_convert.model.instantiate import build
+from cp_convert.model.meta import unallocated
+from cp_convert.model.preset import path_of, read
 
 SHARD = 4 << 30
 

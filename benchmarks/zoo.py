@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cp_convert.instantiate import randomised
+from cp_convert.model.instantiate import randomised
 
 Inputs = dict[str, Any]
 

@@ -1,6 +1,6 @@
 """cp-convert: context-parallel TensorRT engines from PyTorch diffusion transformers."""
 
-from .plan import ContextParallelInput, ContextParallelOutput
+from .model.plan import ContextParallelInput, ContextParallelOutput
 
 __version__ = "0.1.0"
 

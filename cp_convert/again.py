@@ -27,9 +27,9 @@ from .describe import model_entry, weight_entry
 from .external import Placing
 from .hardware import read as read_hardware
 from .job import AUTO, EXTERNAL_FROM, Job
-from .load import Source
+from .model.load import Source
+from .model.weights import file_state, numbers
 from .settle import CONSTANTS
-from .weights import file_state, numbers
 
 ENGINE: Final = "engine"
 _MANIFEST: Final = "manifest.json"

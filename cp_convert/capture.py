@@ -14,7 +14,7 @@ from .decompose import decompose
 from .errors import CannotLower
 from .ir.program import Lowered
 from .ir.serialize import pack, read_packed, unpack
-from .load import Source
+from .model.load import Source
 from .progress import Clock
 from .trace import Applied, trace
 

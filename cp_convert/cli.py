@@ -33,9 +33,9 @@ from .job import (
     WEIGHTS_MODES,
     Job,
 )
-from .preset import names as preset_names
-from .preset import path_of as preset_path
-from .preset import read as read_preset
+from .model.preset import names as preset_names
+from .model.preset import path_of as preset_path
+from .model.preset import read as read_preset
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _DEFAULT = "convert"

@@ -15,8 +15,8 @@ from .capture import Signature
 from .external import Weight
 from .ir.program import Binding, Lowered
 from .job import Job
-from .load import Source
 from .mesh import Axis, bytes_sent
+from .model.load import Source
 from .rewrite import Outcome
 from .shard import Move, Sharded
 from .strategies import Strategy, choose

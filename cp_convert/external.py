@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .bundle import sha256
 from .cache import Cache, key_of
-from .weights import Location, file_state, save
+from .model.weights import Location, file_state, save
 
 WEIGHTS: Final = "weights.safetensors"
 

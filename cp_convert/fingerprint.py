@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from .cache import key_of
-from .load import Source
-from .weights import numbers
+from .model.load import Source
+from .model.weights import numbers
 
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BOOKKEEPING: Final = ("_use_default_values",)

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from .errors import UsageError
-from .shipped import shipped
+from .model.shipped import shipped
 
 
 class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):

@@ -22,9 +22,9 @@ from .fingerprint import source_key, tool_key
 from .hardware import read as read_hardware
 from .ir.program import Lowered
 from .job import AUTO, FUSED, Job
-from .load import Source, load
 from .manifest import Manifest
 from .mesh import Mesh
+from .model.load import Source, load
 from .progress import Clock, Progress
 from .prove import (
     Proof,

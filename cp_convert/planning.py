@@ -14,8 +14,8 @@ from .forecast import Forecast, Option, recommend
 from .hardware import Hardware
 from .ir.program import Lowered
 from .job import Job
-from .load import DTYPES, Source, load
 from .mesh import Axis, Mesh
+from .model.load import DTYPES, Source, load
 from .progress import Clock, Progress
 from .rewrite import Outcome, rewrite
 from .shard import Sharded, shard

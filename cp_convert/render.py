@@ -31,7 +31,7 @@ from .cache import Held
 from .errors import ConvertError
 from .forecast import Forecast, Option, told
 from .manifest import Attention, Manifest, Proof
-from .preset import TINY, Preset
+from .model.preset import TINY, Preset
 from .progress import Progress
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from .external import Weight, weight_of
 from .ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
-from .weights import save
+from .model.weights import save
 
 CONSTANTS: Final = "constants.safetensors"
 aten: Final = torch.ops.aten

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import CannotShard, CannotTrace
-from .forward import FREEZE, blamed_on_forward, check_arguments
 from .frozen import frozen, settle
 from .functional import own_collectives
 from .ir import ops
 from .ir.program import Binding, Constant, Program, module_path, source_line, tensor_of
 from .mesh import Axis
-from .plan import Cut, normalise
+from .model.forward import FREEZE, blamed_on_forward, check_arguments
+from .model.plan import Cut, normalise
 from .recognise import recognise
 
 
@@ -57,7 +57,7 @@ def trace(
     Args:
         module: the model, in eval mode.
         inputs: keyword arguments of its forward; their shapes are the program's shapes.
-        plan: see :mod:`cp_convert.plan`; empty when the plan is to be found, or for a world of 1.
+        plan: see :mod:`cp_convert.model.plan`; empty when the plan is to be found, or for a world of 1.
         freeze: arguments whose values become part of the program. A mask that decides how many
             tokens there are must be frozen, because an engine's shapes are fixed.
         peers: rank 1, 2, ... where ranks hold different parameters; each is traced as well.

@@ -24,8 +24,8 @@ from cp_convert.cache import Cache
 from cp_convert.fingerprint import source_key
 from cp_convert.ir.serialize import pack, read_packed, unpack
 from cp_convert.job import Job
-from cp_convert.load import Source, load
 from cp_convert.manifest import Manifest
+from cp_convert.model.load import Source, load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 

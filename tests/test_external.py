@@ -19,12 +19,12 @@ from cp_convert.engine.lower import lower, specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.external import WEIGHTS, place
 from cp_convert.job import Job
-from cp_convert.load import load
+from cp_convert.model.load import load
+from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import flat_inputs
 from cp_convert.settle import CONSTANTS, settle
 from cp_convert.shared import by_scatter, why_not_shared
-from cp_convert.weights import locate
 
 
 def convert(*args: object) -> int:

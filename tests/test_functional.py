@@ -18,8 +18,8 @@ from cp_convert.engine.readback import constants_of, read_network
 from cp_convert.errors import CannotShard, CannotTrace, ModelFileError, ProofFailed, UsageError
 from cp_convert.ir.program import Lowered
 from cp_convert.job import Job
-from cp_convert.load import Source, load
 from cp_convert.mesh import Axis, Mesh
+from cp_convert.model.load import Source, load
 from cp_convert.prove import flat_inputs, measure_ranks
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay

@@ -24,13 +24,13 @@ from cp_convert.errors import CannotShard, UsageError
 from cp_convert.estimate import estimate
 from cp_convert.forecast import Forecast, Option, best, recommend
 from cp_convert.job import Job
-from cp_convert.load import load
+from cp_convert.model.load import load
+from cp_convert.model.meta import stand_in, unallocated
+from cp_convert.model.preset import path_of
 from cp_convert.page import page
 from cp_convert.pipeline import convert
 from cp_convert.planning import forecast
-from cp_convert.preset import path_of
 from cp_convert.progress import Progress
-from cp_convert.unallocated import stand_in, unallocated
 
 H200 = hardware.read("h200")
 

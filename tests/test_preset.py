@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from cp_convert import instantiate, preset
 from cp_convert.backends import BACKENDS
 from cp_convert.decompose import decompose
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.errors import CannotTrace, ModelFileError, UsageError, WeightsError
 from cp_convert.job import Job
-from cp_convert.load import load
+from cp_convert.model import instantiate, preset
+from cp_convert.model.load import load
 from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cp_convert.errors import WeightsError
-from cp_convert.weights import load_weights
+from cp_convert.model.weights import load_weights
 
 
 def model() -> nn.Module:

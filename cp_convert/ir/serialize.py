@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from ..errors import CannotLower
-from ..weights import mapped, numbers, save
+from ..model.weights import mapped, numbers, save
 from .program import Binding, Lowered, module_of, module_path, source_line
 
 _PYTHON: Final = ("_operator", "builtins", "math")

@@ -29,9 +29,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofFailed
-from ..forward import blamed_on_forward, check_arguments
 from ..ir.program import HALF, Executable
 from ..mesh import Axis
+from ..model.forward import blamed_on_forward, check_arguments
 from ..strategies import Site
 from ..strategies.tokens import picked
 from .device import Mover, exact, on

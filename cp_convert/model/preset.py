@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import msgspec
 
-from .errors import UsageError
+from ..errors import UsageError
 from .shipped import shipped
 
 TINY: Final = "tiny"

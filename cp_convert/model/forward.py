@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from .errors import CannotTrace, ConvertError
+from ..errors import CannotTrace, ConvertError
 
 FREEZE: Final = (
     "if a mask or an index decides how many tokens there are, freeze it: --freeze ARGUMENT makes "

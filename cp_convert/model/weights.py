@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import WeightsError
-from .unallocated import replace
+from ..errors import WeightsError
+from .meta import replace
 
 _SHOWN = 8
 _CHUNK: Final = 1 << 24

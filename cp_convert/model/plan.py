@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import CannotShard
+from ..errors import CannotShard
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from .errors import CannotTrace, ModelFileError, UsageError, WeightsError
+from ..errors import CannotTrace, ModelFileError, UsageError, WeightsError
 from .preset import TINY, Input, Preset, evaluate
 
 SEED: Final = 0

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ModelFileError
-from .mesh import Axis
+from ..errors import ModelFileError
+from ..mesh import Axis
 
 
 @dataclass(frozen=True)

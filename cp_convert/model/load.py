@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import CannotShard, ModelFileError, UsageError
+from ..errors import CannotShard, ModelFileError, UsageError
+from ..job import AUTO, EXTERNAL_FROM, Job
+from ..mesh import Axis, Mesh
+from .file import Given, from_file
 from .instantiate import build, example_inputs, published_config, transformer_folder
-from .job import AUTO, EXTERNAL_FROM, Job
-from .mesh import Axis, Mesh
-from .model_file import Given, from_file
+from .meta import stand_in, unallocated
 from .preset import read
-from .unallocated import stand_in, unallocated
 from .weights import Location, load_weights, locate
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
