@@ -19,7 +19,8 @@ from torch.nn import functional
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.backends import select
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.engine.build import build, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.runtime import decompositions
@@ -28,7 +29,6 @@ from cp_convert.mesh import Mesh
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard
 from cp_convert.strategies import STRATEGIES, Strategy, Usp
-from cp_convert.trace import trace
 
 HEADS, HEAD_DIM = 24, 128
 WORLDS, TOKENS = (1, 2, 4, 8), (4096, 16384, 65536)

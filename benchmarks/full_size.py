@@ -20,7 +20,8 @@ from diffusers import FluxTransformer2DModel
 from torch._decomp import core_aten_decompositions
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove.lockstep import PerRank, run
@@ -28,7 +29,6 @@ from cp_convert.prove.program import Stages, Truth, flat_inputs, measure, prove,
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard
 from cp_convert.strategies import CONTROL, STRATEGIES, Strategy, Usp
-from cp_convert.trace import trace
 
 TEXT = 512
 

@@ -98,7 +98,8 @@ def one(run: Run) -> dict[str, Any]:
 
     from benchmarks import zoo
     from cp_convert.backends import select
-    from cp_convert.decompose import decompose
+    from cp_convert.capture.decompose import decompose
+    from cp_convert.capture.trace import trace
     from cp_convert.engine.build import prepare
     from cp_convert.engine.runtime import decompositions
     from cp_convert.errors import ConvertError
@@ -106,7 +107,6 @@ def one(run: Run) -> dict[str, Any]:
     from cp_convert.prove import measure
     from cp_convert.shard import shard
     from cp_convert.strategies import STRATEGIES
-    from cp_convert.trace import trace
 
     torch.set_num_threads(1)
     prepare(select("auto", ()))

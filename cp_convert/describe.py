@@ -11,7 +11,8 @@ import torch
 from . import __version__
 from . import manifest as m
 from .backends import Backend
-from .capture import Signature
+from .capture.capture import Signature
+from .capture.trace import Applied
 from .external import Weight
 from .ir.program import Binding, Lowered
 from .job import Job
@@ -20,7 +21,6 @@ from .model.load import Source
 from .rewrite import Outcome
 from .shard import Move, Sharded
 from .strategies import Strategy, choose
-from .trace import Applied
 
 if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof
     from .engine.build import Engine

@@ -13,7 +13,7 @@ from .again import job_key, keep, recall
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
 from .cache import Cache, place
-from .capture import capture
+from .capture.capture import capture
 from .describe import describe
 from .engine.offline import check_gpu
 from .errors import CannotShard

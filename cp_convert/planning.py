@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .decompose import decompose
+from .capture.decompose import decompose
+from .capture.trace import trace
 from .engine.runtime import decompositions
 from .errors import CannotConvert, CannotShard
 from .estimate import Work, estimate
@@ -20,7 +21,6 @@ from .progress import Clock, Progress
 from .rewrite import Outcome, rewrite
 from .shard import Sharded, shard
 from .strategies import STRATEGIES, choose
-from .trace import trace
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.ir.network import Network
 from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
@@ -24,7 +25,6 @@ from cp_convert.prove import Stages
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard
 from cp_convert.strategies import CONTROL, Strategy, choose
-from cp_convert.trace import trace
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_convert.backends import BACKENDS
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.engine.build import collectives_of, network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import constants_of, read_network
@@ -26,7 +27,6 @@ from cp_convert.prove.replay import replay
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard
 from cp_convert.strategies import choose
-from cp_convert.trace import trace
 
 c10d = torch.ops._c10d_functional
 prepare(BACKENDS["tensorrt-rtx"])

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert.backends import BACKENDS
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
@@ -22,7 +23,6 @@ from cp_convert.model.load import cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 prepare(BACKENDS["tensorrt-rtx"])
 

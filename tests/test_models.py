@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks import zoo
 from cp_convert.backends import BACKENDS
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.ir.program import Lowered
@@ -23,7 +24,6 @@ from cp_convert.prove.replay import replay
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import Sharded, shard
 from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 PLANNED = sorted(name for name, kind in zoo.classes().items() if getattr(kind, "_cp_plan", None))
 pytestmark = pytest.mark.engine

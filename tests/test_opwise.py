@@ -9,7 +9,7 @@ from conftest import table
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from cp_convert.opwise import opwise
+from cp_convert.capture.once import opwise
 
 
 class Blocks(nn.Module):
@@ -61,7 +61,7 @@ def test_every_node_has_its_value_and_its_origin() -> None:
 
 
 def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cp_convert import opwise as module
+    from cp_convert.capture import once as module
 
     counted: list[Any] = []
     make: Callable[..., Any] = module.make_fx

@@ -16,7 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from cp_convert.backends import BACKENDS
-from cp_convert.decompose import decompose
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.trace import trace
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.errors import CannotTrace, ModelFileError, UsageError, WeightsError
@@ -27,7 +28,6 @@ from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.rewrite import rewrite
 from cp_convert.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
-from cp_convert.trace import trace
 
 NAMES = preset.names()
 

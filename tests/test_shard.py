@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_convert import ContextParallelInput
+from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotShard, CannotTrace, UsageError
 from cp_convert.prove import Stages
 from cp_convert.prove.lockstep import run
 from cp_convert.shard import Sharded
 from cp_convert.strategies import STRATEGIES
-from cp_convert.trace import trace
 
 WORLDS = (2, 3, 4)
 WIDTH, HEADS = 48, 12
@@ -405,7 +405,7 @@ def ragged_inputs() -> dict[str, Tensor]:
 def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
     from conftest import strategy, table
 
-    from cp_convert.decompose import decompose
+    from cp_convert.capture.decompose import decompose
     from cp_convert.mesh import Mesh
     from cp_convert.rewrite import rewrite
     from cp_convert.shard import shard

@@ -8,9 +8,9 @@ from conftest import TINY_PLAN, sharded, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotShard, CannotTrace
 from cp_convert.prove.lockstep import run
-from cp_convert.trace import trace
 
 
 @dataclass

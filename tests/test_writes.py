@@ -7,8 +7,8 @@ import torch
 from conftest import table
 from torch import Tensor, fx, nn
 
-from cp_convert.opwise import opwise
-from cp_convert.writes import Unclear, without_writes
+from cp_convert.capture.functionalize import Unclear, without_writes
+from cp_convert.capture.once import opwise
 
 
 class Model(nn.Module):

@@ -19,8 +19,8 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from .ir.program import PROVENANCE, fake_mode_of, fresh
-from .writes import Unclear, without_writes
+from ..ir.program import PROVENANCE, fake_mode_of, fresh
+from .functionalize import Unclear, without_writes
 
 _DROPPED: Final = (
     torch.ops.aten.detach.default,

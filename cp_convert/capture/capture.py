@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import msgspec
 
-from .cache import Cache
+from ..cache import Cache
+from ..errors import CannotLower
+from ..ir.program import Lowered
+from ..ir.serialize import pack, read_packed, unpack
+from ..model.load import Source
+from ..progress import Clock
 from .decompose import decompose
-from .errors import CannotLower
-from .ir.program import Lowered
-from .ir.serialize import pack, read_packed, unpack
-from .model.load import Source
-from .progress import Clock
 from .trace import Applied, trace
 
 _PROGRAM: Final = "program.safetensors"

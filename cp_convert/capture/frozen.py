@@ -20,8 +20,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .errors import UsageError
-from .ir.program import HALF, fake_mode_of, settled, written_in_place
+from ..errors import UsageError
+from ..ir.program import HALF, fake_mode_of, settled, written_in_place
 
 _FOLLOWED: Final = 1 << 20
 """Elements of the largest tensor that is followed by value."""

@@ -14,9 +14,9 @@ import torch
 import torch.distributed._functional_collectives
 from torch import fx
 
-from .errors import CannotTrace
-from .ir.program import module_path, source_line, tensor_of
-from .mesh import Axis
+from ..errors import CannotTrace
+from ..ir.program import module_path, source_line, tensor_of
+from ..mesh import Axis
 
 _NAMESPACES: Final = ("_c10d_functional", "_c10d_functional_autograd")
 

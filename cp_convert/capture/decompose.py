@@ -11,17 +11,17 @@ import torch
 from torch import fx
 from torch.export.graph_signature import ExportGraphSignature
 
-from .complexes import without_complex
-from .errors import CannotLower
-from .ir.passes import (
+from ..errors import CannotLower
+from ..ir.passes import (
     copies_as_values,
     fold_constants,
     interleave_strided_writes,
     share_constants,
     simplify,
 )
-from .ir.program import Lowered, Program, hold, module_of, state_of
-from .opwise import opwise
+from ..ir.program import Lowered, Program, hold, module_of, state_of
+from .complex_to_real import without_complex
+from .once import opwise
 
 
 def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:

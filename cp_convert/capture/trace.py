@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import CannotShard, CannotTrace
+from ..errors import CannotShard, CannotTrace
+from ..ir import ops
+from ..ir.program import Binding, Constant, Program, module_path, source_line, tensor_of
+from ..mesh import Axis
+from ..model.forward import FREEZE, blamed_on_forward, check_arguments
+from ..model.plan import Cut, normalise
+from .c10d import own_collectives
 from .frozen import frozen, settle
-from .functional import own_collectives
-from .ir import ops
-from .ir.program import Binding, Constant, Program, module_path, source_line, tensor_of
-from .mesh import Axis
-from .model.forward import FREEZE, blamed_on_forward, check_arguments
-from .model.plan import Cut, normalise
 from .recognise import recognise
 
 

@@ -17,9 +17,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .errors import CannotLower
-from .ir.program import Writer, erase_dead, module_path, source_line
-from .links import arguments, with_argument
+from ..errors import CannotLower
+from ..ir.program import Writer, erase_dead, module_path, source_line
+from ..links import arguments, with_argument
 
 aten: Final = torch.ops.aten
 
