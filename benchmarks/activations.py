@@ -27,7 +27,7 @@ from cp_convert.engine.runtime import decompositions
 from cp_convert.errors import ConvertError
 from cp_convert.mesh import Mesh
 from cp_convert.rewrite import rewrite
-from cp_convert.shard import shard
+from cp_convert.sharding.shard import shard
 from cp_convert.strategies import STRATEGIES, Strategy, Usp
 
 HEADS, HEAD_DIM = 24, 128

@@ -105,7 +105,7 @@ def one(run: Run) -> dict[str, Any]:
     from cp_convert.errors import ConvertError
     from cp_convert.mesh import Mesh
     from cp_convert.prove import measure
-    from cp_convert.shard import shard
+    from cp_convert.sharding.shard import shard
     from cp_convert.strategies import STRATEGIES
 
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from .job import Job
 from .mesh import Axis, bytes_sent
 from .model.load import Source
 from .rewrite import Outcome
-from .shard import Move, Sharded
+from .sharding.shard import Move, Sharded
 from .strategies import Strategy, choose
 
 if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof

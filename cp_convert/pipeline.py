@@ -38,7 +38,7 @@ from .prove import (
 )
 from .rewrite import rewrite
 from .settle import settle, store
-from .shard import shard
+from .sharding.shard import shard
 from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
 

@@ -19,7 +19,7 @@ from .mesh import Axis, Mesh
 from .model.load import DTYPES, Source, load
 from .progress import Clock, Progress
 from .rewrite import Outcome, rewrite
-from .shard import Sharded, shard
+from .sharding.shard import Sharded, shard
 from .strategies import STRATEGIES, choose
 
 

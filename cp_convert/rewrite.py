@@ -21,9 +21,9 @@ from .ir.program import (
     source_line,
     tensor_of,
 )
-from .links import arguments
 from .mesh import Axis
-from .shard import Sharded
+from .sharding.rules import arguments
+from .sharding.shard import Sharded
 from .strategies import Site, Strategy
 from .strategies.tokens import repeated
 

@@ -23,7 +23,7 @@ from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove import Stages
 from cp_convert.rewrite import rewrite
-from cp_convert.shard import Sharded, shard
+from cp_convert.sharding.shard import Sharded, shard
 from cp_convert.strategies import CONTROL, Strategy, choose
 
 ROOT = Path(__file__).parent.parent

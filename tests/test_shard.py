@@ -20,7 +20,7 @@ from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotShard, CannotTrace, UsageError
 from cp_convert.prove import Stages
 from cp_convert.prove.lockstep import run
-from cp_convert.shard import Sharded
+from cp_convert.sharding.shard import Sharded
 from cp_convert.strategies import STRATEGIES
 
 WORLDS = (2, 3, 4)
@@ -408,7 +408,7 @@ def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
     from cp_convert.capture.decompose import decompose
     from cp_convert.mesh import Mesh
     from cp_convert.rewrite import rewrite
-    from cp_convert.shard import shard
+    from cp_convert.sharding.shard import shard
 
     torch.manual_seed(0)
     module, inputs = sharpened(Ragged()), ragged_inputs()

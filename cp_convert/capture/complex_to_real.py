@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ..errors import CannotLower
 from ..ir.program import Writer, erase_dead, module_path, source_line
-from ..links import arguments, with_argument
+from ..sharding.rules import arguments, with_argument
 
 aten: Final = torch.ops.aten
 

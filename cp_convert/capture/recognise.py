@@ -22,7 +22,7 @@ from torch import fx
 from ..errors import CannotTrace
 from ..ir.ops import ATTENTION
 from ..ir.program import Writer, module_path, source_line
-from ..links import arguments, shape
+from ..sharding.rules import arguments, shape
 
 aten: Final = torch.ops.aten
 _SDPA: Final = aten.scaled_dot_product_attention.default

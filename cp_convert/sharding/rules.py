@@ -20,8 +20,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .ir import ops
-from .ir.layout import Layout
+from ..ir import ops
+from ..ir.layout import Layout
 
 aten: Final = torch.ops.aten
 cp: Final = torch.ops.cp

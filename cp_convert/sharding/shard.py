@@ -20,10 +20,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .errors import CannotShard
-from .ir.layout import Layout, Segment
-from .ir.ops import ATTENTION, MARK
-from .ir.program import (
+from ..errors import CannotShard
+from ..ir.layout import Layout, Segment
+from ..ir.ops import ATTENTION, MARK
+from ..ir.program import (
     Lowered,
     Writer,
     erase_dead,
@@ -33,9 +33,9 @@ from .ir.program import (
     source_line,
     tensor_of,
 )
-from .links import GETITEM, Link, elements, links, operands, shape
-from .mesh import Axis
-from .wants import Want, is_tensor, wants
+from ..mesh import Axis
+from .propagation import Want, is_tensor, wants
+from .rules import GETITEM, Link, elements, links, operands, shape
 
 aten: Final = torch.ops.aten
 Place = tuple[int, Layout]

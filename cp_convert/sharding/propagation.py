@@ -12,8 +12,8 @@ from math import prod
 
 from torch import Tensor, fx
 
-from .ir.ops import ATTENTION
-from .links import GETITEM, Link, operands, shape
+from ..ir.ops import ATTENTION
+from .rules import GETITEM, Link, operands, shape
 
 Linked = dict[fx.Node, list[Link]]
 
