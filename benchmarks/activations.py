@@ -26,9 +26,9 @@ from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.runtime import decompositions
 from cp_convert.errors import ConvertError
 from cp_convert.mesh import Mesh
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import STRATEGIES, Strategy, Usp
+from cp_convert.strategies.rewrite import rewrite
 
 HEADS, HEAD_DIM = 24, 128
 WORLDS, TOKENS = (1, 2, 4, 8), (4096, 16384, 65536)

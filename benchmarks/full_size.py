@@ -26,9 +26,9 @@ from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.prove.program import Stages, Truth, flat_inputs, measure, prove, worst
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import Sharded, shard
 from cp_convert.strategies import CONTROL, STRATEGIES, Strategy, Usp
+from cp_convert.strategies.rewrite import rewrite
 
 TEXT = 512
 

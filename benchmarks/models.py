@@ -145,8 +145,8 @@ def _converted(
     from cp_convert.engine.runtime import decompositions
     from cp_convert.errors import CannotConvert, ConvertError, ProofFailed
     from cp_convert.prove import Stages, flat_inputs, prove, prove_networks
-    from cp_convert.rewrite import rewrite
     from cp_convert.strategies import CONTROL, STRATEGIES
+    from cp_convert.strategies.rewrite import rewrite
 
     table, start = decompositions(), time.perf_counter()
     result: dict[str, Any] = {}

@@ -18,9 +18,9 @@ from .ir.program import Binding, Lowered
 from .job import Job
 from .mesh import Axis, bytes_sent
 from .model.load import Source
-from .rewrite import Outcome
 from .sharding.shard import Move, Sharded
 from .strategies import Strategy, choose
+from .strategies.rewrite import Outcome
 
 if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof
     from .engine.build import Engine

@@ -36,11 +36,11 @@ from .prove import (
     prove,
     prove_networks,
 )
-from .rewrite import rewrite
 from .settle import settle, store
 from .sharding.shard import shard
 from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
+from .strategies.rewrite import rewrite
 
 
 def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:

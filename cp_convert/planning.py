@@ -18,9 +18,9 @@ from .job import Job
 from .mesh import Axis, Mesh
 from .model.load import DTYPES, Source, load
 from .progress import Clock, Progress
-from .rewrite import Outcome, rewrite
 from .sharding.shard import Sharded, shard
 from .strategies import STRATEGIES, choose
+from .strategies.rewrite import Outcome, rewrite
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:

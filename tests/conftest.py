@@ -22,9 +22,9 @@ from cp_convert.ir.network import Network
 from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove import Stages
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import Sharded, shard
 from cp_convert.strategies import CONTROL, Strategy, choose
+from cp_convert.strategies.rewrite import rewrite
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -24,9 +24,9 @@ from cp_convert.model.load import Source, load
 from cp_convert.prove import flat_inputs, measure_ranks
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import choose
+from cp_convert.strategies.rewrite import rewrite
 
 c10d = torch.ops._c10d_functional
 prepare(BACKENDS["tensorrt-rtx"])

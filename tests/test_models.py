@@ -21,9 +21,9 @@ from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import dense_outputs, worst
 from cp_convert.prove.replay import replay
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import Sharded, shard
 from cp_convert.strategies import STRATEGIES
+from cp_convert.strategies.rewrite import rewrite
 
 PLANNED = sorted(name for name, kind in zoo.classes().items() if getattr(kind, "_cp_plan", None))
 pytestmark = pytest.mark.engine

@@ -25,9 +25,9 @@ from cp_convert.job import Job
 from cp_convert.model import instantiate, preset
 from cp_convert.model.load import load
 from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
-from cp_convert.rewrite import rewrite
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
+from cp_convert.strategies.rewrite import rewrite
 
 NAMES = preset.names()
 

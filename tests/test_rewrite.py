@@ -21,8 +21,8 @@ from cp_convert.errors import CannotShard
 from cp_convert.ir.program import Lowered
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove.lockstep import run
-from cp_convert.rewrite import ATTENTION, Outcome, rewrite
 from cp_convert.strategies import STRATEGIES
+from cp_convert.strategies.rewrite import ATTENTION, Outcome, rewrite
 
 
 def done(name: str, world: int = 2) -> tuple[Lowered, tuple[Outcome, ...]]:

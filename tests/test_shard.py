@@ -407,8 +407,8 @@ def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
 
     from cp_convert.capture.decompose import decompose
     from cp_convert.mesh import Mesh
-    from cp_convert.rewrite import rewrite
     from cp_convert.sharding.shard import shard
+    from cp_convert.strategies.rewrite import rewrite
 
     torch.manual_seed(0)
     module, inputs = sharpened(Ragged()), ragged_inputs()

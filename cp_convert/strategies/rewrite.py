@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import CannotShard
-from .ir.ops import ATTENTION
-from .ir.program import (
+from ..errors import CannotShard
+from ..ir.ops import ATTENTION
+from ..ir.program import (
     PROVENANCE,
     Lowered,
     copied,
@@ -21,11 +21,11 @@ from .ir.program import (
     source_line,
     tensor_of,
 )
-from .mesh import Axis
-from .sharding.rules import arguments
-from .sharding.shard import Sharded
-from .strategies import Site, Strategy
-from .strategies.tokens import repeated
+from ..mesh import Axis
+from ..sharding.rules import arguments
+from ..sharding.shard import Sharded
+from . import Site, Strategy
+from .tokens import repeated
 
 
 @dataclass(frozen=True)
