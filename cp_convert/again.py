@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import manifest as m
-from .cache import Cache, key_of, place
+from .cache.store import Cache, key_of, place
 from .describe import model_entry, weight_entry
 from .external import Placing
 from .hardware import read as read_hardware

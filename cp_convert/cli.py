@@ -248,7 +248,7 @@ def convert(
 
     A preset is one of `cp-convert presets`, or a TOML file of the same form.
     """
-    from .cache import default_folder
+    from .cache.store import default_folder
     from .render import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
@@ -464,7 +464,7 @@ def _cached(command: Callable[..., Any]) -> Callable[..., Any]:
 @_cached
 def cache_info(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show where the cache is, and how much it holds."""
-    from .cache import Cache, default_folder
+    from .cache.store import Cache, default_folder
     from .render import Screen
 
     folder = cache or default_folder()
@@ -476,7 +476,7 @@ def cache_info(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) 
 @_cached
 def cache_clear(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
     """Remove everything from the cache. Bundles stay as they are."""
-    from .cache import Cache, default_folder
+    from .cache.store import Cache, default_folder
     from .render import Screen
 
     folder = cache or default_folder()

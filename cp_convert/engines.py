@@ -10,7 +10,7 @@ from typing import Final
 from .again import ENGINE
 from .backends import Backend
 from .bundle import engine_name
-from .cache import Cache, key_of, place
+from .cache.store import Cache, key_of, place
 from .engine.build import Engine
 from .engine.pool import Pool
 from .engine.worker import Task, answered

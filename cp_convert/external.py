@@ -17,7 +17,7 @@ from typing import Final
 from torch import Tensor
 
 from .bundle import sha256
-from .cache import Cache, key_of
+from .cache.store import Cache, key_of
 from .model.weights import Location, file_state, save
 
 WEIGHTS: Final = "weights.safetensors"

@@ -12,13 +12,13 @@ from torch import Tensor
 from .again import job_key, keep, recall
 from .backends import Backend
 from .bundle import check_space, check_target, engine_name, publish, staged
-from .cache import Cache, place
+from .cache.fingerprint import source_key, tool_key
+from .cache.store import Cache, place
 from .capture.capture import capture
 from .describe import describe
 from .engine.offline import check_gpu
 from .errors import CannotShard
 from .external import Placing, to_write
-from .fingerprint import source_key, tool_key
 from .hardware import read as read_hardware
 from .ir.program import Lowered
 from .job import AUTO, FUSED, Job

@@ -27,7 +27,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .bundle import Check
-from .cache import Held
+from .cache.store import Held
 from .errors import ConvertError
 from .forecast import Forecast, Option, told
 from .manifest import Attention, Manifest, Proof

@@ -20,8 +20,8 @@ from torch import nn
 from cp_convert import bundle
 from cp_convert.again import job_key
 from cp_convert.backends import select
-from cp_convert.cache import Cache
-from cp_convert.fingerprint import source_key
+from cp_convert.cache.fingerprint import source_key
+from cp_convert.cache.store import Cache
 from cp_convert.ir.serialize import pack, read_packed, unpack
 from cp_convert.job import Job
 from cp_convert.manifest import Manifest
@@ -159,7 +159,7 @@ def test_imported_code_counts(tmp_path: Path) -> None:
     (tmp_path / "helper.py").write_text("factor = 2\n")
     script = (
         "import sys; sys.path.insert(0, '.'); import helper\n"
-        "from cp_convert.fingerprint import _code; print(_code())"
+        "from cp_convert.cache.fingerprint import _code; print(_code())"
     )
     told = []
     for text in ("factor = 2\n", "factor = 2\n", "factor = 3\n"):

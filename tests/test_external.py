@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cp_convert import bundle, cli
 from cp_convert import manifest as m
-from cp_convert.cache import Cache
+from cp_convert.cache.store import Cache
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.external import WEIGHTS, place

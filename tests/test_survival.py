@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cp_convert import bundle
-from cp_convert.cache import Cache
+from cp_convert.cache.store import Cache
 
 pytestmark = pytest.mark.engine
 

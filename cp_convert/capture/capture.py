@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from ..cache import Cache
+from ..cache.store import Cache
 from ..errors import CannotLower
 from ..ir.program import Lowered
 from ..ir.serialize import pack, read_packed, unpack

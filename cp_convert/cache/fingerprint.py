@@ -23,9 +23,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .cache import key_of
-from .model.load import Source
-from .model.weights import numbers
+from ..model.load import Source
+from ..model.weights import numbers
+from .store import key_of
 
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _BOOKKEEPING: Final = ("_use_default_values",)
