@@ -39,7 +39,7 @@ class _Unknown(Exception):
 
 def tool_key(*others: object) -> str:
     """Of this program's own code, and of others by name and version."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     files = sorted(folder.rglob("*.py"))
     return key_of([*others, sys.version, torch.__version__, *(f.read_bytes() for f in files)])
 
@@ -148,7 +148,7 @@ def _code() -> list[tuple[str, str]]:
     All that is installed, imported or not: the key must not depend on what TensorRT imports later.
     """
     known = [sysconfig.get_path(n) for n in ("purelib", "platlib", "stdlib", "platstdlib")]
-    known.append(str(Path(__file__).parent))
+    known.append(str(Path(__file__).parent.parent))
     found = {one.name: one.version for one in metadata.distributions()}
     for name, module in sys.modules.items():
         file = getattr(module, "__file__", None) or ""
