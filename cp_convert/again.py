@@ -21,10 +21,10 @@ from msgspec.structs import replace
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import manifest as m
+from .bundle import manifest as m
+from .bundle.describe import model_entry, weight_entry
+from .bundle.external import Placing
 from .cache.store import Cache, key_of, place
-from .describe import model_entry, weight_entry
-from .external import Placing
 from .hardware import read as read_hardware
 from .job import AUTO, EXTERNAL_FROM, Job
 from .model.load import Source

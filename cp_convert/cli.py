@@ -370,7 +370,7 @@ def _resolved(model: Path) -> Path:
 def _run(job: Job, screen: Any) -> Any:
     """Check what needs no torch, then import it and convert."""
     from .backends import select
-    from .bundle import check_target
+    from .bundle.folder import check_target
 
     backend = select(job.backend, job.compute_capabilities)
     check_target(job.out, force=job.force)
@@ -414,7 +414,7 @@ def presets(*, name: str | None, as_json: bool, quiet: bool, verbose: int) -> No
 @_common
 def inspect(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show what a BUNDLE (its folder or its manifest.json) holds and how it was made."""
-    from .bundle import read
+    from .bundle.folder import read
     from .render import Screen
 
     manifest, folder = read(bundle)
@@ -429,7 +429,7 @@ def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
 
     Exits with 6 when something is wrong.
     """
-    from .bundle import verify as check
+    from .bundle.folder import verify as check
     from .render import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)

@@ -9,7 +9,7 @@ from typing import Final
 
 from .again import ENGINE
 from .backends import Backend
-from .bundle import engine_name
+from .bundle.folder import engine_name
 from .cache.store import Cache, key_of, place
 from .engine.build import Engine
 from .engine.pool import Pool

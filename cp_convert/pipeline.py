@@ -11,18 +11,18 @@ from torch import Tensor
 
 from .again import job_key, keep, recall
 from .backends import Backend
-from .bundle import check_space, check_target, engine_name, publish, staged
+from .bundle.describe import describe
+from .bundle.external import Placing, to_write
+from .bundle.folder import check_space, check_target, engine_name, publish, staged
+from .bundle.manifest import Manifest
 from .cache.fingerprint import source_key, tool_key
 from .cache.store import Cache, place
 from .capture.capture import capture
-from .describe import describe
 from .engine.offline import check_gpu
 from .errors import CannotShard
-from .external import Placing, to_write
 from .hardware import read as read_hardware
 from .ir.program import Lowered
 from .job import AUTO, FUSED, Job
-from .manifest import Manifest
 from .mesh import Mesh
 from .model.load import Source, load
 from .progress import Clock, Progress

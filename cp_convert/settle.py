@@ -22,7 +22,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .external import Weight, weight_of
+from .bundle.external import Weight, weight_of
 from .ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
 from .model.weights import save
 

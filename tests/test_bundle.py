@@ -9,8 +9,8 @@ import jsonschema
 import msgspec
 import pytest
 
-from cp_convert import bundle
-from cp_convert import manifest as m
+from cp_convert.bundle import folder as bundle
+from cp_convert.bundle import manifest as m
 from cp_convert.errors import DamagedBundle, OutputError
 
 
@@ -229,7 +229,7 @@ def test_what_is_no_bundle_is_told(tmp_path: Path) -> None:
 
 def test_the_published_schema_is_the_structs(tmp_path: Path) -> None:
     published = json.loads(m.SCHEMA_FILE.read_text())
-    assert published == m.json_schema(), "run python -m cp_convert.manifest"
+    assert published == m.json_schema(), "run python -m cp_convert.bundle.manifest"
     jsonschema.Draft202012Validator.check_schema(published)
     out = written(tmp_path / "out")
     jsonschema.validate(json.loads((out / "manifest.json").read_text()), published)

@@ -17,14 +17,14 @@ from msgspec import structs
 from safetensors.torch import save_file
 from torch import nn
 
-from cp_convert import bundle
 from cp_convert.again import job_key
 from cp_convert.backends import select
+from cp_convert.bundle import folder as bundle
+from cp_convert.bundle.manifest import Manifest
 from cp_convert.cache.fingerprint import source_key
 from cp_convert.cache.store import Cache
 from cp_convert.ir.serialize import pack, read_packed, unpack
 from cp_convert.job import Job
-from cp_convert.manifest import Manifest
 from cp_convert.model.load import Source, load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress

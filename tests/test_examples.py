@@ -10,8 +10,9 @@ import torch
 from conftest import EXAMPLES, example
 from safetensors.torch import save_file
 
-from cp_convert import bundle, cli
-from cp_convert import manifest as m
+from cp_convert import cli
+from cp_convert.bundle import folder as bundle
+from cp_convert.bundle import manifest as m
 from cp_convert.engine.runtime import trt
 from cp_convert.strategies import STRATEGIES
 

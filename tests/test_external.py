@@ -12,12 +12,13 @@ from conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cp_convert import bundle, cli
-from cp_convert import manifest as m
+from cp_convert import cli
+from cp_convert.bundle import folder as bundle
+from cp_convert.bundle import manifest as m
+from cp_convert.bundle.external import WEIGHTS, place
 from cp_convert.cache.store import Cache
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.errors import CannotShard, WeightsError
-from cp_convert.external import WEIGHTS, place
 from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.model.weights import locate

@@ -41,7 +41,7 @@ def test_the_wheel_holds_the_linked_folders_and_nothing_at_top_level(wheel: Path
         "configs/README.md",
         "configs/flux.1-dev.toml",
         "configs/hardware/h200.toml",
-        "manifest.schema.json",
+        "bundle/manifest.schema.json",
         "py.typed",
     ):
         assert f"cp_convert/{part}" in names

@@ -21,7 +21,7 @@ from typing import Final
 import msgspec
 import platformdirs
 
-from ..bundle import sha256, sweep
+from ..bundle.folder import sha256, sweep
 
 KINDS: Final = ("traces", "engines", "bundles", "digests")
 LIMIT: Final = 20_000_000_000

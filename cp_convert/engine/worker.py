@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import errors
 from ..backends import Backend
-from ..bundle import output_error
+from ..bundle.folder import output_error
 from ..errors import BuildFailed, ConvertError
 from ..ir.serialize import read_packed, unpack
 from .build import Engine, build, prepare

@@ -1,7 +1,7 @@
 """The manifest: what a bundle holds and how it came to be. No torch, no tensorrt.
 
 The structs below are the schema; ``manifest.schema.json`` beside this file is generated from
-them (``python -m cp_convert.manifest``) and published with the package. Decoding is strict:
+them (``python -m cp_convert.bundle.manifest``) and published with the package. Decoding is strict:
 unknown fields, wrong types and missing fields are errors. Sizes are bytes, times are seconds.
 """
 

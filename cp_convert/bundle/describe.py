@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from . import __version__
+from .. import __version__
+from ..backends import Backend
+from ..capture.capture import Signature
+from ..capture.trace import Applied
+from ..ir.program import Binding, Lowered
+from ..job import Job
+from ..mesh import Axis, bytes_sent
+from ..model.load import Source
+from ..sharding.shard import Move, Sharded
+from ..strategies import Strategy, choose
+from ..strategies.rewrite import Outcome
 from . import manifest as m
-from .backends import Backend
-from .capture.capture import Signature
-from .capture.trace import Applied
 from .external import Weight
-from .ir.program import Binding, Lowered
-from .job import Job
-from .mesh import Axis, bytes_sent
-from .model.load import Source
-from .sharding.shard import Move, Sharded
-from .strategies import Strategy, choose
-from .strategies.rewrite import Outcome
 
 if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof
-    from .engine.build import Engine
-    from .prove import Error, NetworkProof, Proof
+    from ..engine.build import Engine
+    from ..prove import Error, NetworkProof, Proof
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"

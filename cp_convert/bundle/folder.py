@@ -23,8 +23,8 @@ from typing import Final
 import msgspec
 import psutil
 
+from ..errors import DamagedBundle, OutputError
 from . import manifest as manifests
-from .errors import DamagedBundle, OutputError
 from .manifest import Manifest
 
 MANIFEST: Final = "manifest.json"

@@ -16,9 +16,9 @@ from typing import Final
 
 from torch import Tensor
 
-from .bundle import sha256
-from .cache.store import Cache, key_of
-from .model.weights import Location, file_state, save
+from ..cache.store import Cache, key_of
+from ..model.weights import Location, file_state, save
+from .folder import sha256
 
 WEIGHTS: Final = "weights.safetensors"
 
