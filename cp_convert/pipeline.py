@@ -18,7 +18,9 @@ from .bundle.manifest import Manifest
 from .cache.fingerprint import source_key, tool_key
 from .cache.store import Cache, place
 from .capture.capture import capture
+from .engine.fold_weights import settle, store
 from .engine.offline import check_gpu
+from .engine.one_program import by_scatter, why_not_shared
 from .errors import CannotShard
 from .hardware import read as read_hardware
 from .ir.program import Lowered
@@ -36,9 +38,7 @@ from .prove import (
     prove,
     prove_networks,
 )
-from .settle import settle, store
 from .sharding.shard import shard
-from .shared import by_scatter, why_not_shared
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
 
@@ -104,10 +104,10 @@ def _made(
     """
     # Here, because it takes seconds to import TensorRT, which a job that is recalled does without.
     from .engine.build import prepare
+    from .engine.engines import Wanted, built
     from .engine.lower import lower
     from .engine.pool import Pool
     from .engine.runtime import decompositions
-    from .engines import Wanted, built
     from .planning import cheapest
 
     job, backend, source, folder = given.job, given.backend, given.source, given.folder

@@ -17,15 +17,15 @@ from cp_convert.bundle import folder as bundle
 from cp_convert.bundle import manifest as m
 from cp_convert.bundle.external import WEIGHTS, place
 from cp_convert.cache.store import Cache
+from cp_convert.engine.fold_weights import CONSTANTS, settle
 from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.one_program import by_scatter, why_not_shared
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import flat_inputs
-from cp_convert.settle import CONSTANTS, settle
-from cp_convert.shared import by_scatter, why_not_shared
 
 
 def convert(*args: object) -> int:

@@ -22,9 +22,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from .bundle.external import Weight, weight_of
-from .ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
-from .model.weights import save
+from ..bundle.external import Weight, weight_of
+from ..ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
+from ..model.weights import save
 
 CONSTANTS: Final = "constants.safetensors"
 aten: Final = torch.ops.aten

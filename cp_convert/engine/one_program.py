@@ -8,8 +8,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from .ir import ops
-from .ir.program import Lowered, Writer, copied, module_of, tensor_of
+from ..ir import ops
+from ..ir.program import Lowered, Writer, copied, module_of, tensor_of
 
 aten: Final = torch.ops.aten
 _SHARD: Final = torch.ops.cp.shard.default

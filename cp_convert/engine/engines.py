@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from .again import ENGINE
-from .backends import Backend
-from .bundle.folder import engine_name
-from .cache.store import Cache, key_of, place
-from .engine.build import Engine
-from .engine.pool import Pool
-from .engine.worker import Task, answered
-from .ir.program import Lowered
-from .ir.serialize import pack
-from .job import FUSED, Job
-from .progress import Progress
+from ..again import ENGINE
+from ..backends import Backend
+from ..bundle.folder import engine_name
+from ..cache.store import Cache, key_of, place
+from ..ir.program import Lowered
+from ..ir.serialize import pack
+from ..job import FUSED, Job
+from ..progress import Progress
+from .build import Engine
+from .pool import Pool
+from .worker import Task, answered
 
 _ANSWER: Final = "answer.pickle"
 
