@@ -23,12 +23,12 @@ from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.engine.build import build, prepare
 from cp_convert.engine.lower import lower, specialise
-from cp_convert.engine.runtime import decompositions
 from cp_convert.errors import ConvertError
 from cp_convert.mesh import Mesh
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import STRATEGIES, Strategy, Usp
 from cp_convert.strategies.rewrite import rewrite
+from cp_convert.trt.libraries import decompositions
 
 HEADS, HEAD_DIM = 24, 128
 WORLDS, TOKENS = (1, 2, 4, 8), (4096, 16384, 65536)

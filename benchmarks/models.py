@@ -101,12 +101,12 @@ def one(run: Run) -> dict[str, Any]:
     from cp_convert.capture.decompose import decompose
     from cp_convert.capture.trace import trace
     from cp_convert.engine.build import prepare
-    from cp_convert.engine.runtime import decompositions
     from cp_convert.errors import ConvertError
     from cp_convert.mesh import Mesh
     from cp_convert.prove import measure
     from cp_convert.sharding.shard import shard
     from cp_convert.strategies import STRATEGIES
+    from cp_convert.trt.libraries import decompositions
 
     torch.set_num_threads(1)
     prepare(select("auto", ()))
@@ -142,11 +142,11 @@ def _converted(
     from cp_convert.engine.build import build
     from cp_convert.engine.lower import lower, specialise
     from cp_convert.engine.readback import constants_of
-    from cp_convert.engine.runtime import decompositions
     from cp_convert.errors import CannotConvert, ConvertError, ProofFailed
     from cp_convert.prove import Stages, flat_inputs, prove, prove_networks
     from cp_convert.strategies import CONTROL, STRATEGIES
     from cp_convert.strategies.rewrite import rewrite
+    from cp_convert.trt.libraries import decompositions
 
     table, start = decompositions(), time.perf_counter()
     result: dict[str, Any] = {}

@@ -80,9 +80,9 @@ def torch_tensorrt(folder: Path, seconds: Seconds) -> str:
     """Torch-TensorRT alone, one dense rank; by those of its entry points that need no GPU."""
     import torch
 
-    from cp_convert.engine.runtime import Input, TRTInterpreter, decompositions, settings
-    from cp_convert.engine.runtime import post_lowering as lower
     from cp_convert.ir.program import hold, state_of
+    from cp_convert.trt.libraries import Input, TRTInterpreter, decompositions, settings
+    from cp_convert.trt.libraries import post_lowering as lower
 
     module, inputs = _model()
     with _timed(seconds, "export"), torch.no_grad():

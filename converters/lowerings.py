@@ -10,7 +10,9 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
-from ..engine.runtime import (
+from ..ir.ops import FUSED
+from ..mesh import split_groups
+from ..trt.libraries import (
     ConversionContext,
     ConverterPriority,
     SourceIR,
@@ -19,8 +21,6 @@ from ..engine.runtime import (
     impl,
     trt,
 )
-from ..ir.ops import FUSED
-from ..mesh import split_groups
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.

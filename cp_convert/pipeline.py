@@ -19,7 +19,6 @@ from .cache.fingerprint import source_key, tool_key
 from .cache.store import Cache, place
 from .capture.capture import capture
 from .engine.fold_weights import settle, store
-from .engine.offline import check_gpu
 from .engine.one_program import by_scatter, why_not_shared
 from .errors import CannotShard
 from .hardware import read as read_hardware
@@ -41,6 +40,7 @@ from .prove import (
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
+from .trt.offline import check_gpu
 
 
 def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
@@ -107,8 +107,8 @@ def _made(
     from .engine.engines import Wanted, built
     from .engine.lower import lower
     from .engine.pool import Pool
-    from .engine.runtime import decompositions
     from .planning import cheapest
+    from .trt.libraries import decompositions
 
     job, backend, source, folder = given.job, given.backend, given.source, given.folder
     mesh, device = Mesh.line(job.world), check_device(job.proof_device)

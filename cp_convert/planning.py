@@ -8,7 +8,6 @@ from typing import Any
 
 from .capture.decompose import decompose
 from .capture.trace import trace
-from .engine.runtime import decompositions
 from .errors import CannotConvert, CannotShard
 from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend
@@ -21,6 +20,7 @@ from .progress import Clock, Progress
 from .sharding.shard import Sharded, shard
 from .strategies import STRATEGIES, choose
 from .strategies.rewrite import Outcome, rewrite
+from .trt.libraries import decompositions
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:

@@ -162,7 +162,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
 @cache
 def table() -> dict[Any, Any]:
     """The backend's decompositions."""
-    from cp_convert.engine.runtime import decompositions
+    from cp_convert.trt.libraries import decompositions
 
     return decompositions()
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from cp_convert import cli
 from cp_convert.bundle import folder as bundle
 from cp_convert.bundle import manifest as m
-from cp_convert.engine.runtime import trt
 from cp_convert.strategies import STRATEGIES
+from cp_convert.trt.libraries import trt
 
 pytestmark = pytest.mark.engine
 

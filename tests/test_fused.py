@@ -9,7 +9,6 @@ from conftest import axis_of, rewritten, tiny, tiny_inputs
 from test_strategies import site_of
 
 from cp_convert.backends import BACKENDS
-from cp_convert.engine import offline
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
@@ -20,6 +19,7 @@ from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove import measure, prove, prove_networks
 from cp_convert.prove.program import flat_inputs
 from cp_convert.strategies import choose
+from cp_convert.trt import offline
 
 pytestmark = pytest.mark.engine
 prepare(BACKENDS["tensorrt-rtx"])

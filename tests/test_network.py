@@ -15,7 +15,6 @@ from cp_convert.converters import WORKAROUNDS, active, register
 from cp_convert.engine.build import build, collectives_of, network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import read_network
-from cp_convert.engine.runtime import trt
 from cp_convert.errors import BuildFailed
 from cp_convert.ir import ops
 from cp_convert.ir.network import Layer
@@ -24,6 +23,7 @@ from cp_convert.mesh import Axis
 from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
+from cp_convert.trt.libraries import trt
 
 pytestmark = pytest.mark.engine
 

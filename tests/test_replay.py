@@ -22,7 +22,6 @@ from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
 from cp_convert.engine.lower import lower, specialise
 from cp_convert.engine.readback import constants_of, read_network
-from cp_convert.engine.runtime import trt
 from cp_convert.errors import ProofFailed
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered
@@ -31,6 +30,7 @@ from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove import Proof, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.layers import LAYERS
 from cp_convert.prove.replay import replay
+from cp_convert.trt.libraries import trt
 
 pytestmark = pytest.mark.engine
 prepare(BACKENDS["tensorrt-rtx"])

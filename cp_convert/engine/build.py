@@ -22,9 +22,9 @@ from ..converters import active, register
 from ..errors import BuildFailed
 from ..ir.network import Network
 from ..ir.program import Binding, Lowered, copied, hold, module_of
-from .offline import check_gpu
+from ..trt.libraries import TENSORRT_LOG, Input, TRTInterpreter, checked_once, is_rtx, settings, trt
+from ..trt.offline import check_gpu
 from .readback import read_network
-from .runtime import TENSORRT_LOG, Input, TRTInterpreter, checked_once, is_rtx, settings, trt
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..ir.program import (
     with_dtypes,
 )
 from ..mesh import split_groups
-from .runtime import DYNAMO_CONVERTERS, post_lowering, settings
+from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..errors import BuildFailed
 from ..progress import Progress
+from ..trt.offline import has_driver
 from .build import Engine
-from .offline import has_driver
 from .worker import Task, answered, run
 
 _BASE: Final = 1_300_000_000

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ProofFailed
 from ..ir.network import Layer, Network, Result
 from ..ir.program import Binding
-from .runtime import trt
+from ..trt.libraries import trt
 
 DTYPES: Final = {
     trt.float32: torch.float32,
