@@ -21,12 +21,12 @@ from msgspec.structs import replace
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .advise.hardware import read as read_hardware
 from .bundle import manifest as m
 from .bundle.describe import model_entry, weight_entry
 from .bundle.external import Placing
 from .cache.store import Cache, key_of, place
 from .engine.fold_weights import CONSTANTS
-from .hardware import read as read_hardware
 from .job import AUTO, EXTERNAL_FROM, Job
 from .model.load import Source
 from .model.weights import file_state, numbers

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, NoReturn
 import click
 
 from . import __version__
+from .advise.hardware import names as hardware_names
+from .advise.hardware import read as read_hardware
 from .errors import ConvertError, DamagedBundle, UsageError
-from .hardware import names as hardware_names
-from .hardware import read as read_hardware
 from .job import (
     AUTO,
     BACKEND_NAMES,
@@ -340,7 +340,7 @@ def plan(
     job = Job(model=model, strategy="ulysses", out=Path(), proof="none", plan=plan, **options)
     elsewhere = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with elsewhere, screen.progress() as progress:
-        from .planning import forecast
+        from .advise.planning import forecast
 
         found = forecast(job, told, hardware, progress)
     if html is not None:

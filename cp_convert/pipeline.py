@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 from torch import Tensor
 
+from .advise.hardware import read as read_hardware
 from .again import job_key, keep, recall
 from .backends import Backend
 from .bundle.describe import describe
@@ -21,7 +22,6 @@ from .capture.capture import capture
 from .engine.fold_weights import settle, store
 from .engine.one_program import by_scatter, why_not_shared
 from .errors import CannotShard
-from .hardware import read as read_hardware
 from .ir.program import Lowered
 from .job import AUTO, FUSED, Job
 from .mesh import Mesh
@@ -103,11 +103,11 @@ def _made(
         the manifest, and under which keys the cache has the engines, by rank.
     """
     # Here, because it takes seconds to import TensorRT, which a job that is recalled does without.
+    from .advise.planning import cheapest
     from .engine.build import prepare
     from .engine.engines import Wanted, built
     from .engine.lower import lower
     from .engine.pool import Pool
-    from .planning import cheapest
     from .trt.libraries import decompositions
 
     job, backend, source, folder = given.job, given.backend, given.source, given.folder

@@ -26,11 +26,11 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from .advise.forecast import Forecast, Option, told
 from .bundle.folder import Check
 from .bundle.manifest import Attention, Manifest, Proof
 from .cache.store import Held
 from .errors import ConvertError
-from .forecast import Forecast, Option, told
 from .model.preset import TINY, Preset
 from .progress import Progress
 

@@ -18,18 +18,18 @@ from conftest import EXAMPLES, rewritten, tiny, tiny_inputs
 from test_cli import Run, Write, cp_convert  # noqa: F401
 from torch import nn
 
-from cp_convert import hardware
+from cp_convert.advise import hardware
+from cp_convert.advise.estimate import estimate
+from cp_convert.advise.forecast import Forecast, Option, best, recommend
+from cp_convert.advise.planning import forecast
 from cp_convert.backends import select
 from cp_convert.errors import CannotShard, UsageError
-from cp_convert.estimate import estimate
-from cp_convert.forecast import Forecast, Option, best, recommend
 from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.model.meta import stand_in, unallocated
 from cp_convert.model.preset import path_of
 from cp_convert.page import page
 from cp_convert.pipeline import convert
-from cp_convert.planning import forecast
 from cp_convert.progress import Progress
 
 H200 = hardware.read("h200")

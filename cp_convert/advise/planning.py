@@ -6,21 +6,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .capture.decompose import decompose
-from .capture.trace import trace
-from .errors import CannotConvert, CannotShard
+from ..capture.decompose import decompose
+from ..capture.trace import trace
+from ..errors import CannotConvert, CannotShard
+from ..ir.program import Lowered
+from ..job import Job
+from ..mesh import Axis, Mesh
+from ..model.load import DTYPES, Source, load
+from ..progress import Clock, Progress
+from ..sharding.shard import Sharded, shard
+from ..strategies import STRATEGIES, choose
+from ..strategies.rewrite import Outcome, rewrite
+from ..trt.libraries import decompositions
 from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend
 from .hardware import Hardware
-from .ir.program import Lowered
-from .job import Job
-from .mesh import Axis, Mesh
-from .model.load import DTYPES, Source, load
-from .progress import Clock, Progress
-from .sharding.shard import Sharded, shard
-from .strategies import STRATEGIES, choose
-from .strategies.rewrite import Outcome, rewrite
-from .trt.libraries import decompositions
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..ir import ops
+from ..ir.program import HALF, Lowered
+from ..mesh import bytes_sent
 from .hardware import Hardware
-from .ir import ops
-from .ir.program import HALF, Lowered
-from .mesh import bytes_sent
 
 aten: Final = torch.ops.aten
 _PRODUCTS: Final[Mapping[Any, int]] = {

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from .errors import UsageError
-from .model.shipped import shipped
+from ..errors import UsageError
+from ..model.shipped import shipped
 
 
 class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
