@@ -249,7 +249,7 @@ def convert(
     A preset is one of `cp-convert presets`, or a TOML file of the same form.
     """
     from .cache.store import default_folder
-    from .render import Screen
+    from .show.screen import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
     model = _resolved(model)
@@ -331,7 +331,7 @@ def plan(
     activations are estimated by a roofline, with the hardware's published rates and the shares of
     them that its file assumes. A model of any size is planned without memory for its weights.
     """
-    from .render import Screen
+    from .show.screen import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
     told, model = read_hardware(hardware), _resolved(model)
@@ -344,7 +344,7 @@ def plan(
 
         found = forecast(job, told, hardware, progress)
     if html is not None:
-        from .page import page
+        from .show.page import page
 
         try:
             html.write_text(page(found))
@@ -395,7 +395,7 @@ def presets(*, name: str | None, as_json: bool, quiet: bool, verbose: int) -> No
 
     `cp-convert NAME --tiny` converts one in small, with random weights, within a minute.
     """
-    from .render import Screen
+    from .show.screen import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
     if name is None:
@@ -415,7 +415,7 @@ def presets(*, name: str | None, as_json: bool, quiet: bool, verbose: int) -> No
 def inspect(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show what a BUNDLE (its folder or its manifest.json) holds and how it was made."""
     from .bundle.folder import read
-    from .render import Screen
+    from .show.screen import Screen
 
     manifest, folder = read(bundle)
     Screen(as_json=as_json, verbosity=-1 if quiet else verbose).inspected(manifest, folder)
@@ -430,7 +430,7 @@ def verify(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
     Exits with 6 when something is wrong.
     """
     from .bundle.folder import verify as check
-    from .render import Screen
+    from .show.screen import Screen
 
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
     checks = list(check(bundle))
@@ -465,7 +465,7 @@ def _cached(command: Callable[..., Any]) -> Callable[..., Any]:
 def cache_info(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show where the cache is, and how much it holds."""
     from .cache.store import Cache, default_folder
-    from .render import Screen
+    from .show.screen import Screen
 
     folder = cache or default_folder()
     screen = Screen(as_json=as_json, verbosity=-1 if quiet else verbose)
@@ -477,7 +477,7 @@ def cache_info(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) 
 def cache_clear(*, cache: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
     """Remove everything from the cache. Bundles stay as they are."""
     from .cache.store import Cache, default_folder
-    from .render import Screen
+    from .show.screen import Screen
 
     folder = cache or default_folder()
     freed = Cache(folder).clear()
@@ -511,7 +511,7 @@ def _help_hint(error: click.ClickException) -> str | None:
 
 
 def _show(error: ConvertError, args: Sequence[str]) -> NoReturn:
-    from .render import Screen
+    from .show.screen import Screen
 
     verbosity = sum(a.count("v") for a in args if a.startswith("-v")) + args.count("--verbose")
     Screen(as_json="--json" in args, verbosity=verbosity).error(error)

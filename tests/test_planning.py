@@ -28,9 +28,9 @@ from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.model.meta import stand_in, unallocated
 from cp_convert.model.preset import path_of
-from cp_convert.page import page
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
+from cp_convert.show.page import page
 
 H200 = hardware.read("h200")
 

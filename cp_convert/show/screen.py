@@ -26,13 +26,13 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from .advise.forecast import Forecast, Option, told
-from .bundle.folder import Check
-from .bundle.manifest import Attention, Manifest, Proof
-from .cache.store import Held
-from .errors import ConvertError
-from .model.preset import TINY, Preset
-from .progress import Progress
+from ..advise.forecast import Forecast, Option, told
+from ..bundle.folder import Check
+from ..bundle.manifest import Attention, Manifest, Proof
+from ..cache.store import Held
+from ..errors import ConvertError
+from ..model.preset import TINY, Preset
+from ..progress import Progress
 
 
 class Screen:
