@@ -10,7 +10,6 @@ import msgspec
 from torch import Tensor
 
 from .advise.hardware import read as read_hardware
-from .again import job_key, keep, recall
 from .backends import Backend
 from .bundle.describe import describe
 from .bundle.external import Placing, to_write
@@ -37,6 +36,7 @@ from .prove import (
     prove,
     prove_networks,
 )
+from .recall import job_key, keep, recall
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite

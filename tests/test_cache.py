@@ -17,7 +17,6 @@ from msgspec import structs
 from safetensors.torch import save_file
 from torch import nn
 
-from cp_convert.again import job_key
 from cp_convert.backends import select
 from cp_convert.bundle import folder as bundle
 from cp_convert.bundle.manifest import Manifest
@@ -28,6 +27,7 @@ from cp_convert.job import Job
 from cp_convert.model.load import Source, load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
+from cp_convert.recall import job_key
 
 Write = Callable[..., Path]
 

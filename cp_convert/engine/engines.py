@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from ..again import ENGINE
 from ..backends import Backend
 from ..bundle.folder import engine_name
 from ..cache.store import Cache, key_of, place
@@ -15,6 +14,7 @@ from ..ir.program import Lowered
 from ..ir.serialize import pack
 from ..job import FUSED, Job
 from ..progress import Progress
+from ..recall import ENGINE
 from .build import Engine
 from .pool import Pool
 from .worker import Task, answered
