@@ -4,7 +4,8 @@ import importlib.util
 import re
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 
 def test_the_command_reference_is_current() -> None:

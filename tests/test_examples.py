@@ -7,14 +7,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from conftest import EXAMPLES, example
 from safetensors.torch import save_file
 
-from cp_convert import cli
-from cp_convert.bundle import folder as bundle
+from cp_convert import bundle, cli
 from cp_convert.bundle import manifest as m
 from cp_convert.strategies import STRATEGIES
 from cp_convert.trt.libraries import trt
+from tests.conftest import EXAMPLES, example
 
 pytestmark = pytest.mark.engine
 

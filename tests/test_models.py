@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import axis_of, networks_of, table
 from torch import Tensor
 
 from benchmarks import zoo
@@ -24,6 +23,7 @@ from cp_convert.prove.replay import replay
 from cp_convert.sharding.shard import Sharded, shard
 from cp_convert.strategies import STRATEGIES
 from cp_convert.strategies.rewrite import rewrite
+from tests.conftest import axis_of, networks_of, table
 
 PLANNED = sorted(name for name, kind in zoo.classes().items() if getattr(kind, "_cp_plan", None))
 pytestmark = pytest.mark.engine

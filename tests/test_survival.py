@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cp_convert.bundle import folder as bundle
+from cp_convert import bundle
 from cp_convert.cache.store import Cache
 
 pytestmark = pytest.mark.engine

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_bundle import written
 
 from cp_convert import cli
+from tests.bundle.test_folder import written
 
 Run = Callable[..., "Result"]
 Write = Callable[..., Path]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import example, rewritten, sharded, table, tiny, tiny_inputs
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -23,6 +22,7 @@ from cp_convert.model.load import cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.strategies import STRATEGIES
+from tests.conftest import example, rewritten, sharded, table, tiny, tiny_inputs
 
 prepare(BACKENDS["tensorrt-rtx"])
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import axis_of, rewritten, tiny, tiny_inputs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert.backends import BACKENDS
@@ -24,6 +23,7 @@ from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.trt.libraries import trt
+from tests.conftest import axis_of, rewritten, tiny, tiny_inputs
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, rewritten, sharded, sharpened, tiny, tiny_inputs
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,6 +21,7 @@ from cp_convert.prove import Stages
 from cp_convert.prove.lockstep import run
 from cp_convert.sharding.shard import Sharded
 from cp_convert.strategies import STRATEGIES
+from tests.conftest import TINY_PLAN, rewritten, sharded, sharpened, tiny, tiny_inputs
 
 WORLDS = (2, 3, 4)
 WIDTH, HEADS = 48, 12
@@ -403,12 +403,11 @@ def ragged_inputs() -> dict[str, Tensor]:
 
 @every_way
 def test_a_frozen_mask_decides_the_shapes(name: str, world: int) -> None:
-    from conftest import strategy, table
-
     from cp_convert.capture.decompose import decompose
     from cp_convert.mesh import Mesh
     from cp_convert.sharding.shard import shard
     from cp_convert.strategies.rewrite import rewrite
+    from tests.conftest import strategy, table
 
     torch.manual_seed(0)
     module, inputs = sharpened(Ragged()), ragged_inputs()

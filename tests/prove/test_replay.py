@@ -12,9 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
 from onnx import TensorProto, helper, numpy_helper
-from test_shard import joint, joint_inputs, mask_of, model, sdpa, tokens
 from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
@@ -31,6 +29,8 @@ from cp_convert.prove import Proof, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.layers import LAYERS
 from cp_convert.prove.replay import replay
 from cp_convert.trt.libraries import trt
+from tests.conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
+from tests.sharding.test_shard import joint, joint_inputs, mask_of, model, sdpa, tokens
 
 pytestmark = pytest.mark.engine
 prepare(BACKENDS["tensorrt-rtx"])

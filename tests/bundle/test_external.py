@@ -8,12 +8,10 @@ from threading import Event
 
 import pytest
 import torch
-from conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cp_convert import cli
-from cp_convert.bundle import folder as bundle
+from cp_convert import bundle, cli
 from cp_convert.bundle import manifest as m
 from cp_convert.bundle.external import WEIGHTS, place
 from cp_convert.cache.store import Cache
@@ -26,6 +24,7 @@ from cp_convert.model.load import load
 from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import flat_inputs
+from tests.conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
 
 
 def convert(*args: object) -> int:

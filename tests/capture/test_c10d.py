@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import EXAMPLES, example, table
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,6 +26,7 @@ from cp_convert.prove.replay import replay
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import choose
 from cp_convert.strategies.rewrite import rewrite
+from tests.conftest import EXAMPLES, example, table
 
 c10d = torch.ops._c10d_functional
 prepare(BACKENDS["tensorrt-rtx"])

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import table
 from torch import Tensor, fx, nn
 
 from cp_convert.capture.functionalize import Unclear, without_writes
 from cp_convert.capture.once import opwise
+from tests.conftest import table
 
 
 class Model(nn.Module):

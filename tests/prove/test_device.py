@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import axis_of, rewritten, sharpened, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from cp_convert.backends import BACKENDS
@@ -18,6 +17,7 @@ from cp_convert.prove import measure, prove
 from cp_convert.prove.device import Mover, check_device, on
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
+from tests.conftest import axis_of, rewritten, sharpened, tiny, tiny_inputs
 
 META = torch.device("meta")
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import click
 import pytest
 
-from cp_convert import cli
+from cp_convert import bundle, cli
 from cp_convert.backends import select
-from cp_convert.bundle import folder as bundle
 from cp_convert.engine import pool
 from cp_convert.job import Job
 from cp_convert.pipeline import convert

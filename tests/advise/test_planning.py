@@ -14,8 +14,6 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
-from conftest import EXAMPLES, rewritten, tiny, tiny_inputs
-from test_cli import Run, Write, cp_convert  # noqa: F401
 from torch import nn
 
 from cp_convert.advise import hardware
@@ -31,6 +29,8 @@ from cp_convert.model.preset import path_of
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from cp_convert.show.page import page
+from tests.cli.test_cli import Run, Write, cp_convert  # noqa: F401
+from tests.conftest import EXAMPLES, rewritten, tiny, tiny_inputs
 
 H200 = hardware.read("h200")
 

@@ -2,17 +2,6 @@
 
 import pytest
 import torch
-from conftest import (
-    TINY_PLAN,
-    TinyAttention,
-    axis_of,
-    rewritten,
-    sharded,
-    strategy,
-    table,
-    tiny,
-    tiny_inputs,
-)
 from torch import nn
 from torch.nn import functional
 
@@ -23,6 +12,17 @@ from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove.lockstep import run
 from cp_convert.strategies import STRATEGIES
 from cp_convert.strategies.rewrite import ATTENTION, Outcome, rewrite
+from tests.conftest import (
+    TINY_PLAN,
+    TinyAttention,
+    axis_of,
+    rewritten,
+    sharded,
+    strategy,
+    table,
+    tiny,
+    tiny_inputs,
+)
 
 
 def done(name: str, world: int = 2) -> tuple[Lowered, tuple[Outcome, ...]]:

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from conftest import axis_of, strategy
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,6 +14,7 @@ from cp_convert.ir.program import Binding, Lowered
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.strategies import STRATEGIES, Site, Usp
+from tests.conftest import axis_of, strategy
 
 WORLDS = (2, 3, 4)
 HEADS, DIM, SEQUENCE = 12, 16, 24

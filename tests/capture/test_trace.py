@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, sharded, tiny, tiny_inputs
 from torch import Tensor, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotShard, CannotTrace
 from cp_convert.prove.lockstep import run
+from tests.conftest import TINY_PLAN, sharded, tiny, tiny_inputs
 
 
 @dataclass

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import axis_of, rewritten, tiny, tiny_inputs
-from test_strategies import site_of
 
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
@@ -20,6 +18,8 @@ from cp_convert.prove import measure, prove, prove_networks
 from cp_convert.prove.program import flat_inputs
 from cp_convert.strategies import choose
 from cp_convert.trt import offline
+from tests.conftest import axis_of, rewritten, tiny, tiny_inputs
+from tests.strategies.test_strategies import site_of
 
 pytestmark = pytest.mark.engine
 prepare(BACKENDS["tensorrt-rtx"])

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, TinyAttention, rewritten, sharded, sharpened, tiny, tiny_inputs
-from test_shard import mask_of, model, sdpa, tokens
 from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
@@ -17,6 +15,16 @@ from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.program import FLOOR
 from cp_convert.strategies import STRATEGIES
+from tests.conftest import (
+    TINY_PLAN,
+    TinyAttention,
+    rewritten,
+    sharded,
+    sharpened,
+    tiny,
+    tiny_inputs,
+)
+from tests.sharding.test_shard import mask_of, model, sdpa, tokens
 
 Sabotage = Callable[[fx.Graph], None]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import axis_of, networks_of, table
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -28,6 +27,7 @@ from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
 from cp_convert.strategies.rewrite import rewrite
+from tests.conftest import axis_of, networks_of, table
 
 NAMES = preset.names()
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import table
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from cp_convert.capture.once import opwise
+from tests.conftest import table
 
 
 class Blocks(nn.Module):

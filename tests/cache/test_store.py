@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
 from msgspec import structs
 from safetensors.torch import save_file
 from torch import nn
 
+from cp_convert import bundle
 from cp_convert.backends import select
-from cp_convert.bundle import folder as bundle
 from cp_convert.bundle.manifest import Manifest
 from cp_convert.cache.fingerprint import source_key
 from cp_convert.cache.store import Cache
@@ -28,6 +27,7 @@ from cp_convert.model.load import Source, load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from cp_convert.recall import job_key
+from tests.conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
 
 Write = Callable[..., Path]
 

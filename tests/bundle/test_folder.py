@@ -9,7 +9,7 @@ import jsonschema
 import msgspec
 import pytest
 
-from cp_convert.bundle import folder as bundle
+from cp_convert import bundle
 from cp_convert.bundle import manifest as m
 from cp_convert.errors import DamagedBundle, OutputError
 
