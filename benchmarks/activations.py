@@ -22,7 +22,8 @@ from cp_convert.backends import select
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.engine.build import build, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import ConvertError
 from cp_convert.mesh import Mesh
 from cp_convert.sharding.shard import shard

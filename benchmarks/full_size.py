@@ -23,10 +23,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.sharded import Sharded
 from cp_convert.mesh import Axis, Mesh
+from cp_convert.prove.errors import worst
 from cp_convert.prove.lockstep import PerRank, run
-from cp_convert.prove.program import Stages, Truth, flat_inputs, measure, prove, worst
-from cp_convert.sharding.shard import Sharded, shard
+from cp_convert.prove.measure import Truth, flat_inputs, measure
+from cp_convert.prove.program import Stages, prove
+from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES, Strategy, Usp
 from cp_convert.strategies.rewrite import rewrite
 

@@ -140,8 +140,9 @@ def _converted(
     truth: Any, inputs: Any, dense: Any, sharded: Any, strategy: str, axis: Any
 ) -> dict[str, Any]:
     from cp_convert.engine.build import build
-    from cp_convert.engine.lower import lower, specialise
+    from cp_convert.engine.lower import lower
     from cp_convert.engine.readback import constants_of
+    from cp_convert.engine.specialise import specialise
     from cp_convert.errors import CannotConvert, ConvertError, ProofFailed
     from cp_convert.prove import Stages, flat_inputs, prove, prove_networks
     from cp_convert.strategies import CONTROL, STRATEGIES

@@ -2,7 +2,7 @@
 
 Imported as ``cp_convert.converters``. Every collective becomes exactly one
 ``IDistCollectiveLayer`` whose group and size come from the operator, never from the environment;
-``cp::shard`` has become a slice before conversion (:func:`cp_convert.engine.lower.specialise`).
+``cp::shard`` has become a slice before conversion (:mod:`cp_convert.engine.specialise`).
 """
 
 from .lowerings import register

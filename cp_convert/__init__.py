@@ -1,7 +1,6 @@
 """cp-convert: context-parallel TensorRT engines from PyTorch diffusion transformers."""
 
 from .model.plan import ContextParallelInput, ContextParallelOutput
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = ["ContextParallelInput", "ContextParallelOutput", "__version__"]

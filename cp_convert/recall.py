@@ -25,13 +25,13 @@ from .advise.hardware import read as read_hardware
 from .bundle import manifest as m
 from .bundle.describe import model_entry, weight_entry
 from .bundle.external import Placing
-from .cache.store import Cache, key_of, place
-from .engine.fold_weights import CONSTANTS
+from .bundle.folder import CONSTANTS
+from .cache.store import ENGINE, Cache, key_of
+from .files import file_state, place
+from .ir.source import Source
+from .ir.tensors import numbers
 from .job import AUTO, EXTERNAL_FROM, Job
-from .model.load import Source
-from .model.weights import file_state, numbers
 
-ENGINE: Final = "engine"
 _MANIFEST: Final = "manifest.json"
 _ENGINES: Final = "engines.json"
 _NO_DIFFERENCE: Final = frozenset(

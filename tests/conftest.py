@@ -20,9 +20,10 @@ from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.ir.network import Network
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.sharded import Sharded
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove import Stages
-from cp_convert.sharding.shard import Sharded, shard
+from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, Strategy, choose
 from cp_convert.strategies.rewrite import rewrite
 
@@ -195,8 +196,8 @@ def rewritten(
 def networks_of(lowered: Lowered, world: int) -> list[Network]:
     """What the builder would be given, rank by rank."""
     from cp_convert.engine.build import network_of
-    from cp_convert.engine.lower import specialise
     from cp_convert.engine.readback import constants_of, read_network
+    from cp_convert.engine.specialise import specialise
 
     found: list[Network] = []
     for rank in range(world):

@@ -16,11 +16,13 @@ from cp_convert.capture.trace import trace
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.sharded import Sharded
 from cp_convert.prove import flat_inputs
+from cp_convert.prove.errors import worst
 from cp_convert.prove.lockstep import run
-from cp_convert.prove.program import dense_outputs, worst
+from cp_convert.prove.measure import dense_outputs
 from cp_convert.prove.replay import replay
-from cp_convert.sharding.shard import Sharded, shard
+from cp_convert.sharding.shard import shard
 from cp_convert.strategies import STRATEGIES
 from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import axis_of, networks_of, table

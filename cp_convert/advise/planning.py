@@ -9,14 +9,17 @@ from typing import Any
 from ..capture.decompose import decompose
 from ..capture.trace import trace
 from ..errors import CannotConvert, CannotShard
+from ..ir.attention import Outcome
 from ..ir.program import Lowered
+from ..ir.sharded import Sharded
+from ..ir.source import Source
 from ..job import Job
 from ..mesh import Axis, Mesh
-from ..model.load import DTYPES, Source, load
+from ..model.load import DTYPES, load
 from ..progress import Clock, Progress
-from ..sharding.shard import Sharded, shard
+from ..sharding.shard import shard
 from ..strategies import STRATEGIES, choose
-from ..strategies.rewrite import Outcome, rewrite
+from ..strategies.rewrite import rewrite
 from ..trt.libraries import decompositions
 from .estimate import Work, estimate
 from .forecast import Forecast, Option, recommend

@@ -4,54 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 
-from .. import __version__
-from ..backends import Backend
-from ..capture.capture import Signature
-from ..capture.trace import Applied
-from ..ir.program import Binding, Lowered
+from ..ir.attention import Outcome
+from ..ir.engine import Engine
+from ..ir.program import Binding
+from ..ir.proof import Error, NetworkProof, Proof
+from ..ir.records import Made
+from ..ir.sharded import Move
+from ..ir.signature import Applied
+from ..ir.source import Source
+from ..ir.tensors import Weight
 from ..job import Job
 from ..mesh import Axis, bytes_sent
-from ..model.load import Source
-from ..sharding.shard import Move, Sharded
-from ..strategies import Strategy, choose
-from ..strategies.rewrite import Outcome
+from ..version import __version__
 from . import manifest as m
-from .external import Weight
-
-if TYPE_CHECKING:  # a job that is recalled needs neither TensorRT nor the proof
-    from ..engine.build import Engine
-    from ..prove import Error, NetworkProof, Proof
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
 
 
-def describe(
-    job: Job,
-    source: Source,
-    program: Lowered,
-    signature: Signature,
-    sharded: Sharded,
-    outcomes: Sequence[Outcome],
-    axis: Axis,
-    proof: Proof | None,
-    network_proof: NetworkProof | None,
-    engines: Sequence[Engine],
-    layout: str,
-    weights: Sequence[Weight],
-    backend: Backend,
-    workarounds: Sequence[str],
-    timings: Mapping[str, float],
-    *,
-    recalled: Sequence[int],
-) -> m.Manifest:
-    """The manifest of a conversion that has come to its end."""
-    strategy, applied = choose(job.strategy, job.ulysses), signature.applied
-    targets = job.compute_capabilities or backend.default_targets
+def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
+    """The manifest of a conversion that has come to its end; ``timings`` are seconds by stage."""
+    job, source, axis = made.rewritten.job, made.loaded.source, made.rewritten.axis
+    program, signature = made.emitted.program, made.captured.signature
     return m.Manifest(
         schema_version=m.SCHEMA_VERSION,
         tool=m.Tool(name="cp-convert", version=__version__),
@@ -62,38 +40,44 @@ def describe(
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
-        backend=m.Backend(
-            name=backend.name,  # type: ignore[arg-type]
-            version=backend.version,
-            compute_capabilities=list(targets),
-            workarounds=list(workarounds) if job.world > 1 else [],
-        ),
+        backend=_backend(made),
         torch=str(torch.__version__),
-        torch_tensorrt=backend.torch_tensorrt_version,
+        torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
         frozen=[m.Frozen(name=n, value=v) for n, v in signature.frozen.items()],
-        plan_source=_plan_source(axis, applied),  # type: ignore[arg-type]
-        plan=[_plan_entry(a) for a in applied],
-        sharding=[_sharding(move) for move in sharded.moves],
-        attention=[_attention(outcome, strategy, axis) for outcome in outcomes],
-        collectives=_collectives(engines[0]),
-        layout=layout,  # type: ignore[arg-type]
+        plan_source=_plan_source(axis, signature.applied),  # type: ignore[arg-type]
+        plan=[_plan_entry(a) for a in signature.applied],
+        sharding=[_sharding(move) for move in made.rewritten.sharded.moves],
+        attention=[_attention(outcome) for outcome in made.rewritten.outcomes],
+        collectives=_collectives(made.built.engines[0]),
+        layout=made.emitted.layout,  # type: ignore[arg-type]
         weights_mode="external" if source.external else "embedded",
-        weights=[weight_entry(w) for w in weights],
-        engines=[
-            m.Engine(
-                rank=e.rank,
-                file=e.path.name,
-                bytes=e.size,
-                sha256=e.sha256,
-                activation_bytes=e.activations,
-                recalled=e.rank in recalled,
-            )
-            for e in engines
-        ],
-        proof=_proof(proof, network_proof, OWN_REFERENCE if source.groups else REFERENCE),
+        weights=[weight_entry(w) for w in made.weights],
+        engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
+        proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
         command=job.command,
+    )
+
+
+def _backend(made: Made) -> m.Backend:
+    backend, job = made.loaded.backend, made.loaded.job
+    return m.Backend(
+        name=backend.name,  # type: ignore[arg-type]
+        version=backend.version,
+        compute_capabilities=list(job.compute_capabilities or backend.default_targets),
+        workarounds=list(made.built.workarounds) if job.world > 1 else [],
+    )
+
+
+def _engine(engine: Engine, recalled: bool) -> m.Engine:
+    return m.Engine(
+        rank=engine.rank,
+        file=engine.path.name,
+        bytes=engine.size,
+        sha256=engine.sha256,
+        activation_bytes=engine.activations,
+        recalled=recalled,
     )
 
 
@@ -176,10 +160,9 @@ def _percent(done: int, needed: int) -> float:
     return round(100 * (done - needed) / needed, 2)
 
 
-def _attention(outcome: Outcome, strategy: Strategy, axis: Axis) -> m.Attention:
-    site = outcome.site
+def _attention(outcome: Outcome) -> m.Attention:
+    site, heads = outcome.site, outcome.heads
     queries, keys = site.query_layout, site.key_layout
-    heads = strategy.cost(site, axis).heads if site.keys_sharded else site.heads
     slots = site.queries if queries is None else queries.size * queries.local
     return m.Attention(
         module=site.module,

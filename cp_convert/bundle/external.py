@@ -9,40 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Final
 
 from torch import Tensor
 
 from ..cache.store import Cache, key_of
-from ..model.weights import Location, file_state, save
-from .folder import sha256
-
-WEIGHTS: Final = "weights.safetensors"
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight that is an input of every engine.
-
-    Attributes:
-        name: of the binding, and of the model's parameter; ``constants.*`` follow from parameters.
-        dtype, shape: of the tensor.
-        file: where its numbers are; a bare file name lies in the bundle.
-        offset: of the first byte in that file.
-        size: in bytes.
-        sha256: of these bytes.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    size: int
-    sha256: str
+from ..files import file_state, sha256
+from ..ir.source import Source
+from ..ir.tensors import Location, Weight, save, weight_of
+from ..job import Job
+from .folder import WEIGHTS
 
 
 class Placing:
@@ -137,6 +114,14 @@ def _digests(
     return found
 
 
+def bytes_needed(job: Job, source: Source) -> int:
+    """Bytes that weights take in the bundle, at most."""
+    if not source.external:
+        return job.world * source.bytes
+    own = to_write(source.parameters_outside, source.located, copy=job.copy_weights)
+    return sum(tensor.nbytes for tensor in own.values())
+
+
 def to_write(
     parameters: Mapping[str, Tensor], located: Mapping[str, Location], *, copy: bool
 ) -> dict[str, Tensor]:
@@ -146,9 +131,3 @@ def to_write(
         for name, tensor in parameters.items()
         if copy or name not in located or located[name].dtype != tensor.dtype
     }
-
-
-def weight_of(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
-    """A weight whose numbers begin at ``offset`` of ``file``."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return Weight(name, dtype, tuple(tensor.shape), file, offset, tensor.nbytes, sha256)

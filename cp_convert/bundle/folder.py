@@ -8,26 +8,27 @@ leaves either no bundle or a whole one.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Final
 
 import msgspec
-import psutil
 
 from ..errors import DamagedBundle, OutputError
+from ..files import sha256, sweep, sync_folder
 from . import manifest as manifests
 from .manifest import Manifest
 
 MANIFEST: Final = "manifest.json"
+WEIGHTS: Final = "weights.safetensors"
+"""External weights that stand in no file of the user's."""
+CONSTANTS: Final = "constants.safetensors"
+"""What forward computes from external weights alone."""
 _CHUNK: Final = 1 << 28
 
 
@@ -121,14 +122,6 @@ def staged(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(parent: Path, prefix: str) -> None:
-    """Remove what conversions that were killed have left behind."""
-    for stale in parent.glob(f"{prefix}*"):
-        owner = re.match(r"\d+", stale.name.removeprefix(prefix))
-        if owner and not psutil.pid_exists(int(owner.group())):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
 def output_error(error: OSError, path: Path) -> OutputError:
     """What the system refused, in words; ``path`` is where, unless the system says it."""
     hints = {
@@ -153,7 +146,7 @@ def publish(folder: Path, out: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     folder.chmod(0o755)
-    _sync_folder(folder)
+    sync_folder(folder)
     if not out.exists():
         folder.rename(out)
     else:
@@ -161,17 +154,7 @@ def publish(folder: Path, out: Path, manifest: Manifest) -> None:
         out.rename(old)
         folder.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-    _sync_folder(out.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)
 
 
 def read(path: Path) -> tuple[Manifest, Path]:
@@ -234,17 +217,3 @@ def _weights_problem(path: Path, weights: Sequence[manifests.Weight]) -> str | N
     if other:
         return f"SHA-256 of {len(other)} weights differs from the manifest's: {other[0]} first"
     return None
-
-
-def sha256(path: Path, offset: int = 0, size: int | None = None) -> str:
-    """The SHA-256 of a file, or of ``size`` bytes at ``offset``; shorter where the file ends."""
-    digest = hashlib.sha256()
-    total = path.stat().st_size
-    end = total if size is None else min(total, offset + size)
-    if offset < end:
-        with path.open("rb") as file, mmap(file.fileno(), total, access=ACCESS_READ) as pages:
-            # Large pieces: between two of them, a thread that hashes waits for the interpreter.
-            for start in range(offset, end, _CHUNK):
-                with memoryview(pages)[start : min(end, start + _CHUNK)] as piece:
-                    digest.update(piece)
-    return digest.hexdigest()

@@ -23,8 +23,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from ..model.load import Source
-from ..model.weights import numbers
+from ..ir.source import Source
+from ..ir.tensors import numbers
 from .store import key_of
 
 _PLAIN: Final = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

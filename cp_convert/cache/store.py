@@ -21,9 +21,11 @@ from typing import Final
 import msgspec
 import platformdirs
 
-from ..bundle.folder import sha256, sweep
+from ..files import sha256, sweep
 
 KINDS: Final = ("traces", "engines", "bundles", "digests")
+ENGINE: Final = "engine"
+"""What an engine is called in its entry."""
 LIMIT: Final = 20_000_000_000
 _LIST: Final = "files.json"
 _PARTIAL: Final = ".partial-"
@@ -158,11 +160,3 @@ def key_of(parts: Iterable[object]) -> str:
         whole.update(repr(part).encode())
         whole.update(b"\0")
     return whole.hexdigest()
-
-
-def place(file: Path, target: Path) -> None:
-    """``file`` under another name; a copy where the two are not on one file system."""
-    try:
-        target.hardlink_to(file)
-    except OSError:
-        shutil.copyfile(file, target)

@@ -4,49 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
 
 from ..cache.store import Cache
 from ..errors import CannotLower
-from ..ir.program import Lowered
+from ..ir.records import Captured
 from ..ir.serialize import pack, read_packed, unpack
-from ..model.load import Source
+from ..ir.signature import Signature
+from ..ir.source import Source
 from ..progress import Clock
 from .decompose import decompose
-from .trace import Applied, trace
+from .trace import trace
 
 _PROGRAM: Final = "program.safetensors"
 _SIGNATURE: Final = "signature.json"
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What a trace gave, whatever the world and the strategy.
-
-    Attributes:
-        dense: the program.
-        signature: what else is known of it.
-    """
-
-    dense: Lowered
-    signature: Signature
-
-
-class Signature(msgspec.Struct, frozen=True):
-    """What a trace tells besides the program.
-
-    Attributes:
-        parameters: the model's own names of its parameters, by placeholder.
-        frozen: arguments that are no tensors, and are frozen into the program, as ``repr``.
-        applied: what became of the plan's lines.
-    """
-
-    parameters: dict[str, str]
-    frozen: dict[str, str]
-    applied: tuple[Applied, ...]
 
 
 def capture(

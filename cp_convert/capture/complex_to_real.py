@@ -18,13 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotLower
-from ..ir.program import Writer, erase_dead, module_path, source_line
-from ..sharding.rules import arguments, with_argument
+from ..ir.program import Writer, arguments, erase_dead, module_path, source_line, with_argument
 
 aten: Final = torch.ops.aten
 
 
-def without_complex(graph_module: fx.GraphModule) -> int:
+def complex_to_real(graph_module: fx.GraphModule) -> int:
     """Replace every complex value; returns how many there were.
 
     Raises:

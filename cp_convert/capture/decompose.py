@@ -20,8 +20,8 @@ from ..ir.passes import (
     simplify,
 )
 from ..ir.program import Lowered, Program, hold, module_of, state_of
-from .complex_to_real import without_complex
-from .once import opwise
+from .complex_to_real import complex_to_real
+from .once import decompose_once
 
 
 def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
@@ -55,7 +55,7 @@ def decompose(program: Program, table: Mapping[Any, Any]) -> Lowered:
     interleave_strided_writes(graph_module.graph)
     simplify(graph_module.graph)
     fold_constants(graph_module)
-    without_complex(graph_module)
+    complex_to_real(graph_module)
     share_constants(graph_module)
     graph_module.recompile()
     parameters = {n: state[n] for n in named}
@@ -73,7 +73,7 @@ def _decomposed(
     """The graph in the table's operators, and the program whose signature it has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = opwise(exported.graph_module, table)
+        graph = decompose_once(exported.graph_module, table)
         if graph is None:
             exported = exported.run_decompositions(dict(table))
             graph = exported.graph_module.graph

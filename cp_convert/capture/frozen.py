@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
-from ..ir.program import HALF, fake_mode_of, settled, written_in_place
+from ..ir.program import HALF, evaluated, fake_mode_of, written_in_place
 
 _FOLLOWED: Final = 1 << 20
 """Elements of the largest tensor that is followed by value."""
@@ -95,7 +95,7 @@ def _constant(leaf: Any) -> Any:
     return torch.tensor(leaf.values, dtype=leaf.dtype) if isinstance(leaf, _Literal) else leaf
 
 
-def settle(exported: torch.export.ExportedProgram) -> None:
+def fold_frozen(exported: torch.export.ExportedProgram) -> None:
     """Store what the constants decide, so that no later stage has to know their values.
 
     Half-precision values are left alone; see :func:`cp_convert.ir.passes.fold_constants`.
@@ -110,7 +110,7 @@ def settle(exported: torch.export.ExportedProgram) -> None:
             known[nodes[name]] = value
     written = written_in_place(graph)
     known = {node: value for node, value in known.items() if node not in written}
-    for node, value in settled(graph, known, lambda n: n not in written):
+    for node, value in evaluated(graph, known, lambda n: n not in written):
         if value.dtype not in HALF:
             constant = _hold(exported, node.name, value, node.meta["val"])
             node.replace_all_uses_with(constant)

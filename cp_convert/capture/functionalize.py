@@ -52,7 +52,7 @@ class _View:
     steps: tuple[fx.Node, ...] = ()
 
 
-def without_writes(graph: fx.Graph) -> fx.Graph:
+def functionalized(graph: fx.Graph) -> fx.Graph:
     """``graph`` itself, if nothing is written in place; otherwise one that computes the same.
 
     Raises:

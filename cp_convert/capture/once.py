@@ -3,8 +3,9 @@
 ``ExportedProgram.run_decompositions`` traces the whole program anew, 10,000 operators for 57 equal
 blocks. Here every distinct call (operator, arguments, shapes, strides) is traced alone, with the
 same table and the same tracer (``make_fx``), and what it becomes is written in the place of all its
-equals. That is right where operators neither write in place (:mod:`.writes` turns most such writes
-into values first) nor contain others; programs of which that cannot be said are left to torch.
+equals. That is right where operators neither write in place (:mod:`.functionalize` turns most such
+writes into values first) nor contain others; programs of which that cannot be said are left to
+torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from ..ir.program import PROVENANCE, fake_mode_of, fresh
-from .functionalize import Unclear, without_writes
+from .functionalize import Unclear, functionalized
 
 _DROPPED: Final = (
     torch.ops.aten.detach.default,
@@ -34,7 +35,7 @@ class _Beyond(Exception):
     """A program that is left to torch."""
 
 
-def opwise(module: fx.GraphModule, table: Mapping[Any, Any]) -> fx.Graph | None:
+def decompose_once(module: fx.GraphModule, table: Mapping[Any, Any]) -> fx.Graph | None:
     """The graph of ``module`` with every operator decomposed by ``table``.
 
     Args:
@@ -45,12 +46,12 @@ def opwise(module: fx.GraphModule, table: Mapping[Any, Any]) -> fx.Graph | None:
         A graph with the same placeholders, or ``None`` when the program is beyond this.
     """
     try:
-        return _Opwise(without_writes(module.graph), table).graph
+        return _Once(functionalized(module.graph), table).graph
     except (_Beyond, Unclear):
         return None
 
 
-class _Opwise:
+class _Once:
     def __init__(self, graph: fx.Graph, table: Mapping[Any, Any]) -> None:
         self.graph = fx.Graph()
         self._table = dict(table)

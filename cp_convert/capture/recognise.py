@@ -21,8 +21,7 @@ from torch import fx
 
 from ..errors import CannotTrace
 from ..ir.ops import ATTENTION
-from ..ir.program import Writer, module_path, source_line
-from ..sharding.rules import arguments, shape
+from ..ir.program import Writer, arguments, module_path, shape, source_line
 
 aten: Final = torch.ops.aten
 _SDPA: Final = aten.scaled_dot_product_attention.default

@@ -7,7 +7,7 @@ import io
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -18,27 +18,13 @@ from torch.utils import _pytree as pytree
 from ..errors import CannotShard, CannotTrace
 from ..ir import ops
 from ..ir.program import Binding, Constant, Program, module_path, source_line, tensor_of
+from ..ir.signature import Applied, Cut
 from ..mesh import Axis
 from ..model.forward import FREEZE, blamed_on_forward, check_arguments
-from ..model.plan import Cut, normalise
+from ..model.plan import normalise
 from .c10d import own_collectives
-from .frozen import frozen, settle
+from .frozen import fold_frozen, frozen
 from .recognise import recognise
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What became of one cut of the plan while tracing.
-
-    Attributes:
-        cut: the line of the plan.
-        global_size: along the cut dimension; ``None`` when it was not applied.
-        reason: why it was not applied.
-    """
-
-    cut: Cut
-    global_size: int | None
-    reason: str | None
 
 
 def trace(
@@ -57,7 +43,8 @@ def trace(
     Args:
         module: the model, in eval mode.
         inputs: keyword arguments of its forward; their shapes are the program's shapes.
-        plan: see :mod:`cp_convert.model.plan`; empty when the plan is to be found, or for a world of 1.
+        plan: see :mod:`cp_convert.model.plan`; empty when the plan is to be found, or for a world
+            of 1.
         freeze: arguments whose values become part of the program. A mask that decides how many
             tokens there are must be frozen, because an engine's shapes are fixed.
         peers: rank 1, 2, ... where ranks hold different parameters; each is traced as well.
@@ -92,7 +79,7 @@ def _captured(
     _check_shapes(exported.graph)
     own_collectives(exported.graph, groups)
     if freeze:
-        settle(exported)
+        fold_frozen(exported)
     if cuts and not any(a.cut.kind == "split" and a.reason is None for a in applied):
         raise CannotShard(
             "no split of the plan met a tensor, so nothing would be sharded.",

@@ -1,1 +1,4 @@
-"""From a proven program to engines. The only place, with ``converters``, that meets TensorRT."""
+"""A rewritten program comes in, TensorRT engines go out.
+
+Lowered once, taken apart by rank (ADR 6) or not (ADR 11), built in worker processes (ADR 12).
+"""

@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -20,57 +19,11 @@ from torch import Tensor, fx
 from ..backends import Backend
 from ..converters import active, register
 from ..errors import BuildFailed
-from ..ir.network import Network
+from ..ir.engine import Engine, NetworkCollective
 from ..ir.program import Binding, Lowered, copied, hold, module_of
 from ..trt.libraries import TENSORRT_LOG, Input, TRTInterpreter, checked_once, is_rtx, settings, trt
 from ..trt.offline import check_gpu
 from .readback import read_network
-
-
-@dataclass(frozen=True)
-class NetworkCollective:
-    """One ``IDistCollectiveLayer`` as it stands in a network.
-
-    Attributes:
-        name: the layer's.
-        operator: the ``cp::`` operator it stands for.
-        kind: name of the ``CollectiveOperation``.
-        root: the root rank, or -1.
-        group: the ranks that take part.
-        payload: bytes of the input tensor on one rank.
-    """
-
-    name: str
-    operator: str
-    kind: str
-    root: int
-    group: tuple[int, ...]
-    payload: int
-
-
-@dataclass(frozen=True)
-class Engine:
-    """One engine that was written.
-
-    Attributes:
-        rank: whose it is.
-        path: the file.
-        size: in bytes.
-        sha256: of the file.
-        collectives: what its network communicates.
-        seconds: how long network and engine took to make.
-        activations: bytes that the builder says it needs.
-        network: what the builder was given, if it was asked for.
-    """
-
-    rank: int
-    path: Path
-    size: int
-    sha256: str
-    collectives: tuple[NetworkCollective, ...]
-    seconds: float
-    activations: int | None = None
-    network: Network | None = None
 
 
 def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
@@ -140,7 +93,7 @@ def build(
     """Build ``program`` and write the engine to ``path``.
 
     Args:
-        program: of this rank, see :func:`.lower.specialise`.
+        program: of this rank, see :func:`.specialise.specialise`.
         rank: for the report.
         path: where to write.
         targets: compute capabilities such as ``"8.9"``; empty for the backend's own choice.

@@ -9,13 +9,14 @@ from typing import Final
 
 from ..backends import Backend
 from ..bundle.folder import engine_name
-from ..cache.store import Cache, key_of, place
+from ..cache.store import ENGINE, Cache, key_of
+from ..files import place
+from ..ir.engine import Engine
 from ..ir.program import Lowered
+from ..ir.records import Built
 from ..ir.serialize import pack
 from ..job import FUSED, Job
 from ..progress import Progress
-from ..recall import ENGINE
-from .build import Engine
 from .pool import Pool
 from .worker import Task, answered
 
@@ -60,22 +61,7 @@ class Wanted:
         return key_of((self.tool, program, *told))
 
 
-@dataclass(frozen=True)
-class Built:
-    """Engines of all ranks that were wanted.
-
-    Attributes:
-        engines: by rank; networks share the model's weights.
-        recalled: ranks whose engines were in the cache.
-        keys: by rank, under which the cache has them.
-    """
-
-    engines: list[Engine]
-    recalled: list[int]
-    keys: dict[int, str]
-
-
-def built(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress) -> Built:
+def build_all(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress) -> Built:
     """Build what is not in the cache; all of it stands in ``folder`` then.
 
     Raises:
@@ -86,15 +72,16 @@ def built(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Prog
     digest = packed.digest() if cache.folder is not None else ""
     tasks = {rank: wanted.task(rank, file) for rank in wanted.ranks}
     keys = {rank: wanted.key(task, digest) for rank, task in tasks.items()}
-    done = Built([], [], keys)
+    engines: list[Engine] = []
+    recalled: list[int] = []
     for rank, key in keys.items():
         entry = cache.find("engines", key)
         if entry is not None:
             task = tasks.pop(rank)
             place(entry / ENGINE, task.path)
             known, _ = answered((entry / _ANSWER).read_bytes(), packed.tensors)
-            done.engines.append(replace(known, path=task.path))
-            done.recalled.append(rank)
+            engines.append(replace(known, path=task.path))
+            recalled.append(rank)
             progress.step("build")
     if tasks:
         packed.write(file)
@@ -103,8 +90,8 @@ def built(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Prog
         with cache.store("engines", keys[engine.rank], {ENGINE: engine.sha256}) as kept:
             place(engine.path, kept / ENGINE)
             (kept / _ANSWER).write_bytes(answer)
-        done.engines.append(engine)
+        engines.append(engine)
         progress.step("build")
     file.unlink(missing_ok=True)
-    done.engines.sort(key=lambda engine: engine.rank)
-    return done
+    engines.sort(key=lambda engine: engine.rank)
+    return Built(tuple(engines), tuple(recalled), keys)

@@ -22,11 +22,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from ..bundle.external import Weight, weight_of
-from ..ir.program import HALF, Lowered, copied, erase_dead, module_of, settled
-from ..model.weights import save
+from ..bundle.folder import CONSTANTS
+from ..ir.program import HALF, Lowered, copied, erase_dead, evaluated, module_of
+from ..ir.tensors import Weight, save, weight_of
 
-CONSTANTS: Final = "constants.safetensors"
 aten: Final = torch.ops.aten
 _VIEWS: Final = (
     aten.permute.default,
@@ -46,7 +45,7 @@ _MOVES: Final = (*_VIEWS, aten.cat.default, aten.clone.default, aten.flip.defaul
 
 
 @dataclass(frozen=True)
-class Settled:
+class Folded:
     """A program whose weights are inputs.
 
     Attributes:
@@ -60,7 +59,7 @@ class Settled:
     constants: dict[str, Tensor]
 
 
-def settle(program: Lowered, names: Mapping[str, str]) -> Settled:
+def fold_weights(program: Lowered, names: Mapping[str, str]) -> Folded:
     """Compute what depends on weights alone; ``program`` stays as it is.
 
     Args:
@@ -68,7 +67,7 @@ def settle(program: Lowered, names: Mapping[str, str]) -> Settled:
         names: by placeholder, the binding of a weight that is an input.
     """
     if not names or not _worked(program, program.graph_module.graph, names):
-        return Settled(program, dict(names), {})
+        return Folded(program, dict(names), {})
     graph = copied(program.graph_module.graph)
     read = [n for n in graph.find_nodes(op="placeholder") if n.name in names and n.users]
     body = next(node for node in graph.nodes if node.op != "placeholder")
@@ -87,7 +86,7 @@ def settle(program: Lowered, names: Mapping[str, str]) -> Settled:
             del state[weight.name], bindings[weight.name]
             graph.erase_node(weight)
     graph.lint()
-    return Settled(
+    return Folded(
         replace(program, graph_module=module_of(program.graph_module, graph), state=state),
         bindings,
         constants,
@@ -102,7 +101,7 @@ def _worked(
     known: dict[fx.Node, Any] = {node: program.state[node.name] for node in weights}
     for node in graph.find_nodes(op="get_attr"):
         known[node] = getattr(program.graph_module, str(node.target))
-    found = settled(graph, known, _is_exact)
+    found = evaluated(graph, known, _is_exact)
     from_weights = set(weights)
     for node in graph.nodes:
         if any(operand in from_weights for operand in node.all_input_nodes):

@@ -1,10 +1,10 @@
-"""A program in TensorRT's operators, once for all ranks; then each rank's own."""
+"""A program in the operators that have TensorRT converters, once for all ranks."""
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotLower
-from ..ir import ops
 from ..ir.program import (
     Binding,
     Lowered,
@@ -22,10 +21,8 @@ from ..ir.program import (
     module_of,
     module_path,
     source_line,
-    tensor_of,
     with_dtypes,
 )
-from ..mesh import split_groups
 from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
 
 _SHARD = torch.ops.cp.shard.default
@@ -151,38 +148,3 @@ def _call(node: fx.Node) -> str:
 def _shape(node: fx.Node) -> str:
     value = node.meta.get("val")
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else str(node)
-
-
-def specialise(lowered: Lowered, rank: int) -> Lowered:
-    """The program of one rank: shards become slices, and collectives name the rank's own group.
-
-    ``lowered`` stays as it is; parameters are shared.
-    """
-    graph = copied(lowered.graph_module.graph)
-    for node in list(graph.nodes):
-        if node.target is _SHARD:
-            _slice(node, rank)
-        elif node.target in ops.COLLECTIVES or node.target is ops.FUSED:
-            *rest, flat, size = node.args
-            node.args = (*rest, list(_own_group(flat, size, rank)), size)
-    graph.lint()
-    return replace(
-        lowered,
-        graph_module=module_of(lowered.graph_module, graph),
-        state={**lowered.state, **{name: of[rank] for name, of in lowered.own.items()}},
-        own={},
-    )
-
-
-def _slice(node: fx.Node, rank: int) -> None:
-    x, dim, flat, size = node.args
-    assert isinstance(x, fx.Node) and isinstance(dim, int)
-    length = tensor_of(node).shape[dim]
-    start = _own_group(flat, size, rank).index(rank) * length
-    node.target = torch.ops.aten.slice.Tensor
-    node.args = (x, dim, start, start + length)
-
-
-def _own_group(flat: object, size: object, rank: int) -> tuple[int, ...]:
-    assert isinstance(flat, Sequence) and isinstance(size, int)
-    return next(group for group in split_groups(list(flat), size) if rank in group)

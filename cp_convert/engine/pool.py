@@ -16,9 +16,9 @@ import psutil
 from torch import Tensor
 
 from ..errors import BuildFailed
+from ..ir.engine import Engine
 from ..progress import Progress
 from ..trt.offline import has_driver
-from .build import Engine
 from .worker import Task, answered, run
 
 _BASE: Final = 1_300_000_000

@@ -25,9 +25,10 @@ from .. import errors
 from ..backends import Backend
 from ..bundle.folder import output_error
 from ..errors import BuildFailed, ConvertError
+from ..ir.engine import Engine
 from ..ir.serialize import read_packed, unpack
-from .build import Engine, build, prepare
-from .lower import specialise
+from .build import build, prepare
+from .specialise import specialise
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The wing ir."""
+"""What passes between the wings: programs, networks, tensors in files, and one record a stage."""

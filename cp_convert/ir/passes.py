@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from .program import HALF, Writer, erase_dead, settled, tensor_of
+from .program import HALF, Writer, erase_dead, evaluated, tensor_of
 
 _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
 _COPY = torch.ops.aten.copy.default
@@ -70,7 +70,7 @@ def fold_constants(graph_module: fx.GraphModule) -> None:
     }
     known = {n: value for n, value in attributes.items() if _is_exact(value)}
     folded: dict[tuple[object, ...], fx.Node] = {}
-    for node, value in settled(graph, known, lambda n: _is_exact(n.meta.get("val"))):
+    for node, value in evaluated(graph, known, lambda n: _is_exact(n.meta.get("val"))):
         same = _identity(value)
         if same not in folded:
             name = f"_folded_{node.name}"

@@ -7,7 +7,7 @@ converters. Both are SPMD: the same for every rank.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -19,6 +19,8 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 HALF: Final = (torch.float16, torch.bfloat16)
 PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
 """What a node's ``meta`` tells about the model's code that made it."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Of an operator: positional ones and keywords."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class _Like:
         return f"{told.dtype}{tuple(told.shape)}{told.stride()}{told.device}"
 
 
-def settled(
+def evaluated(
     graph: fx.Graph, known: dict[fx.Node, Any], wanted: Callable[[fx.Node], bool]
 ) -> list[tuple[fx.Node, Tensor]]:
     """Evaluate what depends on ``known`` values alone; returns the tensors that others read.
@@ -332,3 +334,31 @@ def source_line(node: fx.Node) -> str | None:
             file, number = text.split('"')[1], text.split("line ")[1].split(",")[0]
             return f"{file}:{number}"
     return None
+
+
+def shape(node: Any) -> tuple[int, ...]:
+    """The node's shape; of the first result if there are several."""
+    value = node.meta["val"]
+    return tuple((value if isinstance(value, Tensor) else value[0]).shape)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by name, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named = {a.name: a.default_value for a in schema.arguments}
+    named.update(zip(named, node.args, strict=False))
+    named.update(node.kwargs)
+    return named
+
+
+def with_argument(node: fx.Node, name: str, value: Any) -> Callable[[Any, Any], Arguments]:
+    """Replaces one argument of the operator, given its positional and keyword arguments."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    index = names.index(name)
+
+    def replace(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        if index < len(args):
+            return (*args[:index], value, *args[index + 1 :]), dict(kwargs)
+        return tuple(args), {**kwargs, name: value}
+
+    return replace

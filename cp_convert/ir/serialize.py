@@ -20,8 +20,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from ..errors import CannotLower
-from ..model.weights import mapped, numbers, save
 from .program import Binding, Lowered, module_of, module_path, source_line
+from .tensors import mapped, numbers, save
 
 _PYTHON: Final = ("_operator", "builtins", "math")
 _DOCUMENT: Final = "document"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,48 +13,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CannotShard, ModelFileError, UsageError
+from ..ir.source import Source
+from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
-from ..mesh import Axis, Mesh
+from ..mesh import Mesh
 from .file import Given, from_file
 from .instantiate import build, example_inputs, published_config, transformer_folder
 from .meta import stand_in, unallocated
 from .preset import read
-from .weights import Location, load_weights, locate
+from .weights import load_weights, locate
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _CASTABLE: Final = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model, ready to be traced.
-
-    Attributes:
-        module: the model, in eval mode and in the job's precision.
-        inputs: keyword arguments of ``forward``.
-        plan: where the sequence is split and gathered; empty when that is to be found, or when
-            the world is 1.
-        freeze: arguments whose example values become part of the engines.
-        sha256: of the model file or preset.
-        parameters: how many numbers the model has learned.
-        bytes: their size in memory.
-        peers: rank 1, 2, ... of a model whose ranks hold different parameters.
-        groups: the process groups in which the model itself communicates.
-        external: whether weights stay outside the engines.
-        located: where the user's files hold the parameters.
-    """
-
-    module: nn.Module
-    inputs: dict[str, Any]
-    plan: Mapping[str, Any]
-    freeze: tuple[str, ...]
-    sha256: str
-    parameters: int
-    bytes: int
-    peers: tuple[nn.Module, ...] = ()
-    groups: Mapping[str, Axis] = field(default_factory=dict)
-    external: bool = False
-    located: Mapping[str, Location] = field(default_factory=dict)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CannotShard
+from ..ir.signature import Cut
 
 
 @dataclass(frozen=True)
@@ -49,35 +50,6 @@ class ContextParallelOutput:
 
     gather_dim: int
     expected_dims: int | None = None
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One normalised line of a plan: one tensor at one module boundary.
-
-    Attributes:
-        kind: ``"split"`` or ``"gather"``.
-        module: the module's path, wildcards resolved.
-        on_output: whether the tensor is an output of the module.
-        argument: the ``forward`` argument's name, or the output's index.
-        element: the index inside a list or tuple argument, or ``None``.
-        dim: the tensor dimension that holds the sequence.
-        expected_dims: see :class:`ContextParallelInput`.
-    """
-
-    kind: str
-    module: str
-    on_output: bool
-    argument: str | int
-    element: int | None
-    dim: int
-    expected_dims: int | None
-
-    @property
-    def tensor(self) -> str:
-        """The tensor in words, such as ``input hidden_states`` or ``output 0``."""
-        element = "" if self.element is None else f"[{self.element}]"
-        return f"{'output' if self.on_output else 'input'} {self.argument}{element}"
 
 
 def normalise(plan: Mapping[str, Any], module_names: Sequence[str]) -> tuple[Cut, ...]:

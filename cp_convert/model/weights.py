@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
-from typing import Any, Final
+from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..ir.tensors import SAFETENSORS, Location, opened
 from .meta import replace
 
 _SHOWN = 8
 _CHUNK: Final = 1 << 24
-SAFETENSORS: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""The format's names of the types that models are computed in."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """Where a file holds a tensor's numbers.
-
-    Attributes:
-        file: the safetensors file.
-        offset: of the first byte.
-        size: in bytes.
-        dtype: as stored; ``None`` for one that torch has not.
-    """
-
-    file: Path
-    offset: int
-    size: int
-    dtype: torch.dtype | None
 
 
 def locate(path: Path) -> dict[str, Location]:
@@ -100,7 +65,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     _compare(wanted, places, path)
     with torch.no_grad():
         for file in sorted(set(places.values())):
-            with _opened(file) as tensors:
+            with opened(file) as tensors:
                 for name in (n for n, place in places.items() if place == file):
                     own = wanted[name]
                     if own.is_meta:
@@ -155,23 +120,8 @@ def _in_index(index: Path) -> dict[str, Path]:
 
 
 def _names(file: Path) -> list[str]:
-    with _opened(file) as tensors:
+    with opened(file) as tensors:
         return list(tensors.keys())
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except FileNotFoundError as error:
-        raise WeightsError(f"{file} is missing.", where=str(file)) from error
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{file.name} cannot be read as safetensors: {error}.",
-            where=str(file),
-            hint="the file is probably truncated; fetch it again.",
-        ) from error
 
 
 def _compare(wanted: dict[str, Tensor], places: dict[str, Path], path: Path) -> None:
@@ -216,7 +166,7 @@ def _identity(tensor: Tensor) -> int:
 def _shapes(places: dict[str, Path]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in sorted(set(places.values())):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             here = set(tensors.keys())
             for name in (n for n, place in places.items() if place == file):
                 if name not in here:
@@ -228,63 +178,3 @@ def _shapes(places: dict[str, Path]) -> dict[str, tuple[int, ...]]:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
-def save(
-    tensors: Mapping[str, Tensor], path: Path, stop: Event | None = None
-) -> dict[str, tuple[int, str]]:
-    """Write one safetensors file, tensor by tensor: the library would hold all of them in memory.
-
-    Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
-    little-endian; the header in JSON; the numbers.
-
-    Returns:
-        Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
-    """
-    header, begin = {}, 0
-    for name, tensor in tensors.items():
-        end = begin + tensor.nbytes
-        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    written = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            if stop is not None and stop.is_set():
-                break
-            offset, digest = file.tell(), hashlib.sha256()
-            flat = numbers(tensor)
-            for start in range(0, len(flat), _CHUNK):
-                piece = flat[start : start + _CHUNK]
-                digest.update(piece)
-                file.write(piece)
-            written[name] = (offset, digest.hexdigest())
-    return written
-
-
-def file_state(file: Path) -> tuple[object, ...]:
-    """What changes when a file is written or replaced."""
-    state = file.stat()
-    return str(file), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
-
-
-def numbers(tensor: Tensor) -> memoryview:
-    """A tensor's numbers as bytes, in row-major order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def mapped(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; their numbers are read when they are used.
-
-    Raises:
-        WeightsError: the file is missing or damaged.
-    """
-    with _opened(path) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118

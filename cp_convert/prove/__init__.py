@@ -1,8 +1,10 @@
 """Proof that all ranks together compute what the model computes."""
 
+from ..ir.proof import Error, NetworkProof, Proof
 from .device import check_device
-from .network import NetworkProof, prove_networks
-from .program import Error, Proof, Stages, Truth, flat_inputs, measure, measure_ranks, prove
+from .measure import Truth, flat_inputs, measure, measure_ranks
+from .network import prove_networks
+from .program import Stages, prove
 
 __all__ = [
     "Error",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,25 +15,12 @@ from torch import Tensor
 from ..errors import ProofFailed
 from ..ir.network import Network
 from ..ir.program import Executable
+from ..ir.proof import FLOOR, Error, NetworkProof, Proof
 from .device import Mover
+from .errors import ROUNDING, deviation, worst
 from .lockstep import run
-from .program import CPU, FLOOR, ROUNDING, Error, Proof, deviation, worst
+from .measure import CPU
 from .replay import replay
-
-
-@dataclass(frozen=True)
-class NetworkProof:
-    """A proof of the networks that passed.
-
-    Attributes:
-        algebra: every rank's error with float32 arithmetic.
-        ranks: every rank's error in the job's precision.
-        seconds: how long it took.
-    """
-
-    algebra: tuple[Error, ...]
-    ranks: tuple[Error, ...]
-    seconds: float
 
 
 def prove_networks(

@@ -17,81 +17,30 @@ would have been proven.
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofFailed
 from ..ir.program import HALF, Executable
+from ..ir.proof import FLOOR, Error, Proof
 from ..mesh import Axis
-from ..model.forward import blamed_on_forward, check_arguments
 from ..strategies import Site
 from ..strategies.tokens import picked
-from .device import Mover, exact, on
-from .lockstep import HalfMatmulsInFloat32, PerRank, reduces_over, run, widened
+from .device import Mover
+from .errors import ROUNDING, deviation, error_of, worst
+from .lockstep import PerRank, reduces_over, run
+from .measure import CPU, Truth, flat_inputs
 
-CPU: Final = torch.device("cpu")
-FLOOR: Final = 1e-5
-"""The error that is always allowed: a few hundred roundings of float32."""
 MARGIN: Final = 2.0
 """How many times the dense model's own loss the ranks may lose."""
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
-
-
-@dataclass(frozen=True)
-class Error:
-    """Relative error: the largest and the root mean square deviation, over the reference's."""
-
-    max: float
-    rms: float
-
-    def within(self, bound: Error) -> bool:
-        """Whether both norms are; a NaN never is."""
-        return self.max <= bound.max and self.rms <= bound.rms
-
-
-@dataclass(frozen=True)
-class Proof:
-    """A proof that was carried out and passed.
-
-    Attributes:
-        algebra: every rank's error with float32 arithmetic, at most :data:`FLOOR`.
-        ranks: every rank's error in the job's precision.
-        dense: what the dense model loses in that precision.
-        bound: what the ranks may lose in it.
-        control: what is lost when every rank sees its own keys alone; ``None`` when there is
-            nothing to lose, in a world of 1 or without attention over sharded keys.
-        reference: what all errors are measured against.
-        seconds: how long it took.
-        seconds_a_run: how long all ranks took once, with float32 arithmetic.
-    """
-
-    algebra: tuple[Error, ...]
-    ranks: tuple[Error, ...]
-    dense: Error
-    bound: Error
-    control: Error | None
-    reference: tuple[Tensor, ...]
-    seconds: float
-    seconds_a_run: float
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether the job's precision is float32."""
-        return self.dense == Error(0.0, 0.0)
-
-    @property
-    def algebra_bound(self) -> Error:
-        """What may be lost with float32 arithmetic."""
-        return self.bound if self.is_wide else Error(FLOOR, FLOOR)
 
 
 @dataclass(frozen=True)
@@ -127,83 +76,6 @@ class Stages:
             control=mover.program(self.control),
             rewritten=mover.program(self.rewritten),
             lowered=mover.program(self.lowered),
-        )
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What the dense model returns, and what it loses in the job's precision.
-
-    Attributes:
-        reference: all tensors it returns, in float32.
-        loss: its error in the job's precision; nothing for float32.
-        is_wide: whether the job's precision is float32.
-    """
-
-    reference: tuple[Tensor, ...]
-    loss: Error
-    is_wide: bool
-
-
-def measure(module: nn.Module, inputs: Mapping[str, Any], device: torch.device = CPU) -> Truth:
-    """Run the dense ``module`` on ``device``, in the job's precision and in float32.
-
-    To be called before tracing: models that keep tables from call to call would keep those of the
-    trace.
-
-    Raises:
-        CannotTrace: forward does not take these inputs, or fails.
-        ProofFailed: it returns infinities or NaN.
-    """
-    check_arguments(module, inputs)
-    with on(module, device), exact(), blamed_on_forward():
-        inputs = Mover(device).tree(dict(inputs))
-        wide_module, wide_inputs = _in_float32(module, inputs)
-        is_wide = wide_module is module
-        reference = dense_outputs(wide_module, wide_inputs)
-        loss = Error(0.0, 0.0) if is_wide else worst(dense_outputs(module, inputs), reference)
-    _check_finite(reference, loss)
-    return Truth(tuple(reference), loss, is_wide)
-
-
-def measure_ranks(
-    program: Executable, inputs: Mapping[str, Any], world: int, device: torch.device = CPU
-) -> Truth:
-    """The same for a model that communicates by itself, which no rank can run alone.
-
-    Its own program, not yet sharded, is run on all ranks. What is proven against it is all that
-    happens to the program after it was traced.
-
-    Raises:
-        ProofFailed: the ranks return different outputs, infinities or NaN.
-    """
-    mover = Mover(device)
-    program, flat = mover.program(program), mover.tree(flat_inputs(program, inputs))
-    tensors = [*flat.values(), *program.state.values()]
-    is_wide = not any(t.dtype in HALF for t in tensors)
-    outputs = run(program, flat, world, widen=not is_wide)
-    reference = outputs[0]
-    _check_finite(reference, Error(0.0, 0.0))
-    for rank, others in enumerate(outputs):
-        apart = worst(others, reference)
-        if not apart.within(Error(FLOOR, FLOOR)):
-            raise ProofFailed(
-                f"rank {rank} returns something else than rank 0 (relative error "
-                f"{apart.max:.1e}) before anything was sharded.",
-                hint="every rank is given the whole inputs and returns the whole outputs: gather "
-                "or reduce at the end of forward, and give ranks that are no peers of one "
-                "another the same weights in build_model(rank).",
-            )
-    losses = [] if is_wide else [worst(o, reference) for o in run(program, flat, world)]
-    loss = Error(max((e.max for e in losses), default=0), max((e.rms for e in losses), default=0))
-    return Truth(tuple(reference), loss, is_wide)
-
-
-def _check_finite(reference: Sequence[Tensor], loss: Error) -> None:
-    if not math.isfinite(loss.max + sum(float(t.double().sum()) for t in reference)):
-        raise ProofFailed(
-            "the dense model itself returns infinities or NaN with these inputs and weights.",
-            hint="try --precision bf16 or fp32, or other example inputs.",
         )
 
 
@@ -335,73 +207,6 @@ def _control(
             "numbers other than zero, or convert with --no-proof.",
         )
     return control
-
-
-def dense_outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """All tensors that ``module(**inputs)`` returns, flat."""
-    with torch.no_grad(), HalfMatmulsInFloat32():
-        leaves = pytree.tree_leaves(module(**inputs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def flat_inputs(program: Executable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of ``inputs`` by binding name."""
-    used = {binding.name.split(".")[0] for binding in program.inputs}  # the others are frozen
-    given = {name: value for name, value in inputs.items() if name in used}
-    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-    return {b.name: t for b, t in zip(program.inputs, tensors, strict=True)}
-
-
-def _in_float32(
-    module: nn.Module, inputs: Mapping[str, Any]
-) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The same rounded numbers in float32; float64 tables stay float64."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if not any(t.dtype in HALF for t in tensors):
-        return module, inputs
-    twin = copy.deepcopy(module)
-    for tensor in [*twin.parameters(), *twin.buffers()]:
-        tensor.data = widened(tensor.data)
-    return twin, pytree.tree_map(widened, dict(inputs))
-
-
-def worst(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> Error:
-    """The largest errors over all output tensors."""
-    errors = [error_of(x, r) for x, r in zip(outputs, reference, strict=True)]
-    return Error(max((e.max for e in errors), default=0), max((e.rms for e in errors), default=0))
-
-
-def error_of(x: Tensor, reference: Tensor) -> Error:
-    """Both relative errors of ``x``; infinite where ``x`` is not finite or of another shape."""
-    if x.shape != reference.shape:
-        return Error(math.inf, math.inf)
-    x, reference = x.double(), reference.double()
-    difference = x - reference
-    if not bool(torch.isfinite(difference).all()):
-        return Error(math.inf, math.inf)
-    top, mean = reference.abs().amax().item(), reference.square().mean().sqrt().item()
-    tiny = torch.finfo(torch.float64).tiny
-    return Error(
-        difference.abs().amax().item() / max(top, tiny),
-        difference.square().mean().sqrt().item() / max(mean, tiny),
-    )
-
-
-ROUNDING: Final = (
-    "with float32 arithmetic all ranks are right, so this is rounding or overflow: try another "
-    "--precision, or allow more with --rtol."
-)
-
-
-def deviation(errors: Sequence[Error], bound: Error) -> str:
-    """Who is beyond the bound, and by how much, in words."""
-    bad = {rank: error for rank, error in enumerate(errors) if not error.within(bound)}
-    rank = max(bad, key=lambda r: bad[r].max)
-    which = "every rank" if len(bad) == len(errors) else f"rank {', '.join(map(str, bad))}"
-    return (
-        f"{which} is beyond the bound of {bound.max:.1e} (rms {bound.rms:.1e}); rank {rank} has a "
-        f"relative error of {bad[rank].max:.1e} (rms {bad[rank].rms:.1e})"
-    )
 
 
 def _failure(

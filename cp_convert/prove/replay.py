@@ -1,6 +1,6 @@
 """A TensorRT network, run layer by layer with torch, all ranks in lockstep.
 
-What runs is what was handed to TensorRT's builder (``cp_convert.ir.network``), with the meaning that
+What runs is what was handed to TensorRT's builder (:mod:`..ir.network`), with the meaning that
 TensorRT's operator documentation gives each layer. An unknown layer, or an attribute whose meaning
 is not implemented, is an error and never skipped.
 """

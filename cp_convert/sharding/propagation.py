@@ -13,9 +13,10 @@ from math import prod
 from torch import Tensor, fx
 
 from ..ir.ops import ATTENTION
-from .rules import GETITEM, Link, operands, shape
+from ..ir.program import shape
+from .rules import GETITEM, Rule, operands
 
-Linked = dict[fx.Node, list[Link]]
+Rules = dict[fx.Node, list[Rule]]
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,7 @@ class Want:
     cuts: frozenset[int] = frozenset()
 
 
-def wants(
-    graph: fx.Graph, linked: Linked, inputs: Iterable[str], world: int
-) -> dict[fx.Node, Want]:
+def wants(graph: fx.Graph, rules: Rules, inputs: Iterable[str], world: int) -> dict[fx.Node, Want]:
     """For every value that should be sharded, how; constants and parameters are left out."""
     varying = varies(graph, inputs)
     found: dict[fx.Node, Want] = {}
@@ -54,10 +53,10 @@ def wants(
         before = dict(found)
         for node in reversed(graph.nodes):
             if node.op == "call_function":
-                _backwards(node, linked, found, world, add)
+                _backwards(node, rules, found, world, add)
         for node in graph.nodes:
             if node.op == "call_function":
-                _forwards(node, linked, found)
+                _forwards(node, rules, found)
     return found
 
 
@@ -65,7 +64,7 @@ Add = Callable[[fx.Node, Want], None]
 
 
 def _backwards(
-    node: fx.Node, linked: Linked, found: dict[fx.Node, Want], world: int, add: Add
+    node: fx.Node, rules: Rules, found: dict[fx.Node, Want], world: int, add: Add
 ) -> None:
     """What the node's operands should be, for the node to be as it should."""
     if node.target is ATTENTION:
@@ -76,48 +75,48 @@ def _backwards(
         return
     if node.target is GETITEM:
         base = node.all_input_nodes[0]
-        link = _link(base, linked, want)
-        alike = link is not None and link.back is None
+        rule = _rule(base, rules, want)
+        alike = rule is not None and rule.back is None
         add(base, Want(want.dim, want.weight, want.cuts if alike else frozenset()))
         return
-    link = _link(node, linked, want)
-    if link is None:
+    rule = _rule(node, rules, want)
+    if rule is None:
         return
-    for position, dim in link.inputs.items():
+    for position, dim in rule.inputs.items():
         operand = operands(node)[position]
         # Whole groups of tokens would have to be padded.
-        if link.regroups and (shape(operand)[dim] % world or shape(node)[want.dim] % world):
+        if rule.regroups and (shape(operand)[dim] % world or shape(node)[want.dim] % world):
             continue
         if node.target is ATTENTION and position > 0:
             continue  # keys follow where they come from; masks are cut where they are used
-        cuts = want.cuts if link.back is None else link.back(want.cuts, position)
+        cuts = want.cuts if rule.back is None else rule.back(want.cuts, position)
         add(operand, Want(dim, want.weight, cuts))
 
 
-def _forwards(node: fx.Node, linked: Linked, found: dict[fx.Node, Want]) -> None:
+def _forwards(node: fx.Node, rules: Rules, found: dict[fx.Node, Want]) -> None:
     """Cuts of the operands are cuts of the result: both are to have one layout."""
     want = found.get(node)
     if want is None or node.target is ATTENTION:
         return
     if node.target is GETITEM:
         base = node.all_input_nodes[0]
-        own, link = found.get(base), _link(base, linked, want)
-        if own is not None and own.dim == want.dim and link is not None and link.forth is None:
+        own, rule = found.get(base), _rule(base, rules, want)
+        if own is not None and own.dim == want.dim and rule is not None and rule.forth is None:
             found[node] = Want(want.dim, want.weight, want.cuts | own.cuts)
         return
-    link = _link(node, linked, want)
-    if link is None:
+    rule = _rule(node, rules, want)
+    if rule is None:
         return
     cuts = want.cuts
-    for position, dim in link.inputs.items():
+    for position, dim in rule.inputs.items():
         own = found.get(operands(node)[position])
         if own is not None and own.dim == dim:
-            cuts |= own.cuts if link.forth is None else link.forth(own.cuts, position)
+            cuts |= own.cuts if rule.forth is None else rule.forth(own.cuts, position)
     found[node] = Want(want.dim, want.weight, cuts)
 
 
-def _link(node: fx.Node, linked: Linked, want: Want) -> Link | None:
-    return next((x for x in linked[node] if x.output == want.dim), None)
+def _rule(node: fx.Node, rules: Rules, want: Want) -> Rule | None:
+    return next((x for x in rules[node] if x.output == want.dim), None)
 
 
 def varies(graph: fx.Graph, inputs: Iterable[str]) -> set[fx.Node]:

@@ -1,8 +1,8 @@
 """Which dimensions of an operator may be sharded together: one table over core ATen.
 
-A :class:`Link` says: when these dimensions of these operands are sharded alike and all other
+A :class:`Rule` says: when these dimensions of these operands are sharded alike and all other
 operands are whole, the operator, run by every rank on what it has, gives the ranks' parts of the
-result (or, for a reduction, partial results). What has no link is computed on whole tensors, which
+result (or, for a reduction, partial results). What has no rule is computed on whole tensors, which
 is always right. Source for the reading of each operator: the ATen operator set of PyTorch's
 documentation (*IRs*, core ATen) and, for the idea of one rule an operator, DTensor's
 (*torch.distributed.tensor*).
@@ -22,15 +22,15 @@ from torch import Tensor, fx
 
 from ..ir import ops
 from ..ir.layout import Layout
+from ..ir.program import Arguments, arguments, shape, with_argument
 
 aten: Final = torch.ops.aten
 cp: Final = torch.ops.cp
 Layouts = Mapping[int, Layout]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Link:
+class Rule:
     """Dimensions of one operator that are sharded together.
 
     Attributes:
@@ -75,46 +75,18 @@ def operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def links(node: fx.Node) -> list[Link]:
+def rules_of(node: fx.Node) -> list[Rule]:
     """Every way in which ``node`` can be computed in parts; empty when there is none."""
-    rule = RULES.get(node.target)
-    if rule is None and isinstance(node.target, torch._ops.OpOverload):
-        rule = _pointwise if torch.Tag.pointwise in node.target.tags else None
-    return [] if rule is None else rule(node)
-
-
-def shape(node: Any) -> tuple[int, ...]:
-    """The node's shape; of the first result if there are several."""
-    value = node.meta["val"]
-    return tuple((value if isinstance(value, Tensor) else value[0]).shape)
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by name, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    named = {a.name: a.default_value for a in schema.arguments}
-    named.update(zip(named, node.args, strict=False))
-    named.update(node.kwargs)
-    return named
-
-
-def with_argument(node: fx.Node, name: str, value: Any) -> Callable[[Any, Any], Arguments]:
-    """Replaces one argument of the operator, given its positional and keyword arguments."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    index = names.index(name)
-
-    def replace(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
-        if index < len(args):
-            return (*args[:index], value, *args[index + 1 :]), dict(kwargs)
-        return tuple(args), {**kwargs, name: value}
-
-    return replace
+    known = RULES.get(node.target)
+    if known is None and isinstance(node.target, torch._ops.OpOverload):
+        known = _pointwise if torch.Tag.pointwise in node.target.tags else None
+    return [] if known is None else known(node)
 
 
 # ---------------------------------------------------------------- elementwise and shape
 
 
-def _pointwise(node: fx.Node) -> list[Link]:
+def _pointwise(node: fx.Node) -> list[Rule]:
     """Right-aligned broadcasting: every dimension by itself."""
     out, given = shape(node), operands(node)
     found = []
@@ -125,20 +97,20 @@ def _pointwise(node: fx.Node) -> list[Link]:
             if own >= 0 and shape(operand)[own] == size:
                 inputs[position] = own
         if size > 1 and inputs:
-            found.append(Link(inputs, dim))
+            found.append(Rule(inputs, dim))
     return found
 
 
-def _same(node: fx.Node, dims: Sequence[int], results: int = 1) -> list[Link]:
+def _same(node: fx.Node, dims: Sequence[int], results: int = 1) -> list[Rule]:
     """Dimensions of the first operand that the result keeps in their places."""
-    return [Link({0: d}, d, results=results) for d in dims if shape(operands(node)[0])[d] > 1]
+    return [Rule({0: d}, d, results=results) for d in dims if shape(operands(node)[0])[d] > 1]
 
 
-def _like(node: fx.Node) -> list[Link]:
+def _like(node: fx.Node) -> list[Rule]:
     return _same(node, range(len(shape(node))))
 
 
-def _view(node: fx.Node) -> list[Link]:
+def _view(node: fx.Node) -> list[Rule]:
     """Runs of dimensions with equal products; the outermost of a run may be sharded."""
     ins, outs = shape(operands(node)[0]), shape(node)
     found = []
@@ -148,7 +120,7 @@ def _view(node: fx.Node) -> list[Link]:
             continue
         times, over = (m // n, 1) if m >= n and m % n == 0 else (1, n // m)
         found.append(
-            Link(
+            Rule(
                 {0: i},
                 o,
                 carry=lambda given, t=times, v=over: _one(given[0].scaled(t, v)),  # type: ignore[misc]
@@ -210,52 +182,52 @@ def _sized(
     return localise
 
 
-def _expand(node: fx.Node) -> list[Link]:
+def _expand(node: fx.Node) -> list[Rule]:
     ins, outs = shape(operands(node)[0]), shape(node)
     shift = len(outs) - len(ins)
     return [
-        Link({0: d}, d + shift, localise=_sized(node, d + shift))
+        Rule({0: d}, d + shift, localise=_sized(node, d + shift))
         for d, n in enumerate(ins)
         if n > 1 and n == outs[d + shift]
     ]
 
 
-def _repeat(node: fx.Node) -> list[Link]:
+def _repeat(node: fx.Node) -> list[Rule]:
     times = list(arguments(node)["repeats"])
     shift = len(times) - len(shape(operands(node)[0]))
     return [
-        Link({0: d}, d + shift)
+        Rule({0: d}, d + shift)
         for d, n in enumerate(shape(operands(node)[0]))
         if n > 1 and times[d + shift] == 1
     ]
 
 
-def _permute(node: fx.Node) -> list[Link]:
+def _permute(node: fx.Node) -> list[Rule]:
     order = [d % len(shape(node)) for d in arguments(node)["dims"]]
-    return [Link({0: i}, o) for o, i in enumerate(order) if shape(node)[o] > 1]
+    return [Rule({0: i}, o) for o, i in enumerate(order) if shape(node)[o] > 1]
 
 
-def _transpose(node: fx.Node) -> list[Link]:
+def _transpose(node: fx.Node) -> list[Rule]:
     rank = len(shape(node))
     given = arguments(node)
     order = list(range(rank))
     a, b = given["dim0"] % rank, given["dim1"] % rank
     order[a], order[b] = order[b], order[a]
-    return [Link({0: i}, o) for o, i in enumerate(order) if shape(node)[o] > 1]
+    return [Rule({0: i}, o) for o, i in enumerate(order) if shape(node)[o] > 1]
 
 
-def _t(node: fx.Node) -> list[Link]:
+def _t(node: fx.Node) -> list[Rule]:
     rank = len(shape(node))
-    return [Link({0: rank - 1 - o}, o) for o in range(rank) if shape(node)[o] > 1]
+    return [Rule({0: rank - 1 - o}, o) for o in range(rank) if shape(node)[o] > 1]
 
 
-def _cat(node: fx.Node) -> list[Link]:
+def _cat(node: fx.Node) -> list[Rule]:
     given, rank = operands(node), len(shape(node))
     dim = arguments(node)["dim"] % rank
     if any(len(shape(x)) != rank for x in given):
         return []
     found = [
-        Link(dict.fromkeys(range(len(given)), d), d)
+        Rule(dict.fromkeys(range(len(given)), d), d)
         for d in range(rank)
         if d != dim and shape(node)[d] > 1
     ]
@@ -277,22 +249,22 @@ def _cat(node: fx.Node) -> list[Link]:
         return frozenset({*ends[1:-1], *(c + ends[position] for c in cuts)})
 
     every = dict.fromkeys(range(len(given)), dim)
-    found.append(Link(every, dim, carry=carry, back=back, forth=forth, free=True))
+    found.append(Rule(every, dim, carry=carry, back=back, forth=forth, free=True))
     return found
 
 
-def _stack(node: fx.Node) -> list[Link]:
+def _stack(node: fx.Node) -> list[Rule]:
     rank = len(shape(node))
     dim = arguments(node)["dim"] % rank
     count = len(operands(node))
     return [
-        Link(dict.fromkeys(range(count), d if d < dim else d - 1), d)
+        Rule(dict.fromkeys(range(count), d if d < dim else d - 1), d)
         for d in range(rank)
         if d != dim and shape(node)[d] > 1
     ]
 
 
-def _slice(node: fx.Node) -> list[Link]:
+def _slice(node: fx.Node) -> list[Rule]:
     given, ins = arguments(node), shape(operands(node)[0])
     dim = given["dim"] % len(ins)
     found = _same(node, [d for d in range(len(ins)) if d != dim])
@@ -317,11 +289,11 @@ def _slice(node: fx.Node) -> list[Link]:
     def forth(cuts: frozenset[int], _: int) -> frozenset[int]:
         return frozenset(c - start for c in cuts if start < c < stop)
 
-    found.append(Link({0: dim}, dim, carry=carry, localise=localise, back=back, forth=forth))
+    found.append(Rule({0: dim}, dim, carry=carry, localise=localise, back=back, forth=forth))
     return found
 
 
-def _split(node: fx.Node) -> list[Link]:
+def _split(node: fx.Node) -> list[Rule]:
     """``split`` and its kin, whose results are pieces of one dimension."""
     given, ins = arguments(node), shape(operands(node)[0])
     dim = given["dim"] % len(ins)
@@ -348,7 +320,7 @@ def _split(node: fx.Node) -> list[Link]:
 
     if name == "split_sizes":
         found.append(
-            Link(
+            Rule(
                 {0: dim},
                 dim,
                 carry=lambda g: parts(g[0]),
@@ -361,32 +333,32 @@ def _split(node: fx.Node) -> list[Link]:
     return found
 
 
-def _unbind(node: fx.Node) -> list[Link]:
+def _unbind(node: fx.Node) -> list[Rule]:
     ins = shape(operands(node)[0])
     dim = arguments(node)["dim"] % len(ins)
     return _without(node, dim, results=len(node.meta["val"]))
 
 
-def _without(node: fx.Node, dim: int, results: int = 1) -> list[Link]:
+def _without(node: fx.Node, dim: int, results: int = 1) -> list[Rule]:
     ins = shape(operands(node)[0])
     return [
-        Link({0: d}, d if d < dim else d - 1, results=results)
+        Rule({0: d}, d if d < dim else d - 1, results=results)
         for d in range(len(ins))
         if d != dim and ins[d] > 1
     ]
 
 
-def _select(node: fx.Node) -> list[Link]:
+def _select(node: fx.Node) -> list[Rule]:
     return _without(node, arguments(node)["dim"] % len(shape(operands(node)[0])))
 
 
-def _pad(node: fx.Node) -> list[Link]:
+def _pad(node: fx.Node) -> list[Rule]:
     rank, pad = len(shape(node)), list(arguments(node)["pad"])
     padded = {rank - 1 - i // 2 for i, n in enumerate(pad) if n}
     return _same(node, [d for d in range(rank) if d not in padded])
 
 
-def _along(node: fx.Node) -> list[Link]:
+def _along(node: fx.Node) -> list[Rule]:
     """Operators that mix one dimension, named ``dim`` or ``dims``, and no other."""
     given, rank = arguments(node), len(shape(operands(node)[0]))
     named: Any = given.get("dim", given.get("dims"))
@@ -398,28 +370,28 @@ def _along(node: fx.Node) -> list[Link]:
     return _same(node, [d for d in range(rank) if d not in mixed], results=results)
 
 
-def _scatter_slice(node: fx.Node) -> list[Link]:
+def _scatter_slice(node: fx.Node) -> list[Rule]:
     """``slice_scatter(base, src, dim, ...)``: both keep the other dimensions."""
     rank = len(shape(node))
     dim = arguments(node)["dim"] % rank
-    return [Link({0: d, 1: d}, d) for d in range(rank) if d != dim and shape(node)[d] > 1]
+    return [Rule({0: d, 1: d}, d) for d in range(rank) if d != dim and shape(node)[d] > 1]
 
 
 # ---------------------------------------------------------------- indexing
 
 
-def _embedding(node: fx.Node) -> list[Link]:
+def _embedding(node: fx.Node) -> list[Rule]:
     indices = shape(operands(node)[1])
-    return [Link({1: d}, d) for d, n in enumerate(indices) if n > 1]
+    return [Rule({1: d}, d) for d, n in enumerate(indices) if n > 1]
 
 
-def _index_select(node: fx.Node) -> list[Link]:
+def _index_select(node: fx.Node) -> list[Rule]:
     dim = arguments(node)["dim"] % len(shape(node))
     others = _same(node, [d for d in range(len(shape(node))) if d != dim])
-    return [*others, *([Link({1: 0}, dim)] if shape(node)[dim] > 1 else [])]
+    return [*others, *([Rule({1: 0}, dim)] if shape(node)[dim] > 1 else [])]
 
 
-def _index(node: fx.Node) -> list[Link]:
+def _index(node: fx.Node) -> list[Rule]:
     """``x[:, index]``: one index tensor; more than one is left whole."""
     x, *_ = operands(node)
     where = [i for i, index in enumerate(arguments(node)["indices"]) if index is not None]
@@ -430,18 +402,18 @@ def _index(node: fx.Node) -> list[Link]:
         return []
     wide = len(shape(index))
     found = [
-        Link({0: d}, d if d < place else d - 1 + wide)
+        Rule({0: d}, d if d < place else d - 1 + wide)
         for d, n in enumerate(shape(x))
         if d != place and n > 1
     ]
-    return found + [Link({1: d}, place + d) for d, n in enumerate(shape(index)) if n > 1]
+    return found + [Rule({1: d}, place + d) for d, n in enumerate(shape(index)) if n > 1]
 
 
-def _gather(node: fx.Node) -> list[Link]:
+def _gather(node: fx.Node) -> list[Rule]:
     x, index = operands(node)[:2]
     dim = arguments(node)["dim"] % len(shape(node))
     return [
-        Link({0: d, 1: d}, d)
+        Rule({0: d, 1: d}, d)
         for d, n in enumerate(shape(node))
         if d != dim and n > 1 and shape(x)[d] == shape(index)[d]
     ]
@@ -450,11 +422,11 @@ def _gather(node: fx.Node) -> list[Link]:
 # ---------------------------------------------------------------- products, norms, reductions
 
 
-def _linear(node: fx.Node) -> list[Link]:
+def _linear(node: fx.Node) -> list[Rule]:
     return _same(node, range(len(shape(node)) - 1))
 
 
-def _matmul(node: fx.Node, first: int = 0) -> list[Link]:
+def _matmul(node: fx.Node, first: int = 0) -> list[Rule]:
     """``a @ b`` with broadcast batch dimensions; the contraction leaves partial sums."""
     a, b = operands(node)[first : first + 2]
     sa, sb, so = shape(a), shape(b), shape(node)
@@ -469,29 +441,29 @@ def _matmul(node: fx.Node, first: int = 0) -> list[Link]:
         if db >= 0 and sb[db] == n:
             inputs[first + 1] = db
         if n > 1 and inputs:
-            found.append(Link(inputs, d))
+            found.append(Rule(inputs, d))
     if so[-2] > 1:
-        found.append(Link({first: len(sa) - 2}, len(so) - 2))
+        found.append(Rule({first: len(sa) - 2}, len(so) - 2))
     if so[-1] > 1:
-        found.append(Link({first + 1: len(sb) - 1}, len(so) - 1))
+        found.append(Rule({first + 1: len(sb) - 1}, len(so) - 1))
     if sa[-1] > 1 and first == 0:
-        found.append(Link({0: len(sa) - 1, 1: len(sb) - 2}, None, reduce="sum"))
+        found.append(Rule({0: len(sa) - 1, 1: len(sb) - 2}, None, reduce="sum"))
     return found
 
 
-def _added_matmul(node: fx.Node) -> list[Link]:
+def _added_matmul(node: fx.Node) -> list[Rule]:
     """``addmm`` and ``baddbmm``: the first operand broadcasts against the result."""
     bias, out = shape(operands(node)[0]), shape(node)
     found = []
-    for link in _matmul(node, first=1):
-        assert link.output is not None
-        own = link.output - (len(out) - len(bias))
-        extra = {0: own} if own >= 0 and bias[own] == out[link.output] else {}
-        found.append(Link({**link.inputs, **extra}, link.output))
+    for rule in _matmul(node, first=1):
+        assert rule.output is not None
+        own = rule.output - (len(out) - len(bias))
+        extra = {0: own} if own >= 0 and bias[own] == out[rule.output] else {}
+        found.append(Rule({**rule.inputs, **extra}, rule.output))
     return found
 
 
-def _convolution(node: fx.Node) -> list[Link]:
+def _convolution(node: fx.Node) -> list[Rule]:
     """The batch, and a spatial dimension whose windows do not overlap (patches, 1x1)."""
     given = arguments(node)
     x, weight = operands(node)[:2]
@@ -505,7 +477,7 @@ def _convolution(node: fx.Node) -> list[Link]:
         whole = shape(x)[dim] == shape(node)[dim] * stride
         if kernel == stride and not pad and dilation == 1 and whole and shape(node)[dim] > 1:
             found.append(
-                Link(
+                Rule(
                     {0: dim},
                     dim,
                     carry=lambda g, s=stride: _one(g[0].scaled(1, s)),  # type: ignore[misc]
@@ -519,18 +491,18 @@ def _convolution(node: fx.Node) -> list[Link]:
     return found
 
 
-def _layer_norm(node: fx.Node) -> list[Link]:
+def _layer_norm(node: fx.Node) -> list[Rule]:
     kept = len(shape(operands(node)[0])) - len(arguments(node)["normalized_shape"])
     return _same(node, range(kept), results=3)
 
 
-def _rms_norm(node: fx.Node) -> list[Link]:
+def _rms_norm(node: fx.Node) -> list[Rule]:
     kept = len(shape(operands(node)[0])) - len(arguments(node)["normalized_shape"])
     return _same(node, range(kept))
 
 
-def _reduction(how: str | None) -> Callable[[fx.Node], list[Link]]:
-    def rule(node: fx.Node) -> list[Link]:
+def _reduction(how: str | None) -> Callable[[fx.Node], list[Rule]]:
+    def rule(node: fx.Node) -> list[Rule]:
         given, ins = arguments(node), shape(operands(node)[0])
         named: Any = given.get("dim")
         if named is None or named == []:
@@ -545,9 +517,9 @@ def _reduction(how: str | None) -> Callable[[fx.Node], list[Link]]:
                 continue
             if d not in reduced:
                 out = d if keep else d - sum(r < d for r in reduced)
-                found.append(Link({0: d}, out, results=_results(node)))
+                found.append(Rule({0: d}, out, results=_results(node)))
             elif how is not None:
-                found.append(Link({0: d}, None, reduce=how))
+                found.append(Rule({0: d}, None, reduce=how))
         return found
 
     return rule
@@ -557,23 +529,23 @@ def _results(node: fx.Node) -> int:
     return 1 if isinstance(node.meta["val"], Tensor) else len(node.meta["val"])
 
 
-def _attention(node: fx.Node) -> list[Link]:
+def _attention(node: fx.Node) -> list[Rule]:
     """Rows, batch and heads need no communication; the context is a strategy's work."""
     given = arguments(node)
     q, k = shape(given["query"]), shape(given["key"])
     mask = given["attn_mask"]
     found = []
     if not given["is_causal"]:
-        found.append(Link({0: 2, **_of_mask(mask, 2, q[2])}, 2))
-    found.append(Link({0: 0, 1: 0, 2: 0, **_of_mask(mask, 0, q[0])}, 0))
+        found.append(Rule({0: 2, **_of_mask(mask, 2, q[2])}, 2))
+    found.append(Rule({0: 0, 1: 0, 2: 0, **_of_mask(mask, 0, q[0])}, 0))
     if q[1] == k[1]:
-        found.append(Link({0: 1, 1: 1, 2: 1, **_of_mask(mask, 1, q[1])}, 1))
+        found.append(Rule({0: 1, 1: 1, 2: 1, **_of_mask(mask, 1, q[1])}, 1))
 
     def carry(layouts: Layouts) -> list[Layout] | None:
         return [layouts[0]] if layouts[1] == layouts[2] else None
 
-    found.append(Link({0: 2, 1: 2, 2: 2}, 2, carry=carry, context=True))
-    return [link for link in found if q[link.output] > 1]  # type: ignore[index]
+    found.append(Rule({0: 2, 1: 2, 2: 2}, 2, carry=carry, context=True))
+    return [rule for rule in found if q[rule.output] > 1]  # type: ignore[index]
 
 
 def _of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
@@ -583,7 +555,7 @@ def _of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
     return {3: own} if own >= 0 and shape(mask)[own] == size and size > 1 else {}
 
 
-def _blocks(node: fx.Node) -> list[Link]:
+def _blocks(node: fx.Node) -> list[Rule]:
     """A collective of the model's own, which moves blocks of dimension 0.
 
     Its peers hold the same part of the sequence (:func:`cp_convert.mesh.across`).
@@ -591,11 +563,11 @@ def _blocks(node: fx.Node) -> list[Link]:
     return _same(node, range(1, len(shape(node))))
 
 
-Rule = Callable[[fx.Node], list[Link]]
+RulesOf = Callable[[fx.Node], list[Rule]]
 
 
-def _table() -> dict[Any, Rule]:
-    rows: list[tuple[Rule, tuple[Any, ...]]] = [
+def _table() -> dict[Any, RulesOf]:
+    rows: list[tuple[RulesOf, tuple[Any, ...]]] = [
         (_pointwise, (aten.clone, aten._to_copy, aten.alias, aten.detach, aten.lift_fresh_copy,
                       aten.copy, aten.where, aten.masked_fill, aten.clamp)),
         (_like, (aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like)),
@@ -635,7 +607,7 @@ def _table() -> dict[Any, Rule]:
         (_reduction(None), (aten.var, aten.std, aten.any, aten.all, aten.prod, aten.argmax,
                             aten.argmin, aten.logsumexp, aten.linalg_vector_norm)),
     ]  # fmt: skip
-    table: dict[Any, Rule] = {ops.ATTENTION: _attention}
+    table: dict[Any, RulesOf] = {ops.ATTENTION: _attention}
     for rule, packets in rows:
         for packet in packets:
             for name in packet.overloads():

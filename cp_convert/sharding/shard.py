@@ -1,13 +1,13 @@
 """Shard a whole program: one SPMD program in which every rank holds a part of the sequence.
 
 The dense program is walked once. Every value is held whole, or as this rank's part of one
-dimension, or both. An operator for which :mod:`.links` knows how to work on parts does so when its
+dimension, or both. An operator for which :mod:`.rules` knows how to work on parts does so when its
 operands are parts; any other is given whole tensors. A whole tensor becomes a part by a slice,
 which costs nothing; a part becomes whole by an all-gather, which is right wherever it happens. So
 no wrong program can come out of a missing rule, only one that communicates more, and
 :class:`Move` tells where.
 
-Where splitting begins is said by the plan's marks (``cp::mark``) or found by :mod:`.wants`.
+Where splitting begins is said by the plan's marks (``cp::mark``) or found by :mod:`.propagation`.
 """
 
 from __future__ import annotations
@@ -21,67 +21,25 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotShard
-from ..ir.layout import Layout, Segment
+from ..ir.layout import Layout
 from ..ir.ops import ATTENTION, MARK
 from ..ir.program import (
     Lowered,
-    Writer,
     erase_dead,
     fake_mode_of,
     module_of,
     module_path,
+    shape,
     source_line,
-    tensor_of,
 )
+from ..ir.sharded import Move, Sharded
 from ..mesh import Axis
+from .parts import PartWriter
 from .propagation import Want, is_tensor, wants
-from .rules import GETITEM, Link, elements, links, operands, shape
+from .rules import GETITEM, Rule, elements, operands, rules_of
 
 aten: Final = torch.ops.aten
 Place = tuple[int, Layout]
-
-
-@dataclass(frozen=True)
-class Move:
-    """A split of a whole tensor, or communication outside attention.
-
-    Attributes:
-        kind: ``split``, ``gather`` or ``all_reduce``.
-        operator: for a split, the operator or input whose value is split; otherwise the operator
-            that needs the whole tensor, or whose partial results are combined.
-        module, source: where the model calls it.
-        dim: of the tensor.
-        layout: how its tokens are spread.
-        elements: how many numbers the whole tensor has.
-    """
-
-    kind: str
-    operator: str
-    module: str
-    source: str | None
-    dim: int
-    layout: Layout
-    elements: int
-
-    @property
-    def where(self) -> str:
-        """Module path and source line, for messages."""
-        return f"{self.module} ({self.source})" if self.source else self.module
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """A program in which every attention over sharded keys still sees its own rank's keys only.
-
-    Attributes:
-        program: the program; masks of such attentions are whole and in the model's order.
-        places: by the attention's node name, the layouts of its queries and of its keys.
-        moves: what was split, gathered and reduced on the way.
-    """
-
-    program: Lowered
-    places: Mapping[str, tuple[Layout, Layout]]
-    moves: tuple[Move, ...]
 
 
 def shard(program: Lowered, axis: Axis) -> Sharded:
@@ -136,21 +94,21 @@ class _Value:
         return next(iter(self.parts)) if self.whole is None and self.parts else None
 
 
-class _Walk(Writer):
+class _Walk(PartWriter):
     """One walk over the dense graph, building the sharded one."""
 
     def __init__(self, program: Lowered, axis: Axis) -> None:
-        self.program, self.axis = program, axis
+        self.program = program
         self.dense = program.graph_module.graph
-        super().__init__(fx.Graph(), fake_mode_of(self.dense))
+        super().__init__(axis, fake_mode_of(self.dense))
         self.env: dict[fx.Node, _Value] = {}
         self.places: dict[str, tuple[Layout, Layout]] = {}
         self.moves: list[Move] = []
         self.inputs = {binding.node for binding in program.inputs}
-        self.linked = {n: links(n) for n in self.dense.nodes if n.op == "call_function"}
+        self.rules = {n: rules_of(n) for n in self.dense.nodes if n.op == "call_function"}
         marked = any(n.target is MARK for n in self.dense.nodes)
         self.wants: Mapping[fx.Node, Want] = (
-            {} if marked else wants(self.dense, self.linked, self.inputs, axis.size)
+            {} if marked else wants(self.dense, self.rules, self.inputs, axis.size)
         )
         self.outputs = program.outputs
 
@@ -191,107 +149,97 @@ class _Walk(Writer):
     def _call(self, node: fx.Node) -> None:
         given = operands(node)
         must = {i: p for i, n in enumerate(given) if (p := self.env[n].must) is not None}
-        link, layouts = self._choose(node, given, must)
-        if link is None:
+        rule, layouts = self._choose(node, given, must)
+        if rule is None:
             copy = self._emit(node, node.args, node.kwargs, [self._whole(n) for n in given])
             self.env[node] = _Value(whole=copy)
             if node in self.wants and is_tensor(node):
                 self._split_wanted(node)
             return
         nodes = [
-            self._part(n, link.inputs[i], layouts[i]) if i in link.inputs else self._whole(n)
+            self._part(n, rule.inputs[i], layouts[i]) if i in rule.inputs else self._whole(n)
             for i, n in enumerate(given)
         ]
-        if link.reduce is not None:
-            self._reduce(node, link, layouts, nodes)
+        if rule.reduce is not None:
+            self._reduce(node, rule, layouts, nodes)
             return
         args, kwargs = node.args, node.kwargs
-        if link.localise is not None:
-            args, kwargs = link.localise(args, kwargs, layouts)
-        results = link.layouts(layouts)
-        assert results is not None and link.output is not None
+        if rule.localise is not None:
+            args, kwargs = rule.localise(args, kwargs, layouts)
+        results = rule.layouts(layouts)
+        assert results is not None and rule.output is not None
         part = self._emit(node, args, kwargs, nodes)
-        _check(node, part, link.output, results)
-        if link.context:
+        _check(node, part, rule.output, results)
+        if rule.context:
             self.places[part.name] = (layouts[0], layouts[1])
         if isinstance(node.meta["val"], Tensor):
-            self.env[node] = _Value(parts={(link.output, results[0]): part})
+            self.env[node] = _Value(parts={(rule.output, results[0]): part})
         else:
-            self.env[node] = _Value(tuple_parts=(part, link.output, results))
+            self.env[node] = _Value(tuple_parts=(part, rule.output, results))
 
     def _choose(
         self, node: fx.Node, given: list[fx.Node], must: Mapping[int, Place]
-    ) -> tuple[Link | None, dict[int, Layout]]:
+    ) -> tuple[Rule | None, dict[int, Layout]]:
         """The way that gathers least, and the layouts of what it shards.
 
         ``None``, for whole tensors, when nothing is sharded and nothing asks for it.
         """
         want = self.wants.get(node)
         if not must:
-            for link in self.linked[node] if want is not None else ():
-                if link.output == want.dim and self._have_a_part(link, given):  # type: ignore[union-attr]
-                    layouts = self._layouts(node, link, given, must)
-                    return (None, {}) if layouts is None else (link, layouts)
+            for rule in self.rules[node] if want is not None else ():
+                if rule.output == want.dim and self._have_a_part(rule, given):  # type: ignore[union-attr]
+                    layouts = self._layouts(node, rule, given, must)
+                    return (None, {}) if layouts is None else (rule, layouts)
             return None, {}
-        best: tuple[Link | None, dict[int, Layout]] = None, {}
+        best: tuple[Rule | None, dict[int, Layout]] = None, {}
         cost = sum(elements(given[i]) for i in must)
-        for link in self.linked[node]:
-            kept = {i: p for i, p in must.items() if link.inputs.get(i) == p[0]}
+        for rule in self.rules[node]:
+            kept = {i: p for i, p in must.items() if rule.inputs.get(i) == p[0]}
             price = sum(elements(given[i]) for i in must if i not in kept)
-            layouts = self._layouts(node, link, given, kept) if price < cost else None
+            layouts = self._layouts(node, rule, given, kept) if price < cost else None
             if layouts is not None:
-                best, cost = (link, layouts), price
+                best, cost = (rule, layouts), price
         return best
 
-    def _have_a_part(self, link: Link, given: list[fx.Node]) -> bool:
+    def _have_a_part(self, rule: Rule, given: list[fx.Node]) -> bool:
         return any(
-            place[0] == dim for i, dim in link.inputs.items() for place in self.env[given[i]].parts
+            place[0] == dim for i, dim in rule.inputs.items() for place in self.env[given[i]].parts
         )
 
     def _layouts(
-        self, node: fx.Node, link: Link, given: list[fx.Node], must: Mapping[int, Place]
+        self, node: fx.Node, rule: Rule, given: list[fx.Node], must: Mapping[int, Place]
     ) -> dict[int, Layout] | None:
-        """A layout for every operand that the link shards, or ``None`` where they disagree."""
-        found = {i: place[1] for i, place in must.items() if i in link.inputs}
+        """A layout for every operand that the rule shards, or ``None`` where they disagree."""
+        found = {i: place[1] for i, place in must.items() if i in rule.inputs}
         held = {
             i: [layout for d, layout in self.env[given[i]].parts if d == dim]
-            for i, dim in link.inputs.items()
+            for i, dim in rule.inputs.items()
         }
-        for i in sorted(link.inputs, key=lambda i: not held[i]):
+        for i in sorted(rule.inputs, key=lambda i: not held[i]):
             if i in found:
                 continue
-            length = shape(given[i])[link.inputs[i]]
-            peers = () if link.free else tuple(found.values())
+            length = shape(given[i])[rule.inputs[i]]
+            peers = () if rule.free else tuple(found.values())
             options = [x for x in (*peers, *held[i]) if x.length == length]
-            found[i] = options[0] if options else self._even(length, self._cuts(node, link, i))
-        if link.reduce is not None:
+            found[i] = options[0] if options else self._even(length, self._cuts(node, rule, i))
+        if rule.reduce is not None:
             return found if len(set(found.values())) == 1 else None
-        return found if link.layouts(found) is not None else None
+        return found if rule.layouts(found) is not None else None
 
     def _reduce(
-        self, node: fx.Node, link: Link, layouts: Mapping[int, Layout], nodes: list[fx.Node]
+        self, node: fx.Node, rule: Rule, layouts: Mapping[int, Layout], nodes: list[fx.Node]
     ) -> None:
         layout = layouts[0]
         if layout.padding:
-            neutral = {"max": float("-inf"), "min": float("inf")}.get(str(link.reduce), 0.0)
-            nodes[0] = self._blanked(nodes[0], link.inputs[0], layout, neutral)
+            neutral = {"max": float("-inf"), "min": float("inf")}.get(str(rule.reduce), 0.0)
+            nodes[0] = self.blanked(nodes[0], rule.inputs[0], layout, neutral)
         part = self._emit(node, node.args, node.kwargs, nodes)
-        if link.reduce == "mean":
+        if rule.reduce == "mean":
             part = self.op(aten.mul.Tensor, part, layout.local / layout.length)
-        kind = "sum" if link.reduce == "mean" else str(link.reduce)
+        kind = "sum" if rule.reduce == "mean" else str(rule.reduce)
         whole = self.op(torch.ops.cp.all_reduce.default, part, kind, self.axis.flat, self.axis.size)
         self._note("all_reduce", node, 0, layout, elements(node))
         self.env[node] = _Value(whole=whole)
-
-    def _blanked(self, part: fx.Node, dim: int, layout: Layout, value: float) -> fx.Node:
-        """Padding replaced by ``value``, so that it takes no part in a reduction."""
-        ones = self.op(aten.full.default, [layout.length], True, dtype=torch.bool)
-        real = self._sharded(ones, 0, layout)
-        sizes = [1] * tensor_of(part).dim()
-        sizes[dim] = layout.local
-        like = self.op(aten._reshape_copy.default, real, sizes)
-        fill = self.op(aten.full.default, [], value, dtype=tensor_of(part).dtype)
-        return self.op(aten.where.self, like, part, fill)
 
     def _getitem(self, node: fx.Node) -> None:
         base, index = node.args
@@ -336,18 +284,18 @@ class _Walk(Writer):
         ends = sorted({0, length, *cuts})
         return Layout.even([b - a for a, b in pairwise(ends)], self.axis.size)
 
-    def _cuts(self, node: fx.Node, link: Link, position: int) -> frozenset[int]:
+    def _cuts(self, node: fx.Node, rule: Rule, position: int) -> frozenset[int]:
         """Where an operand that nothing else decides on is best cut."""
         want = self.wants.get(node)
-        if want is None or want.dim != link.output:
+        if want is None or want.dim != rule.output:
             return frozenset()
-        return want.cuts if link.back is None else link.back(want.cuts, position)
+        return want.cuts if rule.back is None else rule.back(want.cuts, position)
 
     def _whole(self, node: fx.Node) -> fx.Node:
         value = self.env[node]
         if value.whole is None and value.parts:
             (dim, layout), part = next(iter(value.parts.items()))
-            value.whole = self._gathered(part, dim, layout)
+            value.whole = self.gathered(part, dim, layout)
             assert self.origin is not None
             self._note("gather", self.origin, dim, layout, elements(node))
         elif value.whole is None:
@@ -361,7 +309,7 @@ class _Walk(Writer):
         value = self.env[node]
         if (dim, layout) not in value.parts:
             self._note("split", node, dim, layout, elements(node))
-            value.parts[dim, layout] = self._sharded(self._whole(node), dim, layout)
+            value.parts[dim, layout] = self.sharded(self._whole(node), dim, layout)
         return value.parts[dim, layout]
 
     def _note(self, kind: str, node: fx.Node, dim: int, layout: Layout, size: int) -> None:
@@ -369,63 +317,6 @@ class _Walk(Writer):
         name = "the output" if node.op == "output" else name
         where = (module_path(node), source_line(node))
         self.moves.append(Move(kind, name, *where, dim, layout, size))
-
-    def _sharded(self, whole: fx.Node, dim: int, layout: Layout) -> fx.Node:
-        """This rank's part of every segment, one after another."""
-        parts = []
-        for start, segment in zip(layout.cuts, layout.segments, strict=False):
-            piece = whole
-            if len(layout.segments) > 1:
-                stop = start + segment.length
-                piece = self.op(aten.slice.Tensor, whole, dim, start, stop)
-            piece = self._padded(piece, dim, segment, layout.size)
-            parts.append(
-                self.op(torch.ops.cp.shard.default, piece, dim, self.axis.flat, self.axis.size)
-            )
-        return parts[0] if len(parts) == 1 else self.op(aten.cat.default, parts, dim)
-
-    def _padded(self, piece: fx.Node, dim: int, segment: Segment, size: int) -> fx.Node:
-        missing = size * segment.local - segment.length
-        if not missing:
-            return piece
-        sizes = list(tensor_of(piece).shape)
-        sizes[dim] = missing
-        zeros = self.op(aten.full.default, sizes, 0, dtype=tensor_of(piece).dtype)
-        return self.op(aten.cat.default, [piece, zeros], dim)
-
-    def _gathered(self, part: fx.Node, dim: int, layout: Layout) -> fx.Node:
-        """All ranks' parts in the model's order, padding dropped."""
-        rank = tensor_of(part).dim()
-        order = [dim, *(d for d in range(rank) if d != dim)]
-        back = [order.index(d) for d in range(rank)]
-        # NCCL has neither booleans nor, inside TensorRT, 64-bit integers.
-        dtype = tensor_of(part).dtype
-        carried = {torch.bool: torch.float32, torch.int64: torch.int32}.get(dtype, dtype)
-        if carried != dtype:
-            part = self.op(aten._to_copy.default, part, dtype=carried)
-        front = part if dim == 0 else self.op(aten.permute.default, part, order)
-        joined = self.op(torch.ops.cp.all_gather.default, front, self.axis.flat, self.axis.size)
-        if not layout.is_plain:
-            joined = self._reordered(joined, layout)
-        if carried != dtype:
-            joined = self.op(aten._to_copy.default, joined, dtype=dtype)
-        return joined if dim == 0 else self.op(aten.permute.default, joined, back)
-
-    def _reordered(self, joined: fx.Node, layout: Layout) -> fx.Node:
-        """From shard order to the model's order, along dimension 0."""
-        rest = list(tensor_of(joined).shape[1:])
-        by_rank = self.op(aten._reshape_copy.default, joined, [layout.size, layout.local, *rest])
-        pieces, begin = [], 0
-        for segment in layout.segments:
-            end = begin + segment.local
-            own = self.op(aten.slice.Tensor, by_rank, 1, begin, end)
-            slots = layout.size * segment.local
-            flat = self.op(aten._reshape_copy.default, own, [slots, *rest])
-            if slots > segment.length:
-                flat = self.op(aten.slice.Tensor, flat, 0, 0, segment.length)
-            pieces.append(flat)
-            begin = end
-        return pieces[0] if len(pieces) == 1 else self.op(aten.cat.default, pieces, 0)
 
     # ------------------------------------------------------------ nodes
 
@@ -440,7 +331,7 @@ class _Walk(Writer):
 
 
 def _check(node: fx.Node, part: fx.Node, dim: int, layouts: list[Layout]) -> None:
-    """A link that is wrong about shapes must not go unnoticed."""
+    """A rule that is wrong about shapes must not go unnoticed."""
     dense, local = node.meta["val"], part.meta["val"]
     pairs = [(dense, local)] if isinstance(dense, Tensor) else zip(dense, local, strict=True)
     for (whole, own), layout in zip(pairs, layouts, strict=True):

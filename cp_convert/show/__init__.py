@@ -1,1 +1,4 @@
-"""The wing show."""
+"""What a person sees: records come in; tables, bars and pages go out.
+
+The only place that knows rich.
+"""

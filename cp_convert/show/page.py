@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from .. import __version__
 from ..advise.forecast import Forecast, Option
+from ..version import __version__
 
 _COLOURS = {
     "one GPU": "#8a8f98", "ulysses": "#2f7ed8", "allgather-kv": "#e08a1e", "ring": "#3a9d5d",

@@ -17,9 +17,9 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
+from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
 from . import allgather_kv, alone, fused, ring, ulysses
-from .site import Cost, Refusal, Site
 from .usp import Usp
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
-from .site import Cost, Refusal, Site
 from .tokens import mask_columns, mask_of, mask_rows, real_keys, repeated
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Site
 from ..mesh import Axis
-from .site import Site
 from .tokens import padded_heads, repeated
 
 

@@ -21,8 +21,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
-from .site import Cost, Refusal, Site
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import CannotShard
+from ..ir.attention import Outcome
 from ..ir.ops import ATTENTION
 from ..ir.program import (
     PROVENANCE,
     Lowered,
+    arguments,
     copied,
     erase_dead,
     module_of,
@@ -21,26 +23,10 @@ from ..ir.program import (
     source_line,
     tensor_of,
 )
+from ..ir.sharded import Sharded
 from ..mesh import Axis
-from ..sharding.rules import arguments
-from ..sharding.shard import Sharded
 from . import Site, Strategy
 from .tokens import repeated
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was done with one attention.
-
-    Attributes:
-        site: the attention as every rank sees it.
-        node: name of the node that holds its result in the rewritten program.
-        kept: why it was left alone; ``None`` when it was rewritten.
-    """
-
-    site: Site
-    node: str
-    kept: str | None
 
 
 def rewrite(
@@ -81,7 +67,8 @@ def rewrite(
         new = writer.replace(node, site) if _changes(site) else node
         renamed[old] = new.name
         kept = None if site.keys_sharded else _why_kept(axis)
-        outcomes.append(Outcome(site, new.name, kept))
+        heads = strategy.cost(site, axis).heads if site.keys_sharded else site.heads
+        outcomes.append(Outcome(site, new.name, kept, heads))
     graph.lint()
     outputs = tuple(replace(b, node=renamed.get(b.node, b.node)) for b in program.outputs)
     module = module_of(program.graph_module, graph)

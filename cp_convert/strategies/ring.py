@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
 from .online import OnlineAttention, blocks_for
-from .site import Cost, Refusal, Site
 from .tokens import mask_of, mask_rows, picked, repeated
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Site
 from ..ir.layout import Layout
 from ..mesh import Axis
-from .site import Site
 
 
 def picked(x: Tensor, dim: int, ranges: Sequence[tuple[int, int]]) -> Tensor:

@@ -25,9 +25,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
-from .site import Cost, Refusal, Site
 from .tokens import mask_all_rows, mask_columns, mask_heads, mask_of, real_keys, repeated
 
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from ..ir import ops
+from ..ir.attention import Cost, Refusal, Site
 from ..ir.layout import Layout, merged
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
 from .online import OnlineAttention, blocks_for
-from .site import Cost, Refusal, Site
 from .tokens import mask_all_rows, mask_heads, mask_of, picked, repeated
 
 

@@ -1,1 +1,1 @@
-"""The wing trt."""
+"""TensorRT and Torch-TensorRT, imported in the one order that works, with or without a driver."""

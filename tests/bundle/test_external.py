@@ -13,17 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from cp_convert import bundle, cli
 from cp_convert.bundle import manifest as m
-from cp_convert.bundle.external import WEIGHTS, place
+from cp_convert.bundle.external import place
+from cp_convert.bundle.folder import CONSTANTS, WEIGHTS
 from cp_convert.cache.store import Cache
-from cp_convert.engine.fold_weights import CONSTANTS, settle
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.fold_weights import fold_weights
+from cp_convert.engine.lower import lower
 from cp_convert.engine.one_program import by_scatter, why_not_shared
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
-from cp_convert.prove.program import flat_inputs
+from cp_convert.prove.measure import flat_inputs
 from tests.conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
 
 
@@ -263,5 +265,5 @@ def test_what_is_not_exact_or_costs_nothing_stays_in_the_engine(
     stages = rewritten(source.module, source.inputs, "ulysses", 2, source.plan)
     lowered = lower(stages.rewritten)
     names = {name: name for name in lowered.state}
-    assert len(settle(lowered, names).constants) == computed
-    assert not settle(lowered, {}).constants  # embedded: TensorRT's builder does that
+    assert len(fold_weights(lowered, names).constants) == computed
+    assert not fold_weights(lowered, {}).constants  # embedded: TensorRT's builder does that

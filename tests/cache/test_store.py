@@ -22,8 +22,9 @@ from cp_convert.bundle.manifest import Manifest
 from cp_convert.cache.fingerprint import source_key
 from cp_convert.cache.store import Cache
 from cp_convert.ir.serialize import pack, read_packed, unpack
+from cp_convert.ir.source import Source
 from cp_convert.job import Job
-from cp_convert.model.load import Source, load
+from cp_convert.model.load import load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from cp_convert.recall import job_key

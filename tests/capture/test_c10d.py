@@ -13,13 +13,15 @@ from cp_convert.backends import BACKENDS
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.engine.build import collectives_of, network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import constants_of, read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import CannotShard, CannotTrace, ModelFileError, ProofFailed, UsageError
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.source import Source
 from cp_convert.job import Job
 from cp_convert.mesh import Axis, Mesh
-from cp_convert.model.load import Source, load
+from cp_convert.model.load import load
 from cp_convert.prove import flat_inputs, measure_ranks
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay

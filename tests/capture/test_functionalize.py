@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from cp_convert.capture.functionalize import Unclear, without_writes
-from cp_convert.capture.once import opwise
+from cp_convert.capture.functionalize import Unclear, functionalized
+from cp_convert.capture.once import decompose_once
 from tests.conftest import table
 
 
@@ -83,7 +83,7 @@ def test_it_computes_what_eager_torch_computes(function: Callable[[Tensor], obje
     torch.manual_seed(0)
     x = torch.randn(4, 6)
     program = torch.export.export(Model(function), (x,))
-    graph = without_writes(program.graph)
+    graph = functionalized(program.graph)
     operators = {str(node.target) for node in graph.nodes if node.op == "call_function"}
     writing = {name for name in operators if name.split(".")[1].removesuffix("__").endswith("_")}
     assert writing <= {"aten.detach_.default"}  # of a constant; it writes nothing
@@ -93,7 +93,7 @@ def test_it_computes_what_eager_torch_computes(function: Callable[[Tensor], obje
     wanted = expected if isinstance(expected, tuple) else (expected,)
     for one, other in zip(fx.Interpreter(module).run(*held, x), wanted, strict=True):
         assert torch.equal(one, other)
-    assert opwise(program.graph_module, table()) is not None
+    assert decompose_once(program.graph_module, table()) is not None
 
 
 def chunks(x: Tensor) -> Tensor:
@@ -123,10 +123,10 @@ def an_input_under_another_name(x: Tensor) -> Tensor:
 def test_what_is_not_understood_is_left_to_torch(function: Callable[[Tensor], object]) -> None:
     program = torch.export.export(Model(function), (torch.randn(4, 6),))
     with pytest.raises(Unclear):
-        without_writes(program.graph)
-    assert opwise(program.graph_module, table()) is None
+        functionalized(program.graph)
+    assert decompose_once(program.graph_module, table()) is None
 
 
 def test_a_graph_without_writes_is_left_alone() -> None:
     graph = torch.export.export(Model(lambda x: x + 1), (torch.randn(4, 6),)).graph
-    assert without_writes(graph) is graph
+    assert functionalized(graph) is graph

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from cp_convert.capture.once import opwise
+from cp_convert.capture.once import decompose_once
 from tests.conftest import table
 
 
@@ -37,7 +37,7 @@ def test_it_computes_what_torchs_own_decomposition_computes() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     program = exported(Blocks(), *inputs)
-    graph = opwise(program.graph_module, table())
+    graph = decompose_once(program.graph_module, table())
     assert graph is not None
     whole = program.run_decompositions(dict(table()))
     values = [*program.state_dict.values(), *inputs]
@@ -52,7 +52,7 @@ def test_it_computes_what_torchs_own_decomposition_computes() -> None:
 
 def test_every_node_has_its_value_and_its_origin() -> None:
     inputs = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
-    graph = opwise(exported(Blocks(), *inputs).graph_module, table())
+    graph = decompose_once(exported(Blocks(), *inputs).graph_module, table())
     assert graph is not None
     for node in graph.nodes:
         if node.op == "call_function":
@@ -71,7 +71,9 @@ def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         blocks = Blocks()
         blocks.layers, blocks.norms = blocks.layers[:depth], blocks.norms[:depth]
         counted.clear()
-        opwise(exported(blocks, torch.randn(2, 5, 16), torch.randn(2, 5, 16)).graph_module, table())
+        decompose_once(
+            exported(blocks, torch.randn(2, 5, 16), torch.randn(2, 5, 16)).graph_module, table()
+        )
         counts.append(len(counted))
     assert counts[0] == counts[1] > 0
 
@@ -82,7 +84,7 @@ def test_an_assertion_has_no_value() -> None:
             return nn.functional.one_hot(x, 4)  # decomposed into one, and into assertions
 
     codes = torch.tensor([0, 3, 1])
-    graph = opwise(exported(Coded(), codes).graph_module, table())
+    graph = decompose_once(exported(Coded(), codes).graph_module, table())
     assert graph is not None
     found = fx.GraphModule(nn.Module(), graph)(codes)
     assert torch.equal(found[0], nn.functional.one_hot(codes, 4))

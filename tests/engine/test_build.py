@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cp_convert.backends import BACKENDS
 from cp_convert.converters import WORKAROUNDS, active, register
 from cp_convert.engine.build import build, collectives_of, network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import BuildFailed
 from cp_convert.ir import ops
 from cp_convert.ir.network import Layer

@@ -11,8 +11,9 @@ from cp_convert.backends import BACKENDS
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.engine.build import network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import CannotLower
 from cp_convert.ir import ops
 from cp_convert.ir.passes import interleave_strided_writes

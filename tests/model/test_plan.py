@@ -4,7 +4,8 @@ from diffusers.models._modeling_parallel import ContextParallelOutput as TheirOu
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import CannotShard
-from cp_convert.model.plan import Cut, normalise
+from cp_convert.ir.signature import Cut
+from cp_convert.model.plan import normalise
 
 MODULES = ["", "rope", "blocks", "blocks.0", "blocks.1", "blocks.0.attn", "blocks.1.attn", "out"]
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import UsageError
 from cp_convert.job import Job
 from cp_convert.prove import measure, prove

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
+from cp_convert.ir.proof import FLOOR
 from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
-from cp_convert.prove.program import FLOOR
 from cp_convert.strategies import STRATEGIES
 from tests.conftest import (
     TINY_PLAN,
@@ -218,7 +218,8 @@ def test_rtol_replaces_the_bound() -> None:
 
 
 def test_an_error_that_is_not_finite_is_never_within_a_bound() -> None:
-    from cp_convert.prove.program import Error, error_of
+    from cp_convert.ir.proof import Error
+    from cp_convert.prove.errors import error_of
 
     x = torch.tensor([1.0, math.nan])
     assert not error_of(x, torch.ones(2)).within(Error(1e9, 1e9))

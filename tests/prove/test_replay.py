@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import constants_of, read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import ProofFailed
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered

@@ -17,9 +17,9 @@ from torch.nn import functional
 from cp_convert import ContextParallelInput
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotShard, CannotTrace, UsageError
+from cp_convert.ir.sharded import Sharded
 from cp_convert.prove import Stages
 from cp_convert.prove.lockstep import run
-from cp_convert.sharding.shard import Sharded
 from cp_convert.strategies import STRATEGIES
 from tests.conftest import TINY_PLAN, rewritten, sharded, sharpened, tiny, tiny_inputs
 

@@ -8,14 +8,15 @@ import torch
 
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import network_of, prepare
-from cp_convert.engine.lower import lower, specialise
+from cp_convert.engine.lower import lower
 from cp_convert.engine.readback import read_network
+from cp_convert.engine.specialise import specialise
 from cp_convert.errors import BackendMissing, ProofFailed, UsageError
 from cp_convert.job import Job
 from cp_convert.mesh import Axis
 from cp_convert.model.load import cast_inputs, cast_module
 from cp_convert.prove import measure, prove, prove_networks
-from cp_convert.prove.program import flat_inputs
+from cp_convert.prove.measure import flat_inputs
 from cp_convert.strategies import choose
 from cp_convert.trt import offline
 from tests.conftest import axis_of, rewritten, tiny, tiny_inputs

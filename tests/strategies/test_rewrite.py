@@ -7,11 +7,13 @@ from torch.nn import functional
 
 from cp_convert import ContextParallelInput
 from cp_convert.errors import CannotShard
+from cp_convert.ir.attention import Outcome
+from cp_convert.ir.ops import ATTENTION
 from cp_convert.ir.program import Lowered
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove.lockstep import run
 from cp_convert.strategies import STRATEGIES
-from cp_convert.strategies.rewrite import ATTENTION, Outcome, rewrite
+from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import (
     TINY_PLAN,
     TinyAttention,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir.layout import Layout
+from .layout import Layout
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,20 @@ class Site:
     def own_key_values(self) -> int:
         """Numbers of K and V that one rank holds before anything is exchanged."""
         return 2 * self.batch * self.kv_heads * self.keys * self.head_dim
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done with one attention.
+
+    Attributes:
+        site: the attention as every rank sees it.
+        node: name of the node that holds its result in the rewritten program.
+        kept: why it was left alone; ``None`` when it was rewritten.
+        heads: query heads that all ranks compute together, padding included.
+    """
+
+    site: Site
+    node: str
+    kept: str | None
+    heads: int

@@ -1,0 +1,241 @@
+"""``cp-convert convert``."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..advise.hardware import read as read_hardware
+from ..backends import select
+from ..bundle.folder import check_target
+from ..bundle.manifest import Manifest
+from ..cache.store import default_folder
+from ..errors import UsageError
+from ..job import (
+    AUTO,
+    BACKEND_NAMES,
+    DEVICES,
+    FUSED,
+    LAYOUTS,
+    PROOFS,
+    STRATEGY_NAMES,
+    WEIGHTS_MODES,
+    Job,
+)
+from ..model.preset import read as read_preset
+from . import options
+
+
+def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of the other options."""
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
+    names = {
+        spelling.lstrip("-").replace("-", "_"): p.name
+        for p in ctx.command.params
+        for spelling in (*p.opts, *p.secondary_opts)
+        if p is not parameter and len(spelling) > 2
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}."
+            raise UsageError(f"--config {path}: there is no option {key!r}.", hint=hint)
+        defaults[str(names[name])] = value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+@click.command("convert", context_settings=options.SETTINGS)
+@options.model
+@click.option(
+    "-s", "--strategy", type=click.Choice((*STRATEGY_NAMES, FUSED, AUTO)),
+    help="How attention is distributed; fused: by TensorRT itself, on Blackwell (SM100) "
+    "and later with the tensorrt backend; auto: the shortest estimated forward, as `cp-convert "
+    "plan` estimates it.  [a preset knows a good one]",
+)  # fmt: skip
+@click.option(
+    "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
+)
+@options.hardware("What auto estimates for; see `cp-convert plan`.")
+@click.option("--ulysses", type=int, help="For usp: neighbours that trade heads for tokens.")
+@click.option("--ring", type=int, help="For usp: groups of such neighbours that form the ring.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path),
+    help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
+)  # fmt: skip
+@options.precision
+@click.option(
+    "--backend", type=click.Choice(BACKEND_NAMES), default="auto", show_default=True,
+    help="Which TensorRT builds; auto takes the installed one.",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path),
+    help="A .safetensors file, a .safetensors.index.json, or a folder holding either; for a preset "
+    "the published folder.",
+)  # fmt: skip
+@click.option(
+    "--weights-mode", type=click.Choice(WEIGHTS_MODES), default=AUTO, show_default=True,
+    help="Weights as constants of every engine, or as inputs that all engines share; auto: "
+    "external from 1 GiB on.",
+)  # fmt: skip
+@click.option(
+    "--copy-weights",
+    is_flag=True,
+    help="Copy external weights into the bundle instead of naming your files.",
+)
+@click.option(
+    "--layout", type=click.Choice(LAYOUTS), default=AUTO, show_default=True,
+    help="One engine for all ranks, or one each; auto: shared where weights are external and the "
+    "strategy names no groups.",
+)  # fmt: skip
+@click.option(
+    "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
+    help="Build for this GPU generation; repeatable, tensorrt-rtx only.",
+)  # fmt: skip
+@click.option(
+    "--proof", type=click.Choice(PROOFS), default="auto", show_default=True,
+    help="What is compared with the dense model, all ranks together: the program, or the program "
+    "and the TensorRT networks (auto: these too, unless that takes longer than building).",
+)  # fmt: skip
+@click.option(
+    "--proof-device", type=click.Choice(DEVICES), default="cpu", show_default=True,
+    help="Where the proof computes; on a GPU all ranks share one copy of the weights.",
+)  # fmt: skip
+@options.plan(
+    "Where the sequence is split: as the model's own plan says, or found from the program "
+    "(auto).  [default: the model's plan if it has one, else auto]"
+)
+@options.freeze(
+    "Make this argument's example value part of the engines; repeatable. For masks and "
+    "indices that decide how many tokens there are."
+)
+@click.option("--tiny", is_flag=True, help="A preset's structure in small, with random weights.")
+@click.option("--resolution", metavar="NAME", help="One of the preset's; see `cp-convert presets`.")
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1),
+    help="How many engines are built at once, at most.  [default: one for each CPU]",
+)  # fmt: skip
+@click.option(
+    "--memory", type=options.Bytes(), metavar="SIZE",
+    help="What the conversion should hold in memory at most, such as 8GiB; fewer engines are then "
+    "built at once.  [default: 80 % of what is free]",
+)  # fmt: skip
+@options.cache(
+    "Where traces and engines are kept; what is there and still right is not made again."
+)
+@click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
+@click.option("--no-proof", is_flag=True, help="The same as --proof none.")
+@click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), callback=_read_config, is_eager=True,
+    expose_value=False, help="A TOML file with any of these options; flags win.",
+)  # fmt: skip
+@options.common
+def command(
+    *,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    out: Path | None,
+    cache: Path | None,
+    model: Path,
+    no_cache: bool,
+    **rest: Any,
+) -> None:
+    """Convert MODEL, a Python file or a preset, into one TensorRT engine per rank.
+
+    A Python file defines build_model() -> torch.nn.Module, example_inputs() -> dict of forward's
+    keyword arguments (their shapes become the engines'), and optionally cp_plan: which module
+    inputs are split along the sequence and which outputs are gathered, in diffusers' _cp_plan
+    vocabulary.
+    Without cp_plan the model's own _cp_plan is used, and without either the plan is found.
+
+    A preset is one of `cp-convert presets`, or a TOML file of the same form.
+    """
+    screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
+    from ..show.bundle import converted  # late: rich
+
+    ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
+    model = options.resolved(model, _commands())
+    rest |= _chosen(model, rest)
+    read_hardware(rest["hardware"])  # what is not there is told before anything is done
+    rest["ulysses"] = _factor(rest["ulysses"], ring, rest["world"])
+    if no_proof:
+        rest["proof"] = "none"
+    job = Job(
+        model=model,
+        out=out or Path(),
+        cache=None if no_cache else cache or default_folder(),
+        command=shlex.join(["cp-convert", *sys.argv[1:]]),
+        **rest,
+    )
+    if out is None:
+        job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}"))
+    converted(screen, _run(job, screen), job.out)
+
+
+def _commands() -> list[str]:
+    context = click.get_current_context().parent
+    return list(context.command.commands) if context else []  # type: ignore[attr-defined]
+
+
+def _chosen(model: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Strategy, world and precision: what was asked for, else what a preset knows to be good."""
+    names = ("strategy", "world", "precision")
+    found = {name: given[name] for name in names}
+    if model.suffix == ".toml":
+        preset = read_preset(model)
+        found = {n: getattr(preset, n) if value is None else value for n, value in found.items()}
+    for name in names[:2]:
+        if found[name] is None:
+            raise UsageError(
+                f"Missing option '-{name[0]}' / '--{name}'.",
+                hint="cp-convert convert --help; only a preset knows a good one.",
+            )
+    return {**found, "precision": found["precision"] or options.USUAL_PRECISION}
+
+
+def _factor(ulysses: int | None, ring: int | None, world: int) -> int | None:
+    """How many ranks exchange, from either factor of the world."""
+    if ring is None:
+        return ulysses
+    if ring < 1 or ring * (ulysses or world // ring) != world:
+        raise UsageError(
+            f"--ulysses {ulysses} times --ring {ring} is not the world of {world}."
+            if ulysses
+            else f"--ring {ring} does not divide the world of {world}."
+        )
+    return ulysses or world // ring
+
+
+def _run(job: Job, screen: Any) -> Manifest:
+    """Check what needs no torch, then import it and convert."""
+    from ..show.progress import shown  # late: rich
+
+    backend = select(job.backend, job.compute_capabilities)
+    check_target(job.out, force=job.force)
+    with options.others_on_stderr(as_json=screen.as_json), shown(screen) as progress:
+        from ..pipeline import convert  # late: torch
+
+        try:
+            return convert(job, backend, progress)
+        except KeyboardInterrupt:
+            if job.cache is not None:
+                click.echo("What was finished is in the cache; the same command goes on.", err=True)
+            raise

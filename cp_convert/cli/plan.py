@@ -1,0 +1,66 @@
+"""``cp-convert plan``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..advise.hardware import read as read_hardware
+from ..errors import UsageError
+from ..job import Job
+from ..model.preset import read as read_preset
+from . import options
+
+
+@click.command("plan", context_settings=options.SETTINGS)
+@options.model
+@click.option("-w", "--world", type=int, default=8, show_default=True, help="The largest world.")
+@options.hardware(options.hardware_list())
+@options.precision
+@options.plan("As for convert.")
+@options.freeze("As for convert.")
+@click.option("--tiny", is_flag=True, help="A preset's structure in small.")
+@click.option("--resolution", metavar="NAME", help="One of the preset's.")
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a page with charts to this file as well.",
+)  # fmt: skip
+@options.common
+def command(
+    *,
+    model: Path,
+    hardware: str,
+    html: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **rest: Any,
+) -> None:
+    """Compare the strategies for MODEL at worlds 2, 4, ... up to --world; nothing is built.
+
+    Collectives and bytes are those of the very programs that convert would build; times and
+    activations are estimated by a roofline, with the hardware's published rates and the shares of
+    them that its file assumes. A model of any size is planned without memory for its weights.
+    """
+    screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
+    from ..show.plan import planned  # late: rich
+    from ..show.progress import shown
+
+    told, model = read_hardware(hardware), options.resolved(model)
+    known = read_preset(model).precision if model.suffix == ".toml" else options.USUAL_PRECISION
+    rest["precision"] = rest["precision"] or known
+    job = Job(model=model, strategy="ulysses", out=Path(), proof="none", **rest)
+    with options.others_on_stderr(as_json=as_json), shown(screen) as progress:
+        from ..advise.planning import forecast  # late: torch
+
+        found = forecast(job, told, hardware, progress)
+    if html is not None:
+        from ..show.page import page
+
+        try:
+            html.write_text(page(found))
+        except OSError as error:
+            raise UsageError(f"--html {html}: {error.strerror}.") from error
+    planned(screen, found)

@@ -1,0 +1,51 @@
+"""One rank's own program: shards become slices, collectives name the rank's own group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import fx
+
+from ..ir import ops
+from ..ir.program import Lowered, copied, module_of, tensor_of
+from ..mesh import split_groups
+
+_SHARD: Final = torch.ops.cp.shard.default
+
+
+def specialise(lowered: Lowered, rank: int) -> Lowered:
+    """The program of one rank: shards become slices, and collectives name the rank's own group.
+
+    ``lowered`` stays as it is; parameters are shared.
+    """
+    graph = copied(lowered.graph_module.graph)
+    for node in list(graph.nodes):
+        if node.target is _SHARD:
+            _slice(node, rank)
+        elif node.target in ops.COLLECTIVES or node.target is ops.FUSED:
+            *rest, flat, size = node.args
+            node.args = (*rest, list(_own_group(flat, size, rank)), size)
+    graph.lint()
+    return replace(
+        lowered,
+        graph_module=module_of(lowered.graph_module, graph),
+        state={**lowered.state, **{name: of[rank] for name, of in lowered.own.items()}},
+        own={},
+    )
+
+
+def _slice(node: fx.Node, rank: int) -> None:
+    x, dim, flat, size = node.args
+    assert isinstance(x, fx.Node) and isinstance(dim, int)
+    length = tensor_of(node).shape[dim]
+    start = _own_group(flat, size, rank).index(rank) * length
+    node.target = torch.ops.aten.slice.Tensor
+    node.args = (x, dim, start, start + length)
+
+
+def _own_group(flat: object, size: object, rank: int) -> tuple[int, ...]:
+    assert isinstance(flat, Sequence) and isinstance(size, int)
+    return next(group for group in split_groups(list(flat), size) if rank in group)

@@ -1,0 +1,74 @@
+"""What was proven: errors, bounds and controls, as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+FLOOR: Final = 1e-5
+"""The error that is always allowed: a few hundred roundings of float32."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Relative error: the largest and the root mean square deviation, over the reference's."""
+
+    max: float
+    rms: float
+
+    def within(self, bound: Error) -> bool:
+        """Whether both norms are; a NaN never is."""
+        return self.max <= bound.max and self.rms <= bound.rms
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A proof that was carried out and passed.
+
+    Attributes:
+        algebra: every rank's error with float32 arithmetic, at most :data:`FLOOR`.
+        ranks: every rank's error in the job's precision.
+        dense: what the dense model loses in that precision.
+        bound: what the ranks may lose in it.
+        control: what is lost when every rank sees its own keys alone; ``None`` when there is
+            nothing to lose, in a world of 1 or without attention over sharded keys.
+        reference: what all errors are measured against.
+        seconds: how long it took.
+        seconds_a_run: how long all ranks took once, with float32 arithmetic.
+    """
+
+    algebra: tuple[Error, ...]
+    ranks: tuple[Error, ...]
+    dense: Error
+    bound: Error
+    control: Error | None
+    reference: tuple[Tensor, ...]
+    seconds: float
+    seconds_a_run: float
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the job's precision is float32."""
+        return self.dense == Error(0.0, 0.0)
+
+    @property
+    def algebra_bound(self) -> Error:
+        """What may be lost with float32 arithmetic."""
+        return self.bound if self.is_wide else Error(FLOOR, FLOOR)
+
+
+@dataclass(frozen=True)
+class NetworkProof:
+    """A proof of the networks that passed.
+
+    Attributes:
+        algebra: every rank's error with float32 arithmetic.
+        ranks: every rank's error in the job's precision.
+        seconds: how long it took.
+    """
+
+    algebra: tuple[Error, ...]
+    ranks: tuple[Error, ...]
+    seconds: float

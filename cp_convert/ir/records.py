@@ -1,0 +1,123 @@
+"""What each stage of a conversion hands to the next, one frozen record a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ..backends import Backend
+from ..job import Job
+from ..mesh import Axis
+from .attention import Outcome
+from .engine import Engine
+from .program import Lowered
+from .proof import NetworkProof, Proof
+from .sharded import Sharded
+from .signature import Signature
+from .source import Source
+from .tensors import Weight
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a conversion starts from.
+
+    Attributes:
+        job, backend: what was asked for.
+        source: the model.
+        tool: key of our own code and of the versions below it.
+        trace_key: of the model's trace; ``None`` for one that is not kept.
+        folder: where the bundle is put together.
+    """
+
+    job: Job
+    backend: Backend
+    source: Source
+    tool: str
+    trace_key: str | None
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a trace gave, whatever the world and the strategy.
+
+    Attributes:
+        dense: the program.
+        signature: what else is known of it.
+    """
+
+    dense: Lowered
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The program with the strategy in it.
+
+    Attributes:
+        job: with the strategy that was chosen, where ``auto`` was asked for.
+        axis: the ranks that share the sequence.
+        sharded: the program before, and where it is split.
+        program: the program.
+        outcomes: what was done with each attention.
+    """
+
+    job: Job
+    axis: Axis
+    sharded: Sharded
+    program: Lowered
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The program as it is handed to TensorRT's converters.
+
+    Attributes:
+        rewritten: the program before, taken apart by rank or shared by all.
+        program: the program.
+        layout: ``shared`` where all ranks have one engine, else ``per-rank``.
+        names: by placeholder, the binding of a weight that is an engine's input.
+        constants: what forward computes from such weights alone, by binding.
+    """
+
+    rewritten: Lowered
+    program: Lowered
+    layout: str
+    names: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Built:
+    """Engines of all ranks.
+
+    Attributes:
+        engines: by rank; networks share the model's weights.
+        recalled: ranks whose engines were in the cache.
+        keys: by rank, under which the cache has them.
+        workarounds: reasons of those that were used.
+    """
+
+    engines: tuple[Engine, ...]
+    recalled: tuple[int, ...]
+    keys: Mapping[int, str]
+    workarounds: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """All that a finished conversion found; ``proof`` is ``None`` where none was asked for."""
+
+    loaded: Loaded
+    captured: Captured
+    rewritten: Rewritten
+    emitted: Emitted
+    proof: Proof | None
+    built: Built
+    network_proof: NetworkProof | None
+    weights: tuple[Weight, ...]

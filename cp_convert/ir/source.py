@@ -1,0 +1,49 @@
+"""A model as it was loaded: what tracing begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..mesh import Axis
+from .tensors import Location
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, ready to be traced.
+
+    Attributes:
+        module: the model, in eval mode and in the job's precision.
+        inputs: keyword arguments of ``forward``.
+        plan: where the sequence is split and gathered; empty when that is to be found, or when
+            the world is 1.
+        freeze: arguments whose example values become part of the engines.
+        sha256: of the model file or preset.
+        parameters: how many numbers the model has learned.
+        bytes: their size in memory.
+        peers: rank 1, 2, ... of a model whose ranks hold different parameters.
+        groups: the process groups in which the model itself communicates.
+        external: whether weights stay outside the engines.
+        located: where the user's files hold the parameters.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Any]
+    plan: Mapping[str, Any]
+    freeze: tuple[str, ...]
+    sha256: str
+    parameters: int
+    bytes: int
+    peers: tuple[nn.Module, ...] = ()
+    groups: Mapping[str, Axis] = field(default_factory=dict)
+    external: bool = False
+    located: Mapping[str, Location] = field(default_factory=dict)
+
+    @property
+    def parameters_outside(self) -> dict[str, Tensor]:
+        """What external weights are, tied ones under all their names; nothing where embedded."""
+        return dict(self.module.named_parameters(remove_duplicate=False)) if self.external else {}

@@ -1,0 +1,153 @@
+"""Tensors in safetensors files: where one lies, and files mapped and written in one pass.
+
+Format: https://github.com/huggingface/safetensors, *Format*.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import WeightsError
+
+_CHUNK: Final = 1 << 24
+
+
+SAFETENSORS: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The format's names of the types that models are computed in."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a file holds a tensor's numbers.
+
+    Attributes:
+        file: the safetensors file.
+        offset: of the first byte.
+        size: in bytes.
+        dtype: as stored; ``None`` for one that torch has not.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    dtype: torch.dtype | None
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The file, for reading; what is wrong with it becomes a :class:`WeightsError`."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing.", where=str(file)) from error
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{file.name} cannot be read as safetensors: {error}.",
+            where=str(file),
+            hint="the file is probably truncated; fetch it again.",
+        ) from error
+
+
+def save(
+    tensors: Mapping[str, Tensor], path: Path, stop: Event | None = None
+) -> dict[str, tuple[int, str]]:
+    """Write one safetensors file, tensor by tensor: the library would hold all of them in memory.
+
+    Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
+    little-endian; the header in JSON; the numbers.
+
+    Returns:
+        Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
+    """
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.nbytes
+        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    written = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            if stop is not None and stop.is_set():
+                break
+            offset, digest = file.tell(), hashlib.sha256()
+            flat = numbers(tensor)
+            for start in range(0, len(flat), _CHUNK):
+                piece = flat[start : start + _CHUNK]
+                digest.update(piece)
+                file.write(piece)
+            written[name] = (offset, digest.hexdigest())
+    return written
+
+
+def numbers(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as bytes, in row-major order."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; their numbers are read when they are used.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
+    with opened(path) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight that is an input of every engine.
+
+    Attributes:
+        name: of the binding, and of the model's parameter; ``constants.*`` follow from parameters.
+        dtype, shape: of the tensor.
+        file: where its numbers are; a bare file name lies in the bundle.
+        offset: of the first byte in that file.
+        size: in bytes.
+        sha256: of these bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    size: int
+    sha256: str
+
+
+def weight_of(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
+    """A weight whose numbers begin at ``offset`` of ``file``."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Weight(name, dtype, tuple(tensor.shape), file, offset, tensor.nbytes, sha256)

@@ -1,0 +1,260 @@
+"""A bundle: the end of a conversion, what it holds, whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from ..bundle.folder import Check
+from ..bundle.manifest import Attention, Manifest, Proof
+from .screen import Screen
+from .words import count, local_of, plural, size, starred, table_of
+
+
+def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
+    """The end of a conversion."""
+    if screen.as_json:
+        screen.document(
+            {"status": "ok", "bundle": str(out), "manifest": msgspec.to_builtins(manifest)}
+        )
+    if screen.verbosity < 0:
+        return
+    console = screen.err if screen.as_json else screen.out
+    # Equal engines are one file under several names.
+    total = sum({engine.sha256: engine.bytes for engine in manifest.engines}.values())
+    console.print(
+        f"[bold green]{plural(len(manifest.engines), 'engine')}[/] of "
+        f"{escape(manifest.model.name)} "
+        f"({count(manifest.model.parameters)} parameters, {manifest.precision}, "
+        f"{manifest.strategy} over {plural(manifest.world, 'rank')}), {size(total)} in "
+        f"[bold]{escape(str(out))}[/]",
+        soft_wrap=True,
+    )
+    for row in (
+        ("proof", _proof_line(manifest.proof)),
+        ("weights", _weights_line(manifest)),
+        ("attention", _attention_line(manifest.attention)),
+        ("collectives", _collectives_line(manifest)),
+        ("built by", _backend_line(manifest)),
+        ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
+    ):
+        console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
+
+
+def inspected(screen: Screen, manifest: Manifest, folder: Path) -> None:
+    """A manifest as tables."""
+    if screen.as_json:
+        screen.document(msgspec.to_builtins(manifest))
+        return
+    print_ = screen.out.print
+    print_(f"[bold]{escape(str(folder))}[/]")
+    print_(_facts(manifest))
+    print_(_engines_table(manifest))
+    if manifest.collectives:
+        print_(_collectives_table(manifest))
+    if manifest.attention:
+        print_(_attention_table(manifest.attention))
+    print_(_io_table(manifest))
+    if manifest.plan:
+        print_(_plan_table(manifest))
+    if manifest.sharding:
+        print_(_sharding_table(manifest))
+
+
+def verified(screen: Screen, checks: Sequence[Check]) -> None:
+    """What ``verify`` looked at."""
+    damaged = [check for check in checks if check.problem]
+    if screen.as_json:
+        screen.document(
+            {
+                "status": "damaged" if damaged else "ok",
+                "checks": [{"subject": c.subject, "problem": c.problem} for c in checks],
+            }
+        )
+        return
+    for check in checks:
+        mark = f"[red]{escape(check.problem)}[/]" if check.problem else "[green]ok[/]"
+        if check.problem or screen.verbosity >= 0:
+            screen.out.print(f"  {check.subject:16} {mark}", soft_wrap=True)
+
+
+def _facts(manifest: Manifest) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    model = manifest.model
+    for name, value in (
+        ("model", f"{model.name}, {count(model.parameters)} parameters ({model.source})"),
+        (
+            "strategy",
+            f"{manifest.strategy} over {plural(manifest.world, 'rank')}, {manifest.precision}",
+        ),
+        ("weights", _weights_line(manifest)),
+        ("backend", _backend_line(manifest)),
+        ("proof", _proof_line(manifest.proof)),
+        (
+            "created",
+            (
+                f"{manifest.created} by {manifest.tool.name} {manifest.tool.version}, "
+                f"torch {manifest.torch}, Torch-TensorRT {manifest.torch_tensorrt}"
+            ),
+        ),
+        ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
+        ("command", manifest.command),
+    ):
+        table.add_row(name, escape(value))
+    for text in manifest.backend.workarounds:
+        table.add_row("workaround", escape(text))
+    for frozen in manifest.frozen:
+        table.add_row("frozen", escape(f"{frozen.name} = {frozen.value}"))
+    return table
+
+
+def _weights_line(manifest: Manifest) -> str:
+    shared = "; one engine for all ranks" if manifest.layout == "shared" else ""
+    if manifest.weights_mode == "embedded":
+        return f"in every engine{shared}"
+    files = sorted({weight.file for weight in manifest.weights})
+    where = ", ".join(files) if len(files) < 3 else f"{len(files)} files such as {files[0]}"
+    total = sum(weight.bytes for weight in manifest.weights)
+    return f"{plural(len(manifest.weights), 'engine input')}, {size(total)}, from {where}{shared}"
+
+
+def _engines_table(manifest: Manifest) -> Table:
+    table = table_of(
+        "Engines",
+        "rank",
+        "file",
+        "size",
+        "activations",
+        "sha256",
+        right=("rank", "size", "activations"),
+    )
+    for engine in manifest.engines:
+        table.add_row(
+            str(engine.rank),
+            escape(engine.file),
+            size(engine.bytes),
+            "" if engine.activation_bytes is None else size(engine.activation_bytes),
+            engine.sha256[:16] + "...",
+        )
+    return table
+
+
+def _collectives_table(manifest: Manifest) -> Table:
+    table = table_of(
+        "Collectives of one rank, per forward",
+        "kind", "TensorRT layer", "count", "sent",
+        right=("count", "sent"),
+    )  # fmt: skip
+    for one in manifest.collectives:
+        table.add_row(one.kind, one.layer, str(one.count), size(one.bytes_sent))
+    return table
+
+
+def _attention_table(sites: Sequence[Attention]) -> Table:
+    numbers = ("count", "heads x dim", "queries", "keys")
+    table = table_of("Attention", "module", *numbers, "", right=numbers)
+    rows = Counter(
+        (
+            starred(s.module),
+            f"{s.heads} x {s.head_dim}" + ("" if s.heads == s.kv_heads else f" ({s.kv_heads} kv)"),
+            local_of(s.local_query, s.global_query),
+            local_of(s.local_key, s.global_key),
+            _done(s),
+        )
+        for s in sites
+    )
+    for (module, shape, queries, keys, what), times in rows.items():
+        table.add_row(escape(module), str(times), shape, queries, keys, escape(what))
+    return table
+
+
+def _done(site: Attention) -> str:
+    """What became of an attention, in words."""
+    notes = ["causal"] if site.causal else []
+    notes += ["masked"] if site.mask else []
+    notes += [f"{site.padding_percent:.1f} % padding"] if site.padding_percent else []
+    what = "rewritten" if site.rewritten else f"left alone: {site.reason}"
+    return ", ".join([what, *notes])
+
+
+def _io_table(manifest: Manifest) -> Table:
+    table = table_of("Bindings of every engine", "mode", "name", "dtype", "shape")
+    for io in manifest.io:
+        table.add_row(
+            io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar"
+        )
+    return table
+
+
+def _plan_table(manifest: Manifest) -> Table:
+    table = table_of(
+        "The model's plan", "kind", "module", "tensor", "dim", "length", right=("dim",)
+    )
+    for entry in manifest.plan:
+        length = str(entry.global_size) if entry.applied else f"not applied: {entry.reason}"
+        module = escape(entry.module or "(model)")
+        table.add_row(entry.kind, module, escape(entry.tensor), str(entry.dim), escape(length))
+    return table
+
+
+def _sharding_table(manifest: Manifest) -> Table:
+    numbers = ("count", "dim", "tokens", "padded")
+    found = "found" if manifest.plan_source == "inferred" else "after the model's plan"
+    table = table_of(f"Sharding, {found}", "kind", "what", "module", *numbers, right=numbers)
+    rows = Counter(
+        (
+            entry.kind,
+            entry.operator,
+            starred(entry.module),
+            str(entry.dim),
+            f"{entry.local} of {' + '.join(map(str, entry.segments))}",
+            f"{entry.padding_percent:.1f} %" if entry.padding else "",
+        )
+        for entry in manifest.sharding
+    )
+    for (kind, what, module, *rest), times in rows.items():
+        table.add_row(kind, escape(what), escape(module), str(times), *rest)
+    return table
+
+
+_LEVELS = {"program": "program", "network": "program and networks", "none": "nothing"}
+
+
+def _proof_line(proof: Proof) -> str:
+    if proof.status == "skipped":
+        return "skipped (--no-proof): nothing is known about these engines' numbers"
+    assert proof.bound is not None
+    line = (
+        f"passed ({_LEVELS[proof.level]}): relative error "
+        f"{max(e.max for e in proof.ranks):.1e} (bound {proof.bound.max:.1e}), "
+        f"in float32 arithmetic {max(e.max for e in proof.algebra):.1e}"
+    )
+    if proof.network is not None:
+        line += f", of the networks {max(e.max for e in proof.network.algebra):.1e}"
+    if proof.control is not None:
+        line += f"; without communication {proof.control.max:.1e}"
+    return line + ("; proven when this same job was run before" if proof.recalled else "")
+
+
+def _attention_line(sites: Sequence[Attention]) -> str:
+    done = sum(site.rewritten for site in sites)
+    kept = Counter(site.reason for site in sites if not site.rewritten)
+    return f"{done} rewritten" + "".join(f", {n} left alone ({why})" for why, n in kept.items())
+
+
+def _collectives_line(manifest: Manifest) -> str:
+    parts = [f"{c.count} {c.kind}, {size(c.bytes_sent)} sent" for c in manifest.collectives]
+    return ("; ".join(parts) + " by each rank per forward") if parts else "none"
+
+
+def _backend_line(manifest: Manifest) -> str:
+    backend = manifest.backend
+    targets = ", ".join(backend.compute_capabilities) or "this machine's GPU"
+    return f"{backend.name} {backend.version} for compute capability {targets}"

@@ -1,0 +1,94 @@
+"""A long conversion as it goes: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.progress import Progress as Bars
+
+from ..progress import Progress
+from .screen import Screen
+
+
+@contextmanager
+def shown(screen: Screen) -> Iterator[Progress]:
+    """Progress bars on stderr; plain lines where that is no terminal, and with ``-v``."""
+    if screen.verbosity < 0:
+        yield Progress()
+    elif screen.verbosity > 0 or not screen.err.is_terminal:
+        yield _Lines(screen.err)
+    else:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[items]}", markup=False),
+        )
+        with Bars(*columns, console=screen.err, transient=True) as bars:
+            yield _Bars(bars)
+
+
+class _Lines(Progress):
+    """One plain line a stage."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+        self.begun: dict[str, float] = {}
+
+    def start(self, stage: str, total: int) -> None:
+        self.console.print(f"{stage} ...", soft_wrap=True)
+
+    def begin(self, stage: str, item: str) -> None:
+        self.begun[item] = time.monotonic()
+        self.console.print(f"{stage} {item} ...", soft_wrap=True)
+
+    def end(self, stage: str, item: str) -> None:
+        seconds = time.monotonic() - self.begun.pop(item)
+        self.console.print(f"{stage} {item} done in {seconds:.1f} s", soft_wrap=True)
+
+    def finish(self, stage: str, seconds: float) -> None:
+        self.console.print(f"{stage} done in {seconds:.1f} s")
+
+
+class _Bars(Progress):
+    """One bar a stage."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+        self.items: list[str] = []
+
+    def start(self, stage: str, total: int) -> None:
+        self.tasks[stage] = self.bars.add_task(stage, total=total, items="")
+
+    def begin(self, stage: str, item: str) -> None:
+        self._tell(stage, [*self.items, item])
+
+    def end(self, stage: str, item: str) -> None:
+        self._tell(stage, [one for one in self.items if one != item])
+
+    def _tell(self, stage: str, items: list[str]) -> None:
+        self.items = items
+        self.bars.update(self.tasks[stage], items=", ".join(items))
+
+    def step(self, stage: str) -> None:
+        self.bars.advance(self.tasks[stage])
+
+    def finish(self, stage: str, seconds: float) -> None:
+        task = self.bars.tasks[self.tasks[stage]]
+        self.bars.update(self.tasks[stage], completed=task.total)
+        self.bars.stop_task(self.tasks[stage])
