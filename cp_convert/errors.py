@@ -14,7 +14,8 @@
     │   └── CannotLower              an operator without a TensorRT lowering
     ├── ProofFailed         exit 4   the ranks together do not compute what the model computes
     ├── BuildFailed         exit 5   TensorRT refused the network
-    └── DamagedBundle       exit 6   a bundle that is incomplete, altered or no bundle
+    ├── DamagedBundle       exit 6   a bundle that is incomplete, altered or no bundle
+    └── RunFailed           exit 7   ranks that died, hung, disagree or return NaN
 
 ``cli.main`` is the only place that turns one of these into an exit code.
 """
@@ -127,3 +128,10 @@ class DamagedBundle(ConvertError):
 
     exit_code = 6
     title = "Damaged bundle"
+
+
+class RunFailed(ConvertError):
+    """The ranks of a bundle were started and did not come to a right end together."""
+
+    exit_code = 7
+    title = "The run failed"

@@ -24,6 +24,7 @@ EXTERNAL_FROM: Final = 1 << 30
 """Bytes of weights from which on ``auto`` keeps them out of the engines: a second copy in every
 engine, and several while one is built, no longer fit a small machine."""
 DEVICES: Final = ("cpu", "cuda")
+PROGRAMS: Final = (AUTO, "yes", "no")
 PROOFS: Final = ("auto", "none", "program", "network")
 
 
@@ -46,6 +47,8 @@ class Job:
         weights_mode: ``embedded`` in every engine, ``external`` as inputs of the engines, or
             ``auto``: external from :data:`EXTERNAL_FROM` bytes on.
         copy_weights: external weights are copied into the bundle, whatever the user's files hold.
+        program: whether the program is stored in the bundle, to be run by torch; ``auto``: unless
+            that would copy more than :data:`EXTERNAL_FROM` bytes of weights.
         layout: ``per-rank`` bakes a rank's slices into its engine, ``shared`` takes them by a
             collective, so that all ranks have the same engine; ``auto``: shared where weights are
             external and the strategy lets it.
@@ -80,6 +83,7 @@ class Job:
     weights: Path | None = None
     weights_mode: str = AUTO
     copy_weights: bool = False
+    program: str = AUTO
     layout: str = AUTO
     compute_capabilities: tuple[str, ...] = ()
     proof: str = "auto"
@@ -101,6 +105,7 @@ class Job:
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)
         _one_of("weights-mode", self.weights_mode, WEIGHTS_MODES)
+        _one_of("program", self.program, PROGRAMS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("proof-device", self.proof_device, DEVICES)
         if self.plan is not None:

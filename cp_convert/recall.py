@@ -112,8 +112,7 @@ def recall(
         return None
     for name, engine in engines.items():
         place(files[engine], folder / name)
-    if (entry / CONSTANTS).is_file():
-        place(entry / CONSTANTS, folder / CONSTANTS)
+    _take(entry, folder, known)
     return replace(
         known,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,5 +146,14 @@ def keep(
     with cache.store("bundles", key) as folder:
         (folder / _MANIFEST).write_bytes(m.encode(manifest))
         (folder / _ENGINES).write_bytes(msgspec.json.encode(engines))
-        if (bundle / CONSTANTS).is_file():
-            place(bundle / CONSTANTS, folder / CONSTANTS)
+        _take(bundle, folder, manifest)
+
+
+def _take(source: Path, target: Path, manifest: m.Manifest) -> None:
+    """The bundle's own files besides engines and weights, from one folder into another."""
+    names = [CONSTANTS] if (source / CONSTANTS).is_file() else []
+    if manifest.program is not None:
+        names += [manifest.program.document.file, manifest.program.tensors.file]
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        place(source / name, target / name)

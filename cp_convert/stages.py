@@ -16,6 +16,7 @@ from .bundle.describe import describe
 from .bundle.external import Placing
 from .bundle.folder import engine_name
 from .bundle.manifest import Manifest
+from .bundle.program import write_program
 from .cache.store import Cache
 from .capture.capture import capture
 from .engine.build import prepare
@@ -28,10 +29,10 @@ from .errors import CannotShard
 from .files import place
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
-from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten
+from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten, StoredProgram
 from .ir.source import Source
 from .ir.tensors import Weight
-from .job import AUTO, FUSED, Job
+from .job import AUTO, EXTERNAL_FROM, FUSED, Job
 from .mesh import Mesh
 from .progress import Clock
 from .prove import (
@@ -83,7 +84,8 @@ def make(
     built = replace(built, workarounds=tuple(workarounds))
     networks = _replayed(loaded, emitted, proof, built, clock)
     weights = _weights(loaded, emitted, placing, clock)
-    made = Made(loaded, captured, rewritten, emitted, proof, built, networks, weights)
+    program = _stored(loaded, captured, emitted, placing, clock)
+    made = Made(loaded, captured, rewritten, emitted, proof, built, networks, weights, program)
     return describe(made, clock.seconds), built.keys
 
 
@@ -212,3 +214,19 @@ def _weights(
     with clock.stage("weights"):
         found = placing.weights | store(emitted.constants, loaded.folder)
         return tuple(found[name] for name in emitted.names.values())
+
+
+def _stored(
+    loaded: Loaded, captured: Captured, emitted: Emitted, placing: Placing, clock: Clock
+) -> StoredProgram | None:
+    """The program in the bundle; it refers to weights as the engines do."""
+    job, source = loaded.job, loaded.source
+    copied = 0 if source.external else source.bytes
+    if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
+        return None
+    with clock.stage("store"):
+        names = captured.signature.parameters if source.external else {}
+        files = write_program(emitted.rewritten, names, loaded.folder)
+        bound = set(emitted.names.values())
+        rest = (placing.weights[name] for name in names.values() if name not in bound)
+        return StoredProgram(*files, tuple(rest))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -12,7 +13,7 @@ from ..ir.attention import Outcome
 from ..ir.engine import Engine
 from ..ir.program import Binding
 from ..ir.proof import Error, NetworkProof, Proof
-from ..ir.records import Made
+from ..ir.records import Made, StoredProgram
 from ..ir.sharded import Move
 from ..ir.signature import Applied
 from ..ir.source import Source
@@ -35,6 +36,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         tool=m.Tool(name="cp-convert", version=__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model_entry(job, source),
+        request=m.Request(tiny=job.tiny, resolution=job.resolution, freeze=list(job.freeze)),
         strategy=job.strategy,
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
@@ -53,6 +55,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         layout=made.emitted.layout,  # type: ignore[arg-type]
         weights_mode="external" if source.external else "embedded",
         weights=[weight_entry(w) for w in made.weights],
+        program=None if made.program is None else _program(made.program),
         engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
@@ -70,6 +73,15 @@ def _backend(made: Made) -> m.Backend:
     )
 
 
+def _program(stored: StoredProgram) -> m.Program:
+    document, tensors = (
+        m.BundleFile(file=f.file, bytes=f.size, sha256=f.sha256)
+        for f in (stored.document, stored.tensors)
+    )
+    weights = [weight_entry(w) for w in stored.weights]
+    return m.Program(document=document, tensors=tensors, weights=weights)
+
+
 def _engine(engine: Engine, recalled: bool) -> m.Engine:
     return m.Engine(
         rank=engine.rank,
@@ -85,11 +97,22 @@ def model_entry(job: Job, source: Source) -> m.Model:
     """Which model this is."""
     return m.Model(
         name=job.name,
+        kind=type(source.module).__name__,
         source=str(job.model),
         source_sha256=source.sha256,
         parameters=source.parameters,
         weights=None if job.weights is None else str(job.weights),
+        config=_config(source),
     )
+
+
+def _config(source: Source) -> dict[str, Any] | None:
+    """The model's configuration in JSON's types, as diffusers would write it."""
+    config = getattr(source.module, "config", None)
+    if not isinstance(config, Mapping):
+        return None
+    told: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return told
 
 
 def weight_entry(weight: Weight) -> m.Weight:

@@ -27,6 +27,8 @@ from .manifest import Manifest
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 """External weights that stand in no file of the user's."""
+PROGRAM: Final = "program"
+"""The folder of the program, which is run where no TensorRT is."""
 CONSTANTS: Final = "constants.safetensors"
 """What forward computes from external weights alone."""
 _CHUNK: Final = 1 << 28

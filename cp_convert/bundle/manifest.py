@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 5
-SCHEMA_ID: Final = "urn:cp-convert:manifest:5"
+SCHEMA_VERSION: Final = 6
+SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -36,13 +36,26 @@ class Tool(_Struct, frozen=True):
 
 
 class Model(_Struct, frozen=True):
-    """The model that was converted."""
+    """The model that was converted.
+
+    ``kind`` is the module's class, ``config`` its whole configuration if it is one of diffusers'.
+    """
 
     name: str
+    kind: str
     source: str
     source_sha256: Sha256
     parameters: Count
     weights: str | None
+    config: dict[str, Any] | None
+
+
+class Request(_Struct, frozen=True):
+    """What besides the model's file decides which dense model this is."""
+
+    tiny: bool
+    resolution: str | None
+    freeze: list[str]
 
 
 class Backend(_Struct, frozen=True):
@@ -178,6 +191,27 @@ class Weight(_Struct, frozen=True):
     sha256: Sha256
 
 
+class BundleFile(_Struct, frozen=True):
+    """A file of the bundle, by its path within."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+    bytes: Positive
+    sha256: Sha256
+
+
+class Program(_Struct, frozen=True):
+    """The program that was handed to the lowering, to be run by torch where no TensorRT is.
+
+    ``tensors`` holds its constants, and its parameters where the engines embed them. ``weights``
+    are parameters that it reads from other files and the engines do not, because what follows from
+    them was computed once.
+    """
+
+    document: BundleFile
+    tensors: BundleFile
+    weights: list[Weight]
+
+
 class Error(_Struct, frozen=True):
     """Relative errors: largest, and root mean square, each over that of the reference."""
 
@@ -226,10 +260,11 @@ class Manifest(_Struct, frozen=True):
     engine files are one (hard links where the file system has them).
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     tool: Tool
     created: str
     model: Model
+    request: Request
     strategy: str
     axes: dict[str, Positive]
     groups: dict[str, list[list[Count]]]
@@ -249,6 +284,7 @@ class Manifest(_Struct, frozen=True):
     engines: list[Engine]
     weights_mode: Literal["embedded", "external"]
     weights: list[Weight]
+    program: Program | None
     proof: Proof
     timings: dict[str, Seconds]
     command: str

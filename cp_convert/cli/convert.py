@@ -24,6 +24,7 @@ from ..job import (
     DEVICES,
     FUSED,
     LAYOUTS,
+    PROGRAMS,
     PROOFS,
     STRATEGY_NAMES,
     WEIGHTS_MODES,
@@ -98,6 +99,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     is_flag=True,
     help="Copy external weights into the bundle instead of naming your files.",
 )
+@click.option(
+    "--program", type=click.Choice(PROGRAMS), default=AUTO, show_default=True,
+    help="Store the program in the bundle, for `cp-convert run` where no TensorRT is; auto: unless "
+    "1 GiB of weights or more would be copied for it.",
+)  # fmt: skip
 @click.option(
     "--layout", type=click.Choice(LAYOUTS), default=AUTO, show_default=True,
     help="One engine for all ranks, or one each; auto: shared where weights are external and the "

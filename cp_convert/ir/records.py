@@ -110,6 +110,30 @@ class Built:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file in the bundle, by its path within, its size in bytes and its SHA-256."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoredProgram:
+    """The program in the bundle.
+
+    Attributes:
+        document: the graph.
+        tensors: its constants, and its parameters where the engines embed them.
+        weights: parameters that the engines do not read, and where they are.
+    """
+
+    document: StoredFile
+    tensors: StoredFile
+    weights: tuple[Weight, ...]
+
+
+@dataclass(frozen=True)
 class Made:
     """All that a finished conversion found; ``proof`` is ``None`` where none was asked for."""
 
@@ -121,3 +145,4 @@ class Made:
     built: Built
     network_proof: NetworkProof | None
     weights: tuple[Weight, ...]
+    program: StoredProgram | None

@@ -103,7 +103,7 @@ def prove(
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, loss, is_wide = truth.reference, truth.loss, truth.is_wide
-    bound = _bound(loss, rtol)
+    bound = bound_of(loss, rtol)
     begun = time.perf_counter()
     wide = run(
         stages.rewritten, flat_inputs(stages.rewritten, inputs), stages.world, widen=not is_wide
@@ -179,7 +179,8 @@ def _against_program(
     return tuple(worst(of_rank, whole) for of_rank in wide)
 
 
-def _bound(loss: Error, rtol: float | None) -> Error:
+def bound_of(loss: Error, rtol: float | None) -> Error:
+    """What may be lost where the dense model loses ``loss``; ``rtol`` replaces it."""
     if rtol is not None:
         return Error(rtol, rtol)
     return Error(max(FLOOR, MARGIN * loss.max), max(FLOOR, MARGIN * loss.rms))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,3 +92,15 @@ class _Bars(Progress):
         task = self.bars.tasks[self.tasks[stage]]
         self.bars.update(self.tasks[stage], completed=task.total)
         self.bars.stop_task(self.tasks[stage])
+
+
+@contextmanager
+def running(screen: Screen) -> Iterator[Callable[[int, str], None]]:
+    """What ranks are doing: one line on a terminal that changes, plain lines with ``-v``."""
+    if screen.verbosity > 0:
+        yield lambda rank, doing: screen.err.print(f"rank {rank}: {doing}", soft_wrap=True)
+    elif screen.verbosity == 0 and screen.err.is_terminal:
+        with screen.err.status("starting") as status:
+            yield lambda rank, doing: status.update(f"rank {rank}: {doing}")
+    else:
+        yield lambda rank, doing: None

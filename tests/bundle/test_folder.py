@@ -19,10 +19,15 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
     files = [folder / bundle.engine_name(rank) for rank in range(world)]
     error = m.Error(max=1e-7, rms=1e-8)
     return m.Manifest(
-        schema_version=5,
+        schema_version=6,
         tool=m.Tool(name="cp-convert", version="0"),
         created="2026-01-01T00:00:00+00:00",
-        model=m.Model(name="x", source="x.py", source_sha256="0" * 64, parameters=1, weights=None),
+        model=m.Model(
+            name="x", kind="X", source="x.py", source_sha256="0" * 64, parameters=1, weights=None,
+            config=None,
+        ),
+        request=m.Request(tiny=False, resolution=None, freeze=[]),
+        program=None,
         strategy="ulysses",
         axes={"cp": world},
         groups={},

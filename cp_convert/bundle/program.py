@@ -1,0 +1,111 @@
+"""The program in a bundle: ``program/program.json`` and ``program/tensors.safetensors``.
+
+It is the very program that was handed to the lowering, the same for all ranks, in canonical JSON;
+no pickle. Numbers stand in the safetensors file, but for weights that the engines read from other
+files: those are named, and the manifest says where they are. The JSON is that of
+:mod:`cp_convert.ir.serialize`, with numbers that JSON lacks (infinities, NaN) as tagged strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from ..errors import DamagedBundle
+from ..files import sha256
+from ..ir.program import Lowered
+from ..ir.records import StoredFile
+from ..ir.serialize import Packed, pack, unpack
+from ..ir.tensors import mapped, save
+from .folder import PROGRAM
+
+DOCUMENT: Final = f"{PROGRAM}/program.json"
+TENSORS: Final = f"{PROGRAM}/tensors.safetensors"
+_FLOAT: Final = "float"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A program that was read from a bundle.
+
+    Attributes:
+        program: parameters that stand in other files are on the ``meta`` device.
+        names: of those, by placeholder.
+    """
+
+    program: Lowered
+    names: Mapping[str, str]
+
+
+def write_program(
+    program: Lowered, names: Mapping[str, str], folder: Path
+) -> tuple[StoredFile, StoredFile]:
+    """Write ``program`` into the bundle at ``folder``.
+
+    Args:
+        program: of all ranks, before Torch-TensorRT's lowering.
+        names: by placeholder, parameters whose numbers stand elsewhere; others are copied.
+        folder: the bundle's.
+
+    Returns:
+        what the manifest says of the two files.
+
+    Raises:
+        CannotLower: an operator or argument that has no name.
+    """
+    (folder / PROGRAM).mkdir(exist_ok=True)
+    packed = pack(program, described=names)
+    document = {"names": dict(names), **msgspec.msgpack.decode(packed.document)}
+    text = json.dumps(_to_json(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    (folder / DOCUMENT).write_text(text)
+    save(dict(sorted(packed.tensors.items())), folder / TENSORS)
+    return _file(folder, DOCUMENT), _file(folder, TENSORS)
+
+
+def read_program(folder: Path) -> Stored:
+    """The program of the bundle at ``folder``; its constants are mapped, not read.
+
+    Raises:
+        DamagedBundle: a file is missing, or is not what it should be.
+    """
+    try:
+        document = _from_json(json.loads((folder / DOCUMENT).read_bytes()))
+        names = document.pop("names")
+        packed = Packed(msgspec.msgpack.encode(document), mapped(folder / TENSORS))
+        return Stored(unpack(packed), names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedBundle(
+            f"{folder / DOCUMENT} cannot be read: {error!r}.",
+            hint="copy the bundle again, or convert again with --force.",
+        ) from error
+
+
+def _file(folder: Path, name: str) -> StoredFile:
+    path = folder / name
+    return StoredFile(name, path.stat().st_size, sha256(path))
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: repr(value)}
+    if isinstance(value, list | tuple):
+        return [_to_json(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _to_json(one) for key, one in value.items()}
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(one) for one in value]
+    if isinstance(value, dict):
+        if set(value) == {_FLOAT}:
+            return float(value[_FLOAT])
+        return {key: _from_json(one) for key, one in value.items()}
+    return value

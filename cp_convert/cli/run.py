@@ -1,0 +1,160 @@
+"""``cp-convert run``."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import bundle as bundles
+from ..bundle.manifest import Manifest
+from ..errors import UsageError
+from . import options
+from .places import Place, place_of
+
+EXECUTORS = ("auto", "tensorrt", "torch")
+
+
+@click.command("run", context_settings=options.SETTINGS)
+@options.bundle
+@click.option(
+    "--executor", type=click.Choice(EXECUTORS), default="auto", show_default=True,
+    help="What runs: the engines by TensorRT, or the stored program by torch (NCCL on GPUs, gloo "
+    "on CPUs); auto: TensorRT where it can.",
+)  # fmt: skip
+@click.option(
+    "--devices", metavar="LIST",
+    help="Such as 0,1,2,3 for GPUs, one a rank, or cpu.  [default: GPUs where there are as many "
+    "as ranks, else cpu]",
+)  # fmt: skip
+@click.option(
+    "--inputs", type=click.Path(path_type=Path),
+    help="A safetensors file with the names that `cp-convert inspect` lists.  [default: random]",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random inputs.")
+@click.option(
+    "--outputs", type=click.Path(path_type=Path), help="Write the outputs to this safetensors file."
+)
+@click.option(
+    "--check/--no-check", default=True, show_default=True,
+    help="Outputs must be finite, the same on all ranks, and the dense model's, where that can be "
+    "built again.",
+)  # fmt: skip
+@click.option(
+    "--repeat", type=click.IntRange(0), default=0, show_default=True,
+    help="Time this many forwards after the first.",
+)  # fmt: skip
+@click.option("--compile", "compiled", is_flag=True, help="torch: through torch.compile.")
+@click.option("--profile", is_flag=True, help="Measure the share of collectives.")
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True,
+    help="Compare weights outside the engines with the manifest's SHA-256.",
+)  # fmt: skip
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=60.0, show_default=True, metavar="SECONDS",
+    help="All ranks are ended when one says nothing for so long.",
+)  # fmt: skip
+@options.common
+def command(
+    *,
+    bundle: Path,
+    devices: str | None,
+    inputs: Path | None,
+    outputs: Path | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+    **rest: Any,
+) -> None:
+    """Run all ranks of BUNDLE together, compare their outputs, and time them.
+
+    Alone it starts one process a rank on this machine. Under torchrun, mpirun or srun it is one
+    rank, and takes its place from the launcher:
+
+    \b
+      cp-convert run flux-ulysses-w8 --repeat 10
+      torchrun --nproc-per-node 8 --no-python cp-convert run flux-ulysses-w8
+
+    Exits with 7 when a rank dies, hangs, disagrees with the others or returns NaN.
+    """
+    screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
+    from ..show.run import ran  # late: rich
+
+    manifest, folder = bundles.read(bundle)
+    place = place_of(manifest.world)
+    _check_files(inputs, outputs)
+    with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
+        request = {
+            "bundle": str(folder.resolve()),
+            "devices": _devices(devices, manifest.world, place),
+            "inputs": None if inputs is None else str(inputs.resolve()),
+            "outputs": str(Path(scratch, "outputs.safetensors")),
+            **rest,
+        }
+        with options.others_on_stderr(as_json=as_json):
+            reports = _run(manifest, request, place, Path(scratch), screen)
+            if place is not None and place.rank:
+                return
+            checked = None
+            if rest["check"]:
+                checked = _against_dense(manifest, request, screen)
+        if outputs is not None:
+            Path(str(request["outputs"])).replace(outputs)
+        ran(screen, manifest, reports, checked, outputs)
+
+
+def _check_files(inputs: Path | None, outputs: Path | None) -> None:
+    """What would fail after minutes is told before."""
+    if inputs is not None and not inputs.is_file():
+        raise UsageError(f"--inputs: there is no file {inputs}.")
+    if outputs is not None and not outputs.absolute().parent.is_dir():
+        raise UsageError(f"--outputs: there is no folder {outputs.absolute().parent}.")
+
+
+def _devices(given: str | None, world: int, place: Place | None) -> list[str]:
+    """One for each local rank; empty: chosen by the rank itself."""
+    local = world if place is None else place.local_world
+    if given is None:
+        return []
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if names == ["cpu"]:
+        return ["cpu"] * local
+    if not all(name.isdigit() for name in names):
+        raise UsageError(
+            f"--devices {given}: not a list of GPUs.", hint="--devices 0,1,2,3, or --devices cpu."
+        )
+    if len(names) != local:
+        raise UsageError(
+            f"--devices {given}: {len(names)} GPUs for {local} ranks.",
+            hint="name one GPU for each rank; --devices cpu needs none.",
+        )
+    if len(set(names)) < len(names):
+        raise UsageError(
+            f"--devices {given}: a GPU is named twice.", hint="NCCL wants one GPU for each rank."
+        )
+    return [f"cuda:{name}" for name in names]
+
+
+def _run(
+    manifest: Manifest, request: dict[str, Any], place: Place | None, scratch: Path, screen: Any
+) -> list[dict[str, Any]]:
+    from ..show.progress import running  # late: rich
+
+    if place is not None:
+        from ..runtime.guarded import run_guarded  # late: torch
+
+        return run_guarded(request, place.rank, place.world, place.local)
+    from ..runtime.launch import launch
+
+    request["store"] = str(scratch / "store")
+    with running(screen) as told:
+        return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
+
+
+def _against_dense(manifest: Manifest, request: dict[str, Any], screen: Any) -> Any:
+    """The outputs against the dense model's, or why they cannot be compared."""
+    from ..runtime.dense import compare  # late: torch
+
+    return compare(manifest, request)

@@ -1,0 +1,104 @@
+"""A run's outputs against the dense model, where that can be built again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..bundle.manifest import Manifest
+from ..errors import ConvertError, RunFailed
+from ..files import sha256
+from ..ir.tensors import mapped
+from ..job import Job
+from ..model.load import load
+from ..prove.errors import worst
+from ..prove.measure import measure
+from ..prove.program import bound_of
+from .session import Request, given_inputs
+
+
+def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the outputs that rank 0 wrote are from the dense model's on the same inputs.
+
+    The bound is the proof's: twice what the dense model itself loses in the bundle's precision.
+
+    Args:
+        manifest: of the bundle.
+        request: of the run; its ``outputs`` are there.
+
+    Returns:
+        ``error`` and ``bound``, or the ``reason`` why there is nothing to compare with.
+
+    Raises:
+        RunFailed: the error is beyond the bound.
+    """
+    reason = _why_not(manifest)
+    if reason is not None:
+        return {"reason": reason, "error": None, "bound": None}
+    try:
+        source = load(_job(manifest))
+    except ConvertError as refusal:
+        return {"reason": refusal.message, "error": None, "bound": None}
+    asked = msgspec.convert(dict(request), Request)
+    given = given_inputs(manifest, asked)
+    inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
+    truth = measure(source.module, inputs)
+    found = mapped(Path(str(asked.outputs)))
+    outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
+    error, bound = worst(outputs, truth.reference), bound_of(truth.loss, None)
+    if not error.within(bound):
+        raise RunFailed(
+            f"the ranks together return something else than the dense model: relative error "
+            f"{error.max:.1e} (bound {bound.max:.1e}).",
+            hint="the engines or weights are not those that were proven, or the run-time computes "
+            "them differently; --executor torch tells the two apart.",
+        )
+    return {"reason": None, "error": error.max, "bound": bound.max}
+
+
+def _why_not(manifest: Manifest) -> str | None:
+    source = Path(manifest.model.source)
+    if manifest.groups:
+        return "the model communicates by itself"
+    if not source.is_file():
+        return f"{source} is not here"
+    if sha256(source) != manifest.model.source_sha256:
+        return f"{source} has changed"
+    if sum(w.bytes for w in manifest.weights) > _LARGE:
+        return "the model is large; --executor torch on GPUs is the reference then"
+    return None
+
+
+_LARGE = 4 << 30
+
+
+def _job(manifest: Manifest) -> Job:
+    model, request = manifest.model, manifest.request
+    return Job(
+        model=Path(model.source),
+        strategy="ulysses",
+        world=1,
+        out=Path(),
+        precision=manifest.precision,
+        weights=None if model.weights is None else Path(model.weights),
+        weights_mode=manifest.weights_mode,
+        freeze=tuple(request.freeze),
+        tiny=request.tiny,
+        resolution=request.resolution,
+    )
+
+
+def _filled(value: Any, name: str, given: Mapping[str, Tensor]) -> Any:
+    """The argument with the run's tensors in the places of the example's."""
+    leaves, spec = pytree.tree_flatten_with_path(value)
+    new = []
+    for path, leaf in leaves:
+        own = ".".join([name, *(str(getattr(k, "key", getattr(k, "idx", k))) for k in path)])
+        new.append(given.get(own, leaf) if isinstance(leaf, torch.Tensor) else leaf)
+    return pytree.tree_unflatten(new, spec)

@@ -1,0 +1,121 @@
+"""One rank of a bundle, ready to be called: chosen in one place, refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from .. import bundle as bundles
+from ..bundle.manifest import Manifest
+from ..errors import BackendMissing, UsageError
+
+if TYPE_CHECKING:  # a bundle is checked before torch is imported
+    from torch import Tensor
+
+EXECUTORS: Final = ("auto", "tensorrt", "torch")
+Told = Callable[[str], None]
+
+
+class Executor(Protocol):
+    """One rank of a bundle at work; a context manager, whose end frees what it holds.
+
+    Attributes:
+        name: ``tensorrt`` or ``torch``.
+        manifest: of the bundle.
+        rank: whose engine or program it is.
+    """
+
+    name: str
+    manifest: Manifest
+    rank: int
+
+    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
+        """The model's outputs by name; all ranks must be called alike, with the same inputs."""
+
+    def close(self) -> None:
+        """Free everything, in the order that the libraries want; a second time it does nothing."""
+
+    def __enter__(self) -> Executor:
+        """Itself."""
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+
+
+def open_rank(
+    path: Path,
+    rank: int,
+    *,
+    executor: str = "auto",
+    device: str | None = None,
+    communicator: Any = None,
+    compiled: bool = False,
+    verify: bool = True,
+    told: Told = lambda _: None,
+) -> Executor:
+    """Open the bundle at ``path`` for ``rank``; collective: every rank of the world does it.
+
+    ``torch.distributed`` must have been initialised with the bundle's world, unless that is 1 or a
+    ``communicator`` is given.
+
+    Args:
+        path: the bundle.
+        rank: 0 to world - 1.
+        executor: one of :data:`EXECUTORS`; ``auto`` takes TensorRT where it can run the engines.
+        device: such as ``cuda:1`` or ``cpu``; ``None``: a GPU where there is one, rank by rank.
+        communicator: for TensorRT, the address of an ``ncclComm_t`` of all ranks; ``None`` takes
+            that of torch's process group.
+        compiled: whether torch's program goes through ``torch.compile``.
+        verify: whether weights outside the engines are compared with the manifest's SHA-256.
+        told: is called with every step that was taken, so that a watcher sees progress.
+
+    Raises:
+        DamagedBundle: a file is missing or altered.
+        UsageError: there is no such rank.
+        BackendMissing: the executor cannot run this bundle here.
+    """
+    manifest, folder = bundles.read(path)
+    if not 0 <= rank < manifest.world:
+        raise UsageError(
+            f"rank {rank}: the bundle has ranks 0 to {manifest.world - 1}.",
+            hint=f"start {manifest.world} ranks.",
+        )
+    name, why_not = choose(manifest, executor, device)
+    if name == "tensorrt":
+        from .tensorrt_executor import TensorRTExecutor
+
+        return TensorRTExecutor(
+            manifest, folder, rank, device, communicator, verify=verify, told=told
+        )
+    if manifest.program is None:
+        raise BackendMissing(
+            "the bundle holds no program for torch"
+            + (f", and TensorRT cannot run its engines here: {why_not}." if why_not else "."),
+            hint="convert with --program yes.",
+        )
+    from .torch_executor import TorchExecutor
+
+    return TorchExecutor(
+        manifest, folder, rank, device, compiled=compiled, verify=verify, told=told
+    )
+
+
+def choose(manifest: Manifest, executor: str, device: str | None) -> tuple[str, str | None]:
+    """Which executor runs this bundle, and why TensorRT does not, if it does not.
+
+    Raises:
+        BackendMissing: TensorRT is asked for and cannot.
+    """
+    if executor == "torch":
+        return executor, None
+    from .tensorrt_executor import why_not
+
+    reason = why_not(manifest, device)
+    if executor == "tensorrt" and reason is not None:
+        raise BackendMissing(
+            f"TensorRT cannot run these engines here: {reason}.",
+            hint="--executor torch runs the stored program; the numbers are the same, not the "
+            "speed.",
+        )
+    return ("tensorrt", None) if reason is None else ("torch", reason)
