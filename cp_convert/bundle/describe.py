@@ -89,6 +89,10 @@ def model_entry(job: Job, source: Source) -> m.Model:
         source_sha256=source.sha256,
         parameters=source.parameters,
         weights=None if job.weights is None else str(job.weights),
+        matched=list(source.told),
+        casts=[
+            m.Cast(stored=c.stored, computed=c.computed, tensors=c.tensors) for c in source.casts
+        ],
     )
 
 

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
-SCHEMA_VERSION: Final = 5
-SCHEMA_ID: Final = "urn:cp-convert:manifest:5"
+SCHEMA_VERSION: Final = 6
+SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -35,14 +35,28 @@ class Tool(_Struct, frozen=True):
     version: str
 
 
+class Cast(_Struct, frozen=True):
+    """How many ``tensors`` of the weights' files are computed with in another type."""
+
+    stored: str
+    computed: str
+    tensors: Positive
+
+
 class Model(_Struct, frozen=True):
-    """The model that was converted."""
+    """The model that was converted.
+
+    ``matched`` says how its names were found in the files of ``weights`` where they are others
+    there, and ``casts`` which types were changed.
+    """
 
     name: str
     source: str
     source_sha256: Sha256
     parameters: Count
     weights: str | None
+    matched: list[str]
+    casts: list[Cast]
 
 
 class Backend(_Struct, frozen=True):
@@ -226,7 +240,7 @@ class Manifest(_Struct, frozen=True):
     engine files are one (hard links where the file system has them).
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     tool: Tool
     created: str
     model: Model

@@ -22,8 +22,8 @@ from cp_convert.engine.one_program import by_scatter, why_not_shared
 from cp_convert.engine.specialise import specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.job import Job
+from cp_convert.model.checkpoint import locate
 from cp_convert.model.load import load
-from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.measure import flat_inputs
 from tests.conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs

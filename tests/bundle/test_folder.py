@@ -19,10 +19,18 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
     files = [folder / bundle.engine_name(rank) for rank in range(world)]
     error = m.Error(max=1e-7, rms=1e-8)
     return m.Manifest(
-        schema_version=5,
+        schema_version=6,
         tool=m.Tool(name="cp-convert", version="0"),
         created="2026-01-01T00:00:00+00:00",
-        model=m.Model(name="x", source="x.py", source_sha256="0" * 64, parameters=1, weights=None),
+        model=m.Model(
+            name="x",
+            source="x.py",
+            source_sha256="0" * 64,
+            parameters=1,
+            weights=None,
+            matched=[],
+            casts=[],
+        ),
         strategy="ulysses",
         axes={"cp": world},
         groups={},
@@ -241,4 +249,4 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     text = (out / "manifest.json").read_bytes()
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
-    assert msgspec.json.decode(text)["schema_version"] == 5
+    assert msgspec.json.decode(text)["schema_version"] == 6

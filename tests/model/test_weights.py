@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cp_convert.errors import WeightsError
-from cp_convert.model.weights import load_weights
+from cp_convert.model.checkpoint import locate
+from cp_convert.model.weights import Filled
+from cp_convert.model.weights import load_weights as fill
+
+
+def load_weights(module: nn.Module, path: Path, **options: Any) -> Filled:
+    return fill(module, locate(path), path, **options)
 
 
 def model() -> nn.Module:
