@@ -142,7 +142,10 @@ def _inside(index: Path, name: str, file: str) -> Path:
 
 def _check_link(folder: Path, file: Path) -> None:
     """A link stays in the folder, or leads to a blob of a model hub's cache."""
-    target = file.resolve()
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise WeightsError(f"{file} leads nowhere: {error}.", where=str(file)) from error
     if target.is_relative_to(folder.resolve()) or _is_blob(target):
         return
     raise WeightsError(

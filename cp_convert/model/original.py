@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import WeightsError
 from ..ir.tensors import Location
@@ -43,7 +45,8 @@ def renamed(
     """
     given = dict(tensors)
     try:
-        found = mapping(checkpoint=given, config=dict(getattr(module, "config", {})))
+        with _AloneIsNotJoined():
+            found = mapping(checkpoint=given, config=dict(getattr(module, "config", {})))
     # Written for the published files, it fails in any way with others.
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise WeightsError(
@@ -52,6 +55,15 @@ def renamed(
         ) from error
     left = {} if found is given else given
     return {**{name: t for name, t in left.items() if name in tensors}, **found}
+
+
+class _AloneIsNotJoined(TorchFunctionMode):
+    """``torch.cat([piece])``, as the mappings write it, copies what could stay where it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat and len(args[0]) == 1:
+            return args[0][0]
+        return func(*args, **(kwargs or {}))
 
 
 def place_of(value: Tensor, mapped: Mapping[int, tuple[Tensor, Location]]) -> Location | None:

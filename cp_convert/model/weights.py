@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -128,14 +128,13 @@ def load_weights(
                 replace(module, own, value)
             else:
                 own.copy_(value)
-    places = {name: one.at for name, one in found.items()}
-    owners = {n: ties.present(n, places) for n, _ in _parameters(module)}
-    located = {n: at for n, own in owners.items() if own and (at := places[own]) is not None}
+    located = {}
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        # Tied names are one weight: the first that is there tells its place.
+        own = next((n for n in ties.same.get(name, (name,)) if n in found), None)
+        if own is not None and (at := found[own].at) is not None:
+            located[name] = at
     return Filled(located, tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items())), told)
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return list(module.named_parameters(remove_duplicate=False))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -166,9 +165,8 @@ def _found(
     if mapping is None or 2 * len(matched.names) >= len(wanted):
         check_unmatched(stored, allowed)
         raise _mismatch(matched, shapes, wanted, path)
-    tensors = _mapped(
-        module, mapping, stored, files, allowed, _mismatch(matched, shapes, wanted, path)
-    )
+    mismatch = partial(_mismatch, matched, shapes, wanted, path)
+    tensors = _mapped(module, mapping, stored, files, allowed, mismatch)
     after = by_name(wanted, tensors, ties)
     _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
     found = {name: _original(name, t, files) for name, t in tensors.items()}
@@ -181,7 +179,7 @@ def _mapped(
     stored: Mapping[str, Location],
     files: _Files,
     allowed: Collection[str],
-    mismatch: WeightsError,
+    mismatch: Callable[[str], WeightsError],
 ) -> dict[str, Tensor]:
     """The file's tensors under the names of the diffusers class; or ``mismatch``."""
     prefix, names = inside(stored)
@@ -191,8 +189,7 @@ def _mapped(
     try:
         return renamed(module, mapping, {n.removeprefix(prefix): files.tensor(n) for n in names})
     except WeightsError as error:
-        mismatch.message += error.message
-        raise mismatch from error
+        raise mismatch(error.message) from error
 
 
 def _check_shapes(
