@@ -62,13 +62,16 @@ def _with_prefix(wanted: Collection[str], stored: Collection[str], ties: Ties) -
         if by_name(wanted, inner, ties).fits and (not others or prefix in WRAPPERS):
             told = [f"names in the file begin with {prefix!r}, the model's do not"]
             if others:
-                told.append(
-                    f"{len(others)} tensors of other models in the file are not used, such as "
-                    f"{others[0]}"
-                )
+                told.append(unused(len(others), others[0]))
             names = {name: prefix + name for name in wanted if name in inner}
             found.append(Matched(names, told=tuple(told)))
     return found
+
+
+def unused(count: int, example: str = "") -> str:
+    """That a file holds more than the model."""
+    such = f", such as {example}" if example else ""
+    return f"{count} tensors of other models in the file are not used{such}"
 
 
 def _without_prefix(wanted: Collection[str], stored: Collection[str], ties: Ties) -> list[Matched]:

@@ -16,7 +16,7 @@ from ..errors import WeightsError
 from ..ir.source import Cast
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .meta import replace
-from .names import Matched, by_name, inside, match
+from .names import Matched, by_name, inside, match, unused
 from .original import Renaming, mapping_of, place_of, renamed
 from .quantized import check_floating, check_types, check_unmatched
 from .ties import Ties
@@ -170,7 +170,7 @@ def _found(
     after = by_name(wanted, tensors, ties)
     _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
     found = {name: _original(name, t, files) for name, t in tensors.items()}
-    return found, _told(found)
+    return found, _told(found, len(stored) - len(inside(stored)[1]))
 
 
 def _mapped(
@@ -211,10 +211,11 @@ def _original(name: str, tensor: Tensor, files: _Files) -> Found:
     return Found(tensor, at, f"{name}, mapped by diffusers")
 
 
-def _told(found: Mapping[str, Found]) -> tuple[str, ...]:
+def _told(found: Mapping[str, Found], others: int) -> tuple[str, ...]:
     made = sum(one.at is None for one in found.values())
     told = "names in the file are those of the model's authors, mapped as diffusers does; "
-    return (f"{told}{len(found) - made} tensors are pieces of it, {made} were computed from it",)
+    told = f"{told}{len(found) - made} tensors are pieces of it, {made} were computed from it"
+    return (told, unused(others)) if others else (told,)
 
 
 def _mismatch(

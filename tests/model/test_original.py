@@ -81,6 +81,9 @@ def test_renamed_tensors_stay_in_the_file(prefix: str, tmp_path: Path) -> None:
     assert_equal(module, truth, filled)
     assert set(filled.located) == {name for name, _ in truth.named_parameters()}
     assert "authors" in filled.told[0] and "0 were computed" in filled.told[0]
+    assert [told[:25] for told in filled.told[1:]] == (
+        ["2 tensors of other models"] if prefix else []
+    )
 
 
 def test_one_missing_tensor_is_named_in_the_models_words(tmp_path: Path) -> None:
