@@ -19,6 +19,8 @@ AUTO: Final = "auto"
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
+ALLOW_CASTS: Final = ("float8",)
+"""Stored types that are computed with in a larger one only when asked for."""
 LAYOUTS: Final = (AUTO, "per-rank", "shared")
 EXTERNAL_FROM: Final = 1 << 30
 """Bytes of weights from which on ``auto`` keeps them out of the engines: a second copy in every
@@ -46,6 +48,7 @@ class Job:
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
         weights_mode: ``embedded`` in every engine, ``external`` as inputs of the engines, or
             ``auto``: external from :data:`EXTERNAL_FROM` bytes on.
+        allow_cast: of :data:`ALLOW_CASTS`; ``float8`` takes weights that were merely cast to it.
         copy_weights: external weights are copied into the bundle, whatever the user's files hold.
         program: whether the program is stored in the bundle, to be run by torch; ``auto``: unless
             that would copy more than :data:`EXTERNAL_FROM` bytes of weights.
@@ -82,6 +85,7 @@ class Job:
     backend: str = "auto"
     weights: Path | None = None
     weights_mode: str = AUTO
+    allow_cast: tuple[str, ...] = ()
     copy_weights: bool = False
     program: str = AUTO
     layout: str = AUTO
@@ -106,6 +110,8 @@ class Job:
         _one_of("proof", self.proof, PROOFS)
         _one_of("weights-mode", self.weights_mode, WEIGHTS_MODES)
         _one_of("program", self.program, PROGRAMS)
+        for one in self.allow_cast:
+            _one_of("allow-cast", one, ALLOW_CASTS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("proof-device", self.proof_device, DEVICES)
         if self.plan is not None:

@@ -34,6 +34,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     with staged(job.out) as folder, ExitStack() as work:
         with clock.stage("load"):
             source = load(job)
+            for told in source.told:
+                progress.note(told)
             check_space(job.out, bytes_needed(job, source))
             tool = tool_key(backend.name, backend.version, backend.torch_tensorrt_version)
             trace_key = source_key(source, tool) if cache.folder is not None else None
@@ -53,7 +55,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
             from .stages import make
 
             loaded = Loaded(job, backend, source, tool, trace_key, folder)
-            manifest, engine_keys = make(loaded, placing, cache, clock)
+            with placing.to_blame():
+                manifest, engine_keys = make(loaded, placing, cache, clock)
             keep(cache, key, manifest, engine_keys, folder)
         else:
             manifest = msgspec.structs.replace(manifest, timings=dict(clock.seconds))

@@ -26,6 +26,9 @@ class Progress:
     def finish(self, stage: str, seconds: float) -> None:
         """The stage is done."""
 
+    def note(self, text: str) -> None:
+        """Something that a person should know, whatever comes of it."""
+
 
 @dataclass
 class Clock:

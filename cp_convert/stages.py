@@ -131,8 +131,9 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         program = rewritten.program
         program = by_scatter(program) if layout == "shared" else program
         names = captured.signature.parameters if source.external else {}
-        folded = fold_weights(lower(program), names)
-    return Emitted(program, folded.program, layout, folded.names, folded.constants)
+        folded = fold_weights(program, names)
+        lowered = lower(folded.program)
+    return Emitted(program, lowered, layout, folded.names, folded.constants)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:

@@ -103,6 +103,10 @@ def model_entry(job: Job, source: Source) -> m.Model:
         parameters=source.parameters,
         weights=None if job.weights is None else str(job.weights),
         config=_config(source),
+        matched=list(source.told),
+        casts=[
+            m.Cast(stored=c.stored, computed=c.computed, tensors=c.tensors) for c in source.casts
+        ],
     )
 
 

@@ -6,20 +6,26 @@ any other is written once, in one pass, into ``weights.safetensors`` of the bund
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
+from typing import Final
 
 from torch import Tensor
 
 from ..cache.store import Cache, key_of
-from ..files import file_state, sha256
+from ..errors import ProofFailed, WeightsError
 from ..ir.source import Source
-from ..ir.tensors import Location, Weight, save, weight_of
+from ..ir.tensors import Location, Weight, is_finite, numbers, save, weight_of
 from ..job import Job
 from .folder import WEIGHTS
+
+_PIECE: Final = 1 << 27
+"""Numbers that are checked and hashed at once: between two pieces the thread waits its turn."""
 
 
 class Placing:
@@ -38,15 +44,32 @@ class Placing:
         cache: Cache,
     ) -> None:
         self._stop = Event()
+        self._files = {at.file: at for name, at in located.items() if name in parameters}
         self._pool = ThreadPoolExecutor(1)
         self._found = self._pool.submit(
             place, parameters, located, folder, self._stop, copy=copy, cache=cache
         )
 
+    @contextmanager
+    def to_blame(self) -> Iterator[None]:
+        """Where a proof fails, a weight that is not finite, or a changed file, says why."""
+        try:
+            yield
+        except ProofFailed:
+            self._found.result()
+            raise
+
     @property
     def weights(self) -> dict[str, Weight]:
-        """Every parameter's place, by name; waits until all are found."""
-        return self._found.result()
+        """Every parameter's place, by name; waits until all are found.
+
+        Raises:
+            WeightsError: one is not finite, or its file is not the one that was read.
+        """
+        found = self._found.result()
+        for at in self._files.values():
+            at.check_unchanged()
+        return found
 
     def __enter__(self) -> Placing:
         return self
@@ -82,7 +105,7 @@ def place(
     for name, at in left.items():
         by_file.setdefault(at.file.resolve(), {})[name] = at
     for file, places in sorted(by_file.items()):
-        digests = _digests(file, places, stop, cache)
+        digests = _digests(parameters, places, stop, cache)
         if stop.is_set():
             return {}
         for name, at in places.items():
@@ -94,24 +117,50 @@ def place(
 
 
 def _digests(
-    file: Path, places: Mapping[str, Location], stop: Event, cache: Cache
+    parameters: Mapping[str, Tensor], places: Mapping[str, Location], stop: Event, cache: Cache
 ) -> dict[str, str]:
-    """SHA-256 of every place; read anew unless the file is the very one that was read before."""
-    key = key_of((*file_state(file), sorted((at.offset, at.size) for at in places.values())))
+    """SHA-256 of the very numbers that the proof computes with, all in one file.
+
+    They are the file's: mapped, or copied, from there, and the file is as it was when its header
+    was read. They are read anew unless those of the same file were read, and found finite, before.
+    """
+    at = next(iter(places.values()))
+    at.check_unchanged()
+    ranges = sorted({(at.offset, at.size) for at in places.values()})
+    key = key_of(("finite", *at.state, ranges))
     entry = cache.find("digests", key)
     if entry is not None:
         told: dict[str, str] = json.loads((entry / "sha256.json").read_bytes())
-        return {name: told[str(at.offset)] for name, at in places.items()}
-    found = {}
+        return {name: told[_range(at)] for name, at in places.items()}
+    found: dict[str, str] = {}
     # In the order in which the file holds them: disks read that fastest.
     for name, at in sorted(places.items(), key=lambda item: item[1].offset):
         if stop.is_set():
             return {}
-        found[name] = sha256(file, at.offset, at.size)
+        if _range(at) not in found:
+            found[_range(at)] = _digest(name, parameters[name].detach(), at)
+    at.check_unchanged()
     with cache.store("digests", key) as folder:
-        told = {str(places[name].offset): digest for name, digest in found.items()}
-        (folder / "sha256.json").write_text(json.dumps(told))
-    return found
+        (folder / "sha256.json").write_text(json.dumps(found))
+    return {name: found[_range(at)] for name, at in places.items()}
+
+
+def _range(at: Location) -> str:
+    return f"{at.offset}+{at.size}"
+
+
+def _digest(name: str, tensor: Tensor, at: Location) -> str:
+    """Checked and hashed piece by piece: what comes from a disk is read from it once."""
+    digest = hashlib.sha256()
+    for piece in tensor.reshape(-1).split(_PIECE):
+        if not is_finite(piece):
+            raise WeightsError(
+                f"{name} holds NaN or infinity in {at.file.name}.",
+                where=str(at.file),
+                hint="the checkpoint is broken, or was saved in a type too small for it.",
+            )
+        digest.update(numbers(piece))
+    return digest.hexdigest()
 
 
 def bytes_needed(job: Job, source: Source) -> int:

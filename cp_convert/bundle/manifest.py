@@ -35,9 +35,19 @@ class Tool(_Struct, frozen=True):
     version: str
 
 
+class Cast(_Struct, frozen=True):
+    """How many ``tensors`` of the weights' files are computed with in another type."""
+
+    stored: str
+    computed: str
+    tensors: Positive
+
+
 class Model(_Struct, frozen=True):
     """The model that was converted.
 
+    ``matched`` says how its names were found in the files of ``weights`` where they are others
+    there, and ``casts`` which types were changed.
     ``kind`` is the module's class, ``config`` its whole configuration if it is one of diffusers'.
     """
 
@@ -47,6 +57,8 @@ class Model(_Struct, frozen=True):
     source_sha256: Sha256
     parameters: Count
     weights: str | None
+    matched: list[str]
+    casts: list[Cast]
     config: dict[str, Any] | None
 
 

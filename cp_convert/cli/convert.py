@@ -19,6 +19,7 @@ from ..bundle.manifest import Manifest
 from ..cache.store import default_folder
 from ..errors import UsageError
 from ..job import (
+    ALLOW_CASTS,
     AUTO,
     BACKEND_NAMES,
     DEVICES,
@@ -93,6 +94,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "--weights-mode", type=click.Choice(WEIGHTS_MODES), default=AUTO, show_default=True,
     help="Weights as constants of every engine, or as inputs that all engines share; auto: "
     "external from 1 GiB on.",
+)  # fmt: skip
+@click.option(
+    "--allow-cast", type=click.Choice(ALLOW_CASTS), multiple=True,
+    help="Take weights that were cast to this type, without scales, and compute in the precision "
+    "that is asked for; the manifest says so.",
 )  # fmt: skip
 @click.option(
     "--copy-weights",

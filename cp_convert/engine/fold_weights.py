@@ -1,19 +1,24 @@
-"""What forward computes from weights alone, computed once: for weights that are engine inputs.
+"""What forward computes from weights alone, computed once.
 
-Embedded weights are constants, which TensorRT's builder folds by itself. As inputs they are new
-numbers at every call, so ``linear(x, cat([q, k, v]))`` would join the three anew each time. Here it
-becomes one input more::
+As inputs, weights are new numbers at every call, so ``linear(x, cat([q, k, v]))`` would join the
+three anew each time. Here it becomes one input more::
 
     linear(x, cat([q, k, v]))  ->  linear(x, constant)      constant = cat([q, k, v]), stored beside
 
-Only what is exact is taken: numbers that are moved, and float32 arithmetic. Half-precision results
-would be rounded before the proof computes with them in float32; they stay in the engine. So do mere
-views, which cost nothing there.
+What is exact is taken as it is: numbers that are moved, and float32 arithmetic. Half-precision
+arithmetic (weight_norm, spectral_norm, ``1 + weight``) would be rounded before the proof computes
+with it in float32; so it is done in float32, and rounded once, in the engine::
+
+    linear(x, weight_norm(v, g))  ->  linear(x, cast(constant))   constant = weight_norm(v, g)
+
+Embedded weights are constants, whose arithmetic TensorRT's builder could fold by itself, if it had
+a converter for every operator; that is taken as well, and mere moves are left to the builder. Views
+cost nothing and stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -23,25 +28,11 @@ import torch
 from torch import Tensor, fx
 
 from ..bundle.folder import CONSTANTS
-from ..ir.program import HALF, Lowered, copied, erase_dead, evaluated, module_of
+from ..ir.program import HALF, Lowered, Writer, copied, erase_dead, evaluated, module_of, tensor_of
 from ..ir.tensors import Weight, save, weight_of
+from .in_float32 import MOVES, VIEWS, in_float32
 
 aten: Final = torch.ops.aten
-_VIEWS: Final = (
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten._reshape_copy.default,
-    aten.unsqueeze.default,
-    aten.squeeze.dims,
-    aten.slice.Tensor,
-    aten.select.int,
-    aten.expand.default,
-    torch.ops.cp.result.default,
-)
-_MOVES: Final = (*_VIEWS, aten.cat.default, aten.clone.default, aten.flip.default)
 
 
 @dataclass(frozen=True)
@@ -63,57 +54,83 @@ def fold_weights(program: Lowered, names: Mapping[str, str]) -> Folded:
     """Compute what depends on weights alone; ``program`` stays as it is.
 
     Args:
-        program: lowered, the same for all ranks.
-        names: by placeholder, the binding of a weight that is an input.
+        program: the same for all ranks.
+        names: by placeholder, the binding of a weight that is an input; empty where weights are
+            embedded. Those that nothing reads are no inputs of the result.
     """
-    if not names or not _worked(program, program.graph_module.graph, names):
-        return Folded(program, dict(names), {})
     graph = copied(program.graph_module.graph)
-    read = [n for n in graph.find_nodes(op="placeholder") if n.name in names and n.users]
-    body = next(node for node in graph.nodes if node.op != "placeholder")
-    state, bindings, constants = dict(program.state), dict(names), {}
-    for node, value in _worked(program, graph, names):
-        with graph.inserting_before(body):
-            holder = graph.placeholder(f"constant_{node.name}")
-        holder.meta = dict(node.meta)
-        node.replace_all_uses_with(holder)
-        name = f"constants.{node.name}"
-        bindings[holder.name] = name
-        state[holder.name] = constants[name] = value.contiguous()
+    weights = {
+        node: program.state[node.name]
+        for node in graph.find_nodes(op="placeholder")
+        if node.name in (names or program.state) and node.name not in program.own
+    }
+    moved = _exact(program, graph, weights) if names else {}
+    found = {**moved, **in_float32(program.graph_module, graph, weights, moved)}
+    bindings = {n.name: names[n.name] for n in weights if n.users} if names else {}
+    if not found and len(bindings) == len(names):
+        return Folded(program, dict(names), {})
+    state, constants = dict(program.state), {}
+    holders = {_put(graph, node, value): (node, value) for node, value in found.items()}
     erase_dead(graph)
-    for weight in read:
-        if not weight.users:  # only what was computed is read now
-            del state[weight.name], bindings[weight.name]
+    for holder, (node, value) in holders.items():
+        if not holder.users:  # only another computed one has read it
+            graph.erase_node(holder)
+            continue
+        state[holder.name] = value.contiguous()
+        if names:
+            bindings[holder.name] = f"constants.{node.name}"
+            constants[bindings[holder.name]] = state[holder.name]
+    for weight in weights:
+        if not weight.users and names:  # only what was computed is read now
+            del state[weight.name]
+            bindings.pop(weight.name, None)
             graph.erase_node(weight)
     graph.lint()
-    return Folded(
-        replace(program, graph_module=module_of(program.graph_module, graph), state=state),
-        bindings,
-        constants,
-    )
+    module = module_of(program.graph_module, graph)
+    return Folded(replace(program, graph_module=module, state=state), bindings, constants)
 
 
-def _worked(
-    program: Lowered, graph: fx.Graph, names: Mapping[str, str]
-) -> list[tuple[fx.Node, Tensor]]:
+def _put(graph: fx.Graph, node: fx.Node, value: Tensor) -> fx.Node:
+    """A placeholder of ``value`` instead of ``node``, cast to its type."""
+    body = next(one for one in graph.nodes if one.op != "placeholder")
+    like, write = tensor_of(node), Writer(graph)
+    write.origin = node
+    with graph.inserting_before(body):
+        holder = result = graph.placeholder(f"constant_{node.name}")
+        holder.meta = dict(node.meta)
+        if value.dtype != like.dtype:
+            with write.mode:
+                holder.meta["val"] = like.to(value.dtype)
+            result = write.op(aten._to_copy.default, holder, dtype=like.dtype)
+    node.replace_all_uses_with(result)
+    return holder
+
+
+def _exact(
+    program: Lowered, graph: fx.Graph, weights: Mapping[fx.Node, Tensor]
+) -> dict[fx.Node, Tensor]:
     """What weights, with or without constants, give by more than a view, where others read it."""
-    weights = [node for node in graph.find_nodes(op="placeholder") if node.name in names]
-    known: dict[fx.Node, Any] = {node: program.state[node.name] for node in weights}
+    known: dict[fx.Node, Any] = dict(weights)
     for node in graph.find_nodes(op="get_attr"):
         known[node] = getattr(program.graph_module, str(node.target))
     found = evaluated(graph, known, _is_exact)
-    from_weights = set(weights)
+    from_weights = _followers(graph, weights)
+    return {node: x for node, x in found if node in from_weights and not _is_view(node)}
+
+
+def _followers(graph: fx.Graph, weights: Iterable[fx.Node]) -> set[fx.Node]:
+    found = set(weights)
     for node in graph.nodes:
-        if any(operand in from_weights for operand in node.all_input_nodes):
-            from_weights.add(node)
-    return [(node, x) for node, x in found if node in from_weights and not _is_view(node)]
+        if any(operand in found for operand in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_exact(node: fx.Node) -> bool:
     values: list[Any] = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
     if not all(isinstance(value, Tensor) for value in values):
         return False
-    if node.target in _MOVES:
+    if node.target in MOVES:
         return True
     dtypes = [value.dtype for value in values]
     if node.target is aten._to_copy.default:
@@ -124,7 +141,7 @@ def _is_exact(node: fx.Node) -> bool:
 
 def _is_view(node: fx.Node) -> bool:
     """Whether nothing but views leads from one weight here."""
-    while node.target in _VIEWS:
+    while node.target in VIEWS:
         node = node.all_input_nodes[0]
     return node.op != "call_function"
 

@@ -13,6 +13,20 @@ from .tensors import Location
 
 
 @dataclass(frozen=True)
+class Cast:
+    """Weights that are computed with in another type than their files store them in.
+
+    Attributes:
+        stored, computed: the types, as torch names them.
+        tensors: how many.
+    """
+
+    stored: str
+    computed: str
+    tensors: int
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, ready to be traced.
 
@@ -29,6 +43,8 @@ class Source:
         groups: the process groups in which the model itself communicates.
         external: whether weights stay outside the engines.
         located: where the user's files hold the parameters.
+        casts: types of weights that were changed.
+        told: what was done to make the weights fit, in words for a person.
     """
 
     module: nn.Module
@@ -42,6 +58,8 @@ class Source:
     groups: Mapping[str, Axis] = field(default_factory=dict)
     external: bool = False
     located: Mapping[str, Location] = field(default_factory=dict)
+    casts: tuple[Cast, ...] = ()
+    told: tuple[str, ...] = ()
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

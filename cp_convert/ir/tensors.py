@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..files import file_state
 
 _CHUNK: Final = 1 << 24
 
@@ -38,6 +39,15 @@ SAFETENSORS: Final = {
 """The format's names of the types that models are computed in."""
 
 
+FLOAT8: Final = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
+"""The format's names of floating types of 8 bits, in which weights are only ever stored."""
+
+
 @dataclass(frozen=True)
 class Location:
     """Where a file holds a tensor's numbers.
@@ -47,12 +57,63 @@ class Location:
         offset: of the first byte.
         size: in bytes.
         dtype: as stored; ``None`` for one that torch has not.
+        kind: the type by the format's own name.
+        shape: as stored.
+        state: of the file when its header was read, see :func:`cp_convert.files.file_state`.
     """
 
     file: Path
     offset: int
     size: int
     dtype: torch.dtype | None
+    kind: str = ""
+    shape: tuple[int, ...] = ()
+    state: tuple[object, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raises WeightsError: the file is not the one any more whose header was read."""
+        try:
+            unchanged = file_state(self.file.resolve()) == self.state
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise WeightsError(
+                f"{self.file.name} was changed, replaced or removed while it was converted.",
+                where=str(self.file),
+                hint="start again when the file is complete and nothing writes to it.",
+            )
+
+
+def bytes_of(file: Path) -> Tensor:
+    """All bytes of a file as ``uint8 [size]``, mapped: they are read when they are used.
+
+    What is written into the tensor does not reach the file.
+    """
+    size = file.stat().st_size
+    storage: Any = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def tensor_at(at: Location, file: Tensor) -> Tensor:
+    """The tensor that ``at`` names, in the memory of ``file`` (:func:`bytes_of`).
+
+    One that does not begin at a multiple of its numbers' size is a copy.
+    """
+    assert at.dtype is not None
+    piece = file[at.offset : at.offset + at.size]
+    if at.offset % at.dtype.itemsize or not at.size:
+        piece = piece.clone()
+    return piece.view(at.dtype).reshape(at.shape)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity; one pass, no memory. Integers always are."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.dtype in FLOAT8.values():
+        return all(is_finite(piece.float()) for piece in tensor.reshape(-1).split(_CHUNK))
+    # Both ends of the range keep a NaN; ``isfinite`` takes forty times as long in half precision.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 @contextmanager

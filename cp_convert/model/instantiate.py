@@ -55,12 +55,6 @@ def published_config(preset: Preset, folder: Path) -> dict[str, Any]:
     return {n: v for n, v in told.items() if not n.startswith("_")}
 
 
-def transformer_folder(folder: Path) -> Path:
-    """``folder`` itself, or its transformer where it is that of a whole pipeline."""
-    inner = folder / "transformer"
-    return inner if (folder / "model_index.json").is_file() and inner.is_dir() else folder
-
-
 def model_class(preset: Preset) -> type[nn.Module]:
     """The diffusers class.
 

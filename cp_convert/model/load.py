@@ -17,11 +17,14 @@ from ..ir.source import Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from ..mesh import Mesh
+from .adapters import check_no_adapters
+from .checkpoint import locate, transformer_folder
 from .file import Given, from_file
-from .instantiate import build, example_inputs, published_config, transformer_folder
+from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
 from .preset import read
-from .weights import load_weights, locate
+from .ties import Ties
+from .weights import Filled, check_finite, load_weights
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _CASTABLE: Final = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,20 +57,20 @@ def load(job: Job, *, allocate: bool = True) -> Source:
             else from_file(job.model, job.world)
         )
     module = given.module
+    ties = Ties.of(module)  # before casting takes views apart
     for one in (module, *given.peers):
         cast_module(one.eval().requires_grad_(False), dtype)
     _check_peers(given)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    external = allocate and _is_external(job, size)
+    filled = Filled({}, (), ())
     if not allocate:
         stand_in(module)
     elif job.weights is not None:
-        if given.peers:
-            raise UsageError(
-                f"--weights: {job.model.name} builds every rank with parameters of its own.",
-                hint="let build_model(rank) read them.",
-            )
-        load_weights(module, _folder(job))
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
-    external = allocate and _is_external(job, size)
+        filled = _filled(given, job, located, ties, lazily=external and not job.copy_weights)
+    else:
+        for one in (module, *given.peers):
+            check_finite(one)
     if external and given.peers:
         raise UsageError(
             "--weights-mode external: every rank has parameters of its own here.",
@@ -82,7 +85,9 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         parameters=sum(p.numel() for p in module.parameters()),
         bytes=size,
         external=external,
-        located=_with_ties(module, located),
+        located=filled.located,
+        casts=filled.casts,
+        told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
     )
@@ -94,18 +99,32 @@ def _located(job: Job) -> dict[str, Location]:
 
 def _folder(job: Job) -> Path:
     assert job.weights is not None
-    return transformer_folder(job.weights) if job.is_preset else job.weights
+    return transformer_folder(job.weights)
+
+
+def _entered(job: Job) -> tuple[str, ...]:
+    """What is told where weights are found deeper than they were asked for."""
+    if job.weights is None or _folder(job) == job.weights:
+        return ()
+    return (f"weights are those in {_folder(job)}",)
+
+
+def _filled(
+    given: Given, job: Job, located: Mapping[str, Location], ties: Ties, *, lazily: bool
+) -> Filled:
+    if given.peers:
+        raise UsageError(
+            f"--weights: {job.model.name} builds every rank with parameters of its own.",
+            hint="let build_model(rank) read them.",
+        )
+    check_no_adapters(given.module)
+    return load_weights(
+        given.module, located, _folder(job), ties, allowed=job.allow_cast, lazily=lazily
+    )
 
 
 def _is_external(job: Job, size: int) -> bool:
     return job.weights_mode == "external" or (job.weights_mode == AUTO and size >= EXTERNAL_FROM)
-
-
-def _with_ties(module: nn.Module, located: Mapping[str, Location]) -> dict[str, Location]:
-    """A parameter that is tied to one in the files lies where that one does."""
-    named = list(module.named_parameters(remove_duplicate=False))
-    by_tensor = {id(p): located[name] for name, p in named if name in located}
-    return {name: by_tensor[id(p)] for name, p in named if id(p) in by_tensor}
 
 
 def _check_peers(given: Given) -> None:

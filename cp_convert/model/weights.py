@@ -1,8 +1,11 @@
-"""Reading safetensors into a module. Never pickle, never ``torch.load``."""
+"""Tensors from safetensors files into a module. Never pickle, never ``torch.load``."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -10,171 +13,271 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..ir.tensors import SAFETENSORS, Location, opened
+from ..ir.source import Cast
+from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .meta import replace
+from .names import Matched, by_name, inside, match, unused
+from .original import Renaming, mapping_of, place_of, renamed
+from .quantized import check_floating, check_types, check_unmatched
+from .ties import Ties
 
-_SHOWN = 8
-_CHUNK: Final = 1 << 24
+_SHOWN: Final = 8
 
 
-def locate(path: Path) -> dict[str, Location]:
-    """Where the tensors at ``path`` lie; only headers are read.
+@dataclass(frozen=True)
+class Found:
+    """One tensor for the model.
 
-    Raises:
-        WeightsError: no such file, or a damaged one.
+    Attributes:
+        tensor: as stored, mapped and not read yet; or computed from such.
+        at: where a file holds these numbers; ``None`` where they were computed.
+        told: where it comes from, in words.
     """
-    places = _places(path)
-    found: dict[str, Location] = {}
-    for file in sorted(set(places.values())):
-        for name, (offset, size, dtype) in _header(file).items():
-            if places.get(name) == file:
-                found[name] = Location(file, offset, size, SAFETENSORS.get(dtype))
-    return found
+
+    tensor: Tensor
+    at: Location | None
+    told: str
 
 
-def _header(file: Path) -> dict[str, tuple[int, int, str]]:
-    """Offset in the file, size and type of every tensor; the library checks the file first."""
-    _names(file)
-    with file.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: (8 + length + told["data_offsets"][0],
-               told["data_offsets"][1] - told["data_offsets"][0], told["dtype"])
-        for name, told in header.items()
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Filled:
+    """What was done.
+
+    Attributes:
+        located: where the files hold the parameters, tied ones under all their names.
+        casts: types that were changed.
+        told: what a person should know.
+    """
+
+    located: Mapping[str, Location]
+    casts: tuple[Cast, ...]
+    told: tuple[str, ...]
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Put the tensors at ``path`` into ``module``, in the module's own dtypes.
+class _Files:
+    """The files, each mapped once; they are those whose headers were read."""
 
-    Parameters without memory (:mod:`.unallocated`) are given it, one at a time; others are copied
-    into.
+    def __init__(self, stored: Mapping[str, Location]) -> None:
+        self._stored = stored
+        self._mapped: dict[Path, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """The numbers of a stored name."""
+        at = self._stored[name]
+        if at.dtype is None:
+            raise WeightsError(
+                f"{name} of {at.file.name} is stored as {at.kind}, which torch does not have.",
+                where=str(at.file),
+            )
+        if at.file not in self._mapped:
+            self._mapped[at.file] = bytes_of(at.file)
+            at.check_unchanged()
+        return tensor_at(at, self._mapped[at.file])
+
+    @cached_property
+    def by_address(self) -> dict[int, tuple[Tensor, Location]]:
+        """Every mapped file and a location in it, by the address where it begins."""
+        some = {at.file: at for at in self._stored.values()}
+        return {t.untyped_storage().data_ptr(): (t, some[f]) for f, t in self._mapped.items()}
+
+
+def load_weights(
+    module: nn.Module,
+    stored: Mapping[str, Location],
+    path: Path,
+    ties: Ties | None = None,
+    *,
+    allowed: Collection[str] = (),
+    lazily: bool = False,
+) -> Filled:
+    """Put the tensors of ``stored`` into ``module``, in the module's own dtypes.
+
+    Parameters without memory (:mod:`.meta`) are given it, one at a time, in the mapped file where
+    their type is the stored one; others are copied into.
 
     Args:
         module: the model; its ``state_dict`` names what is expected.
-        path: a ``.safetensors`` file, a ``*.safetensors.index.json``, or a folder holding either.
+        stored: what :func:`.checkpoint.locate` found.
+        path: where, for messages.
+        ties: what shared memory before the model was cast.
+        allowed: casts that the user asked for; ``float8`` is one.
+        lazily: whether numbers that stay where they are remain unread; who reads them first
+            has to see whether they are finite.
 
     Raises:
-        WeightsError: no such file, a damaged file, or names and shapes that differ from the
-            model's; nothing is copied in that case.
+        WeightsError: names, shapes or types that are not the model's, tied names that disagree,
+            numbers that are not finite. Nothing is copied in all these cases but the last.
     """
-    places = _places(path)
     wanted = module.state_dict(keep_vars=True)
-    _compare(wanted, places, path)
-    with torch.no_grad():
-        for file in sorted(set(places.values())):
-            with opened(file) as tensors:
-                for name in (n for n, place in places.items() if place == file):
-                    own = wanted[name]
-                    if own.is_meta:
-                        replace(module, own, tensors.get_tensor(name).to(own.dtype))
-                    else:
-                        own.copy_(tensors.get_tensor(name))
-
-
-def _places(path: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    if not path.exists():
-        raise WeightsError(f"there is no {path}.")
-    if path.is_dir():
-        return _in_folder(path)
-    if path.name.endswith(".index.json"):
-        return _in_index(path)
-    if path.suffix == ".safetensors":
-        return dict.fromkeys(_names(path), path)
-    raise WeightsError(
-        f"{path.name} is no safetensors file.",
-        hint="--weights takes a .safetensors file, a .safetensors.index.json, or a folder of them.",
+    ties = Ties.of(module) if ties is None else ties
+    found, told = _found(module, wanted, stored, ties, allowed, path)
+    ties.check_agreement(
+        found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
     )
+    casts: Counter[tuple[str, str]] = Counter()
+    with torch.no_grad():
+        for name, one in found.items():
+            own = wanted[name]
+            if one.tensor.dtype != own.dtype:
+                casts[_name(one.tensor.dtype), _name(own.dtype)] += 1
+            value = one.tensor.to(own.dtype)
+            stays = one.at is not None and value is one.tensor and isinstance(own, nn.Parameter)
+            if not (lazily and stays):
+                _check_finite(name, one, value)
+            if own.is_meta:
+                replace(module, own, value)
+            else:
+                own.copy_(value)
+    located = {}
+    for name, _ in module.named_parameters(remove_duplicate=False):
+        # Tied names are one weight: the first that is there tells its place.
+        own = next((n for n in ties.same.get(name, (name,)) if n in found), None)
+        if own is not None and (at := found[own].at) is not None:
+            located[name] = at
+    return Filled(located, tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items())), told)
 
 
-def _in_folder(folder: Path) -> dict[str, Path]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        names = ", ".join(index.name for index in indices)
-        raise WeightsError(f"{folder} holds several indices: {names}.", hint="name one of them.")
-    if indices:
-        return _in_index(indices[0])
-    places: dict[str, Path] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        for name in _names(file):
-            if name in places:
-                raise WeightsError(
-                    f"{name} stands in both {places[name].name} and {file.name} of {folder}.",
-                    hint="name one file, or the index that says which one counts.",
-                )
-            places[name] = file
-    if not places:
-        raise WeightsError(f"{folder} holds no .safetensors file.")
-    return places
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _in_index(index: Path) -> dict[str, Path]:
+def _found(
+    module: nn.Module,
+    wanted: Mapping[str, Tensor],
+    stored: Mapping[str, Location],
+    ties: Ties,
+    allowed: Collection[str],
+    path: Path,
+) -> tuple[dict[str, Found], tuple[str, ...]]:
+    """The model's tensors, under its names, under others, or in its authors' own."""
+    matched = match(wanted, stored, ties)
+    files = _Files(stored)
+    shapes = {name: stored[own].shape for name, own in matched.names.items()}
+    if matched.fits:
+        check_types(matched.names, stored, wanted, allowed)
+        _check_shapes(matched, shapes, wanted, path)
+        found = {}
+        for name, own in matched.names.items():
+            at = stored[own]
+            found[name] = Found(files.tensor(own), at, f"{own} of {at.file.name}")
+        return found, matched.told
+    mapping = mapping_of(module)
+    if mapping is None or 2 * len(matched.names) >= len(wanted):
+        check_unmatched(stored, allowed)
+        raise _mismatch(matched, shapes, wanted, path)
+    mismatch = partial(_mismatch, matched, shapes, wanted, path)
+    tensors = _mapped(module, mapping, stored, files, allowed, mismatch)
+    after = by_name(wanted, tensors, ties)
+    _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
+    found = {name: _original(name, t, files) for name, t in tensors.items()}
+    return found, _told(found, len(stored) - len(inside(stored)[1]))
+
+
+def _mapped(
+    module: nn.Module,
+    mapping: Renaming,
+    stored: Mapping[str, Location],
+    files: _Files,
+    allowed: Collection[str],
+    mismatch: Callable[[str], WeightsError],
+) -> dict[str, Tensor]:
+    """The file's tensors under the names of the diffusers class; or ``mismatch``."""
+    prefix, names = inside(stored)
+    here = {name: stored[name] for name in names} | _markers(stored)
+    for name in names:
+        check_floating(name, here, allowed)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(name): index.parent / str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} is no safetensors index: {error!r}.") from error
+        return renamed(module, mapping, {n.removeprefix(prefix): files.tensor(n) for n in names})
+    except WeightsError as error:
+        raise mismatch(error.message) from error
 
 
-def _names(file: Path) -> list[str]:
-    with opened(file) as tensors:
-        return list(tensors.keys())
+def _check_shapes(
+    matched: Matched,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Tensor],
+    path: Path,
+) -> None:
+    if not matched.fits or any(shape != wanted[n].shape for n, shape in shapes.items()):
+        raise _mismatch(matched, shapes, wanted, path)
 
 
-def _compare(wanted: dict[str, Tensor], places: dict[str, Path], path: Path) -> None:
-    """Every name and shape must fit; a missing name is fine when it is tied to a present one."""
-    present = {_identity(wanted[name]) for name in places if name in wanted}
-    missing = [
-        name
-        for name, tensor in wanted.items()
-        if name not in places and _identity(tensor) not in present
-    ]
-    unexpected = [name for name in places if name not in wanted]
-    shapes = _shapes({n: f for n, f in places.items() if n in wanted})
-    misshaped = [
-        f"{name}: {list(shapes[name])} in the file, {list(wanted[name].shape)} in the model"
-        for name in shapes
-        if shapes[name] != tuple(wanted[name].shape)
+def _markers(stored: Mapping[str, Location]) -> dict[str, Location]:
+    return {name: at for name, at in stored.items() if name == "scaled_fp8"}
+
+
+def _original(name: str, tensor: Tensor, files: _Files) -> Found:
+    at = place_of(tensor, files.by_address)
+    return Found(tensor, at, f"{name}, mapped by diffusers")
+
+
+def _told(found: Mapping[str, Found], others: int) -> tuple[str, ...]:
+    made = sum(one.at is None for one in found.values())
+    told = "names in the file are those of the model's authors, mapped as diffusers does; "
+    told = f"{told}{len(found) - made} tensors are pieces of it, {made} were computed from it"
+    return (told, unused(others)) if others else (told,)
+
+
+def _mismatch(
+    matched: Matched,
+    shapes: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Tensor],
+    path: Path,
+    more: str = "",
+) -> WeightsError:
+    """All differences at once; ``shapes`` are those of the names that are there."""
+    other = [
+        f"{name}: {list(shape)} in the file, {list(wanted[name].shape)} in the model"
+        for name, shape in shapes.items()
+        if shape != tuple(wanted[name].shape)
     ]
     complaints = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {_some(names)}."
         for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshaped),
+            ("missing", matched.missing),
+            ("unexpected", matched.unexpected),
+            ("of another shape", other),
         )
         if names
     ]
-    if complaints:
-        raise WeightsError(
-            f"the tensors of {path.name} are not those of the model. "
-            + ". ".join(complaints)
-            + ".",
-            where=str(path),
-            hint="check that the file belongs to this model and build_model() to this file.",
-        )
+    return WeightsError(
+        f"the tensors of {path.name} are not those of the model. {' '.join([*complaints, more])}",
+        where=str(path),
+        hint="check that the file belongs to this model and build_model() to this file.",
+    )
 
 
-def _identity(tensor: Tensor) -> int:
-    """The same for tied tensors only."""
-    return id(tensor) if tensor.is_meta else tensor.data_ptr()
-
-
-def _shapes(places: dict[str, Path]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(set(places.values())):
-        with opened(file) as tensors:
-            here = set(tensors.keys())
-            for name in (n for n, place in places.items() if place == file):
-                if name not in here:
-                    raise WeightsError(f"the index places {name} in {file.name}, which lacks it.")
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _check_finite(name: str, found: Found, value: Tensor) -> None:
+    if is_finite(value):
+        return
+    if is_finite(found.tensor):
+        raise WeightsError(
+            f"{name} ({found.told}) holds numbers up to {found.tensor.abs().max().item():.3g}, "
+            f"which {_name(value.dtype)} cannot hold.",
+            hint="-p bf16 or -p fp32.",
+        )
+    raise not_finite(name, found.told)
+
+
+def not_finite(name: str, told: str) -> WeightsError:
+    """The complaint about a weight of NaN or infinity."""
+    return WeightsError(
+        f"{name} ({told}) holds NaN or infinity.",
+        hint="the checkpoint is broken, or was saved in a type too small for it; name another one.",
+    )
+
+
+def check_finite(module: nn.Module) -> None:
+    """The same for numbers that the model file itself has given its parameters.
+
+    Raises:
+        WeightsError: one is not finite.
+    """
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not is_finite(parameter.detach()):
+            raise not_finite(name, f"as build_model() returned it, in {_name(parameter.dtype)}")

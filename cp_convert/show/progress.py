@@ -63,6 +63,9 @@ class _Lines(Progress):
     def finish(self, stage: str, seconds: float) -> None:
         self.console.print(f"{stage} done in {seconds:.1f} s")
 
+    def note(self, text: str) -> None:
+        self.console.print(f"note: {text}", soft_wrap=True, markup=False)
+
 
 class _Bars(Progress):
     """One bar a stage."""
@@ -92,6 +95,9 @@ class _Bars(Progress):
         task = self.bars.tasks[self.tasks[stage]]
         self.bars.update(self.tasks[stage], completed=task.total)
         self.bars.stop_task(self.tasks[stage])
+
+    def note(self, text: str) -> None:
+        self.bars.console.print(f"note: {text}", soft_wrap=True, markup=False)
 
 
 @contextmanager

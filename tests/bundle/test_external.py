@@ -22,8 +22,8 @@ from cp_convert.engine.one_program import by_scatter, why_not_shared
 from cp_convert.engine.specialise import specialise
 from cp_convert.errors import CannotShard, WeightsError
 from cp_convert.job import Job
+from cp_convert.model.checkpoint import locate
 from cp_convert.model.load import load
-from cp_convert.model.weights import locate
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.measure import flat_inputs
 from tests.conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
@@ -252,7 +252,7 @@ def test_what_follows_from_weights_is_computed_once(
     [
         ("(self.scale + self.shift)", "fp32", 1),
         ("(self.scale.float() + self.shift.float())", "bf16", 1),
-        ("(self.scale + self.shift)", "bf16", 0),  # rounded, where the proof wants float32
+        ("(self.scale + self.shift)", "bf16", 1),  # in float32, rounded in the engine
         ("self.scale.reshape(8, 8).reshape(64)", "fp32", 0),  # a view
         ("torch.sigmoid(x.mean() + self.scale)", "fp32", 0),  # of an input as well
     ],
@@ -263,7 +263,39 @@ def test_what_is_not_exact_or_costs_nothing_stays_in_the_engine(
     model = model_file(PARTS, APART, scaled(f"({expression}).to(mixed.dtype)"))
     source = load(Job(model, "ulysses", 2, Path(), precision=precision, plan="model"))
     stages = rewritten(source.module, source.inputs, "ulysses", 2, source.plan)
-    lowered = lower(stages.rewritten)
-    names = {name: name for name in lowered.state}
-    assert len(fold_weights(lowered, names).constants) == computed
-    assert not fold_weights(lowered, {}).constants  # embedded: TensorRT's builder does that
+    program = stages.rewritten
+    names = {name: name for name in program.state}
+    folded = fold_weights(program, names)  # type: ignore[arg-type]
+    assert len(folded.constants) == computed
+    assert {tensor.dtype for tensor in folded.constants.values()} <= {torch.float32}
+    embedded = fold_weights(program, {})  # type: ignore[arg-type]
+    assert (embedded.names, embedded.constants) == ({}, {})
+    assert len(embedded.program.state) - len(program.state) == computed
+
+
+NORMED = """
+        self.leave = nn.utils.parametrizations.weight_norm(nn.Linear(64, 8))
+        self.qkv = nn.utils.parametrizations.spectral_norm(self.qkv).eval()
+        self.left = nn.Linear(3, 3)
+
+    def forward"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("mode", ["embedded", "external"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_normed_weights_are_computed_once(
+    mode: str, precision: str, model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """weight_norm has no converter; spectral_norm would run at every call. ``left`` is not read."""
+    model = model_file(("\n    def forward", NORMED))
+    options = ["-s", "ulysses", "-w", 2, "--weights-mode", mode, "-p", precision, "-q"]
+    out = tmp_path / "bundle"
+    assert convert(model, *options, "--proof", "network", "--no-cache", "-o", out) == 0
+    told = manifest_of(out)
+    assert not any(check.problem for check in bundle.verify(out))
+    if mode == "external":
+        constants = [w for w in told.weights if w.name.startswith("constants.")]
+        assert sorted(w.shape for w in constants) == [[8, 64], [192, 64]]
+        others = {w.name for w in told.weights} - {w.name for w in constants}
+        assert others == {"enter.weight", "enter.bias", "qkv.bias", "leave.bias"}

@@ -24,7 +24,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         created="2026-01-01T00:00:00+00:00",
         model=m.Model(
             name="x", kind="X", source="x.py", source_sha256="0" * 64, parameters=1, weights=None,
-            config=None,
+            config=None, matched=[], casts=[],
         ),
         request=m.Request(tiny=False, resolution=None, freeze=[]),
         program=None,
@@ -246,4 +246,4 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     text = (out / "manifest.json").read_bytes()
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
-    assert msgspec.json.decode(text)["schema_version"] == 5
+    assert msgspec.json.decode(text)["schema_version"] == 6
