@@ -17,6 +17,7 @@ from ..ir.source import Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from ..mesh import Mesh
+from .checks import check_no_step_cache
 from .file import Given, from_file
 from .instantiate import build, example_inputs, published_config, transformer_folder
 from .meta import stand_in, unallocated
@@ -38,7 +39,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     Raises:
         UsageError: the preset cannot be read, or lacks what is asked of it.
         CannotTrace: a preset's model does not fit into this machine's memory.
-        ModelFileError: the file cannot be imported, lacks a function, or one of them fails.
+        ModelFileError: the file cannot be imported, lacks a function, or one of them fails; or a
+            step cache is on.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
         UsageError: the model's process groups leave no equal share of the world.
@@ -55,6 +57,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         )
     module = given.module
     for one in (module, *given.peers):
+        check_no_step_cache(one, str(job.model))
         cast_module(one.eval().requires_grad_(False), dtype)
     _check_peers(given)
     if not allocate:
