@@ -29,6 +29,7 @@ class Source:
         groups: the process groups in which the model itself communicates.
         external: whether weights stay outside the engines.
         located: where the user's files hold the parameters.
+        precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Source:
     groups: Mapping[str, Axis] = field(default_factory=dict)
     external: bool = False
     located: Mapping[str, Location] = field(default_factory=dict)
+    precision: str = "fp32"
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

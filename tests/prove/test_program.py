@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
 from cp_convert.ir.proof import FLOOR
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.roundings import DRAWS

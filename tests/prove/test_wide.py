@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import measure
 from cp_convert.prove.wide import in_float32
 from tests.conftest import tiny, tiny_inputs
