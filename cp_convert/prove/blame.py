@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,21 +15,37 @@ from ..ir.program import Executable, module_path, source_line
 from .lockstep import PerRank, run
 
 
-def first_not_finite(call: Callable[[], object], module: nn.Module) -> str | None:
-    """The first module that returns infinities or NaN: its path, class, and who called it.
+@dataclass(frozen=True)
+class Place:
+    """A part of the model.
+
+    Attributes:
+        module: its path.
+        line: ``file:line`` of the model's code, when known.
+    """
+
+    module: str
+    line: str | None
+
+    @property
+    def where(self) -> str:
+        """Both, for messages."""
+        return f"{self.module} ({self.line})" if self.line else self.module
+
+
+def first_not_finite(call: Callable[[], object], module: nn.Module) -> Place | None:
+    """The first module that returns infinities or NaN, and the line that called it.
 
     Args:
         call: runs the model once more.
         module: the model.
     """
-    found: list[str] = []
+    found: list[Place] = []
 
     def watch(path: str) -> Callable[..., None]:
         def hook(one: nn.Module, args: Any, output: Any) -> None:
             if not found and not _is_finite(output):
-                line = _calling_line()
-                told = f"{path or 'model'} ({type(one).__name__})"
-                found.append(f"{told}, {line}" if line else told)
+                found.append(Place(path or type(one).__name__, _calling_line()))
 
         return hook
 
@@ -43,12 +60,12 @@ def first_not_finite(call: Callable[[], object], module: nn.Module) -> str | Non
 
 def first_not_finite_in(
     program: Executable, flat: Mapping[str, Tensor], world: int, *, widen: bool = False
-) -> str | None:
+) -> Place | None:
     """The module and line of the first operator of a program that makes NaN or +infinity.
 
     Minus infinity is what masks are made of.
     """
-    found: list[str] = []
+    found: list[Place] = []
 
     def watch(node: fx.Node, values: PerRank) -> None:
         if not found and not all(_is_finite(one, lowest=True) for one in values.values):
@@ -58,10 +75,9 @@ def first_not_finite_in(
     return found[0] if found else None
 
 
-def placed(node: fx.Node) -> str:
-    """Where the model's code made a node, in words."""
-    line = source_line(node)
-    return f"{module_path(node)}, {line}" if line else module_path(node)
+def placed(node: fx.Node) -> Place:
+    """Where the model's code made a node."""
+    return Place(module_path(node), source_line(node))
 
 
 def _is_finite(values: Any, *, lowest: bool = False) -> bool:

@@ -15,7 +15,7 @@ from ..errors import ProofFailed
 from ..ir.program import HALF, Executable
 from ..ir.proof import FLOOR, Error
 from ..model.forward import blamed_on_forward, check_arguments
-from .blame import first_not_finite, first_not_finite_in
+from .blame import Place, first_not_finite, first_not_finite_in
 from .device import Mover, exact, on
 from .errors import worst
 from .lockstep import HalfMatmulsInFloat32, run, widened
@@ -167,11 +167,12 @@ def _check_finite(truth: Truth, module: nn.Module, inputs: Mapping[str, Any]) ->
         raise _not_finite(" and ".join(sorted(types)) or "float32", found)
 
 
-def _not_finite(precision: str, where: str | None) -> ProofFailed:
+def _not_finite(precision: str, place: Place | None) -> ProofFailed:
     return ProofFailed(
         "the dense model itself returns infinities or NaN with these inputs and weights, in "
-        f"{precision}." + (f" The first that is not finite: {where}." if where else ""),
-        where=where,
+        f"{precision}."
+        + (f" The first output that is not finite is that of {place.module}." if place else ""),
+        where=place.where if place else None,
         hint="float16 ends at 65504: try --precision bf16, or --float32 residual, or the module's "
         "path after --float32; in float32, look at the weights and the example inputs.",
     )

@@ -34,6 +34,7 @@ from ..ir.proof import FLOOR, Error, Proof
 from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
+from .blame import Place
 from .device import Mover
 from .errors import ROUNDING, deviation, error_of, worst
 from .lockstep import PerRank, reduces_over, run
@@ -214,19 +215,19 @@ def _control(
     control = worst(outputs[0], reference)
     if control.max <= CONTROL * FLOOR:
         place = _vanishing_point(inputs, stages)
-        lost = f"It is lost at {place}." if place else ""
+        lost = f"What it finds is lost in {place.module}." if place else ""
         raise ProofFailed(
             "nothing was proven: the output is the same even when every rank attends to its own "
             f"keys alone (relative error {control.max:.1e}), so attention does not reach the "
             f"output with these weights. {lost}".rstrip(),
-            where=place,
+            where=place.where if place else None,
             hint="give the real weights (--weights), initialise gates and output layers with "
             "numbers other than zero, or convert with --no-proof.",
         )
     return control
 
 
-def _vanishing_point(inputs: Mapping[str, Any], stages: Stages) -> str | None:
+def _vanishing_point(inputs: Mapping[str, Any], stages: Stages) -> Place | None:
     dense, sites = stages.dense, [site for site, _ in stages.sites]
     if any(is_spmd(node.target) for node in dense.graph_module.graph.nodes) or not sites:
         return None

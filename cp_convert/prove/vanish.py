@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..ir.program import Executable, Lowered, copied, module_of
 from ..strategies import Site
-from .blame import placed
+from .blame import Place, placed
 from .errors import error_of
 from .lockstep import PerRank, run
 
@@ -26,7 +26,7 @@ _MARK: Final = "values_of_other_keys"
 
 def where_attention_vanishes(
     dense: Executable, flat: Mapping[str, Tensor], sites: Collection[Site], least: float
-) -> str | None:
+) -> Place | None:
     """Module and line of the first operator that loses what attention found out.
 
     Args:
@@ -40,7 +40,7 @@ def where_attention_vanishes(
     """
     program = _marked(dense, [site.keys_sharded for site in sites])
     differ: dict[fx.Node, bool] = {}
-    found: list[str] = []
+    found: list[Place] = []
 
     def swap(node: fx.Node, values: PerRank) -> PerRank:
         is_swapped = node.name.startswith(_MARK)
