@@ -19,7 +19,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
     files = [folder / bundle.engine_name(rank) for rank in range(world)]
     error = m.Error(max=1e-7, rms=1e-8)
     return m.Manifest(
-        schema_version=5,
+        schema_version=6,
         tool=m.Tool(name="cp-convert", version="0"),
         created="2026-01-01T00:00:00+00:00",
         model=m.Model(name="x", source="x.py", source_sha256="0" * 64, parameters=1, weights=None),
@@ -31,6 +31,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         weights=[],
         world=world,
         precision="fp16",
+        float32=["residual"],
         backend=m.Backend(
             name="tensorrt-rtx", version="1", compute_capabilities=["8.9"], workarounds=["w: why"]
         ),
@@ -75,7 +76,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         proof=m.Proof(
             status="passed", level="program", device="cpu", reference="dense",
                 algebra=[error] * world,
-            ranks=[error] * world, dense=error, bound=error, control=error, network=None,
+            ranks=[error] * world, dense=error, spread=[], bound=error, control=error, network=None,
             seconds=1.0, recalled=False,
         ),
         timings={"trace": 1.0},
@@ -241,4 +242,4 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     text = (out / "manifest.json").read_bytes()
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
-    assert msgspec.json.decode(text)["schema_version"] == 5
+    assert msgspec.json.decode(text)["schema_version"] == 6
