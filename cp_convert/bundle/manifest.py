@@ -225,8 +225,8 @@ class Manifest(_Struct, frozen=True):
 
     ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
     itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
-    float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With the layout ``shared`` all
-    engine files are one (hard links where the file system has them).
+    float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
+    the layout ``shared`` all engine files are one (hard links where the file system has them).
     """
 
     schema_version: Literal[6]

@@ -44,6 +44,8 @@ from .vanish import where_attention_vanishes
 
 MARGIN: Final = 2.0
 """How many times the dense model's own loss the ranks may lose."""
+FEW: Final = 4
+"""The margin is doubled for an output of so many numbers: the fewer, the luckier a loss can be."""
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
 
@@ -197,7 +199,9 @@ def _bound(truth: Truth, rtol: float | None) -> Error:
     # Two values that are equal but for a rounding may be rounded to two neighbours: twice a unit.
     # Over many outputs such errors are spread evenly, hence the root of three.
     last = Error(2 * truth.unit, 2 * truth.unit / math.sqrt(3))
-    return Error(max(FLOOR, last.max, MARGIN * lost.max), max(FLOOR, last.rms, MARGIN * lost.rms))
+    numbers = min((t.numel() for t in truth.reference if t.numel()), default=1)
+    margin = MARGIN * (1 + FEW / numbers)
+    return Error(max(FLOOR, last.max, margin * lost.max), max(FLOOR, last.rms, margin * lost.rms))
 
 
 def _control(
