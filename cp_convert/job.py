@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,10 @@ STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
 FUSED: Final = "fused"
 """TensorRT's own multi-device attention, which few GPUs and only one backend have."""
 PRECISIONS: Final = ("fp16", "bf16", "fp32")
+USUAL_PRECISION: Final = "bf16"
+"""Of a model that says nothing: what diffusion transformers are trained and published in."""
+RESIDUAL: Final = "residual"
+"""Among the patterns of ``--float32``: the sums that run from block to block."""
 AUTO: Final = "auto"
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
@@ -43,7 +48,10 @@ class Job:
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
         hardware: what ``auto`` estimates for, see :mod:`.hardware`.
-        precision: floating-point type of parameters and floating inputs.
+        precision: floating-point type of parameters and floating inputs; ``None`` is decided when
+            the model has been loaded (docs/adr/0015).
+        float32: patterns of module paths that compute in float32 all the same; :data:`RESIDUAL`
+            is the residual stream.
         backend: one of :data:`BACKEND_NAMES`.
         weights: a ``.safetensors`` file, an ``.index.json`` or a folder holding either.
         weights_mode: ``embedded`` in every engine, ``external`` as inputs of the engines, or
@@ -81,7 +89,8 @@ class Job:
     out: Path
     ulysses: int | None = None
     hardware: str = "h200"
-    precision: str = "fp16"
+    precision: str | None = None
+    float32: tuple[str, ...] = ()
     backend: str = "auto"
     weights: Path | None = None
     weights_mode: str = AUTO
@@ -105,7 +114,7 @@ class Job:
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, (*STRATEGY_NAMES, FUSED, AUTO))
-        _one_of("precision", self.precision, PRECISIONS)
+        self._check_precision()
         _one_of("backend", self.backend, BACKEND_NAMES)
         _one_of("proof", self.proof, PROOFS)
         _one_of("weights-mode", self.weights_mode, WEIGHTS_MODES)
@@ -130,11 +139,6 @@ class Job:
             raise UsageError(
                 f"--ulysses {self.ulysses}: {self.world} ranks cannot be put into such groups."
             )
-        if self.strategy == FUSED and self.precision == "fp32":
-            raise UsageError(
-                "--strategy fused: TensorRT's multi-device attention computes in FP16 and BF16.",
-                hint="add --precision bf16, or take another strategy.",
-            )
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
@@ -153,6 +157,21 @@ class Job:
             raise UsageError(
                 f"--tiny and --resolution are for presets; {self.model} is a Python file.",
                 hint="its build_model() and example_inputs() say how large it is.",
+            )
+
+    def _check_precision(self) -> None:
+        if self.precision is None:
+            return
+        _one_of("precision", self.precision, PRECISIONS)
+        if self.strategy == FUSED and self.precision == "fp32":
+            raise UsageError(
+                "--strategy fused: TensorRT's multi-device attention computes in FP16 and BF16.",
+                hint="add --precision bf16, or take another strategy.",
+            )
+        if self.precision == "bf16" and (old := without_bf16(self.compute_capabilities)):
+            raise UsageError(
+                f"--precision bf16: compute capability {', '.join(old)} has none.",
+                hint="--precision fp16; --float32 residual where that overflows.",
             )
 
     @property
@@ -175,6 +194,11 @@ class Job:
     def name(self) -> str:
         """The model's name: its file's stem."""
         return self.model.name.removesuffix(self.model.suffix) + ("-tiny" if self.tiny else "")
+
+
+def without_bf16(compute_capabilities: Collection[str]) -> list[str]:
+    """Those of GPUs older than Ampere (8.0), which do not compute in bfloat16."""
+    return [one for one in compute_capabilities if int(one.split(".")[0]) < 8]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

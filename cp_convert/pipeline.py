@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import msgspec
 
@@ -34,6 +35,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     with staged(job.out) as folder, ExitStack() as work:
         with clock.stage("load"):
             source = load(job)
+            job = replace(job, precision=source.precision)
             for told in source.told:
                 progress.note(told)
             check_space(job.out, bytes_needed(job, source))

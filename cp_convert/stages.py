@@ -19,6 +19,7 @@ from .bundle.manifest import Manifest
 from .bundle.program import write_program
 from .cache.store import Cache
 from .capture.capture import capture
+from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
 from .engine.fold_weights import fold_weights, store
@@ -32,7 +33,7 @@ from .ir.proof import NetworkProof, Proof
 from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten, StoredProgram
 from .ir.source import Source
 from .ir.tensors import Weight
-from .job import AUTO, EXTERNAL_FROM, FUSED, Job
+from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
 from .mesh import Mesh
 from .progress import Clock
 from .prove import (
@@ -41,6 +42,7 @@ from .prove import (
     check_device,
     flat_inputs,
     measure,
+    measure_program,
     measure_ranks,
     prove,
     prove_networks,
@@ -76,7 +78,9 @@ def make(
         table = decompositions()
         truth = _measured(loaded, clock)
         captured = capture(source, table, cache, loaded.trace_key, clock)
-        truth = truth or _measured_ranks(loaded, captured, clock)
+        if RESIDUAL in job.float32:
+            captured = replace(captured, dense=float32_residual(captured.dense))
+        truth = _measured_further(loaded, captured, truth, clock)
         rewritten = _rewritten(loaded, captured, table, clock)
         emitted = _emitted(rewritten, captured, source, clock)
         proof = _proven(loaded, captured, rewritten, emitted, truth, table, clock)
@@ -95,18 +99,26 @@ def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
     if job.proof == "none" or source.groups:
         return None
     with clock.stage("measure"):
-        return measure(source.module, source.inputs, check_device(job.proof_device))
+        device = check_device(job.proof_device)
+        rounded = RESIDUAL not in job.float32
+        return measure(source.module, source.inputs, device, rounded=rounded)
 
 
-def _measured_ranks(loaded: Loaded, captured: Captured, clock: Clock) -> Truth | None:
-    """The same for a model that communicates by itself."""
+def _measured_further(
+    loaded: Loaded, captured: Captured, truth: Truth | None, clock: Clock
+) -> Truth | None:
+    """The same for a model that communicates by itself, or computes more widely than it was built.
+
+    Such a one is measured by its program.
+    """
     job, source = loaded.job, loaded.source
-    if job.proof == "none" or not source.groups:
-        return None
+    if job.proof == "none" or not (source.groups or RESIDUAL in job.float32):
+        return truth
+    device, program = check_device(job.proof_device), captured.dense
     with clock.stage("measure"):
-        return measure_ranks(
-            captured.dense, source.inputs, job.world, check_device(job.proof_device)
-        )
+        if truth is None:
+            return measure_ranks(program, source.inputs, job.world, device)
+        return measure_program(truth, program, source.inputs, device)
 
 
 def _rewritten(loaded: Loaded, captured: Captured, table: Table, clock: Clock) -> Rewritten:

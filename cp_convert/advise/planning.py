@@ -15,7 +15,8 @@ from ..ir.sharded import Sharded
 from ..ir.source import Source
 from ..job import Job
 from ..mesh import Axis, Mesh
-from ..model.load import DTYPES, load
+from ..model.cast import DTYPES
+from ..model.load import load
 from ..progress import Clock, Progress
 from ..sharding.shard import shard
 from ..strategies import STRATEGIES, choose
@@ -68,7 +69,7 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
             progress.step("estimate")
     return Forecast(
         model=job.name,
-        precision=job.precision,
+        precision=source.precision,
         parameters=source.parameters,
         attentions=attentions,
         tokens=tokens,
@@ -144,7 +145,7 @@ def _at(
             continue
         sites, strategy = tried.outcomes, choose(tried.name, tried.ulysses)
         held = [strategy.cost(o.site, axis).key_values for o in sites if o.site.keys_sharded]
-        key_values = max(held, default=0) * DTYPES[job.precision].itemsize
+        key_values = max(held, default=0) * DTYPES[source.precision].itemsize
         options.append(_option(option, tried.work, alone, source, hardware, key_values))
     return options, sites
 

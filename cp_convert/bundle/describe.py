@@ -42,6 +42,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
+        float32=list(job.float32),
         backend=_backend(made),
         torch=str(torch.__version__),
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
@@ -235,6 +236,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             algebra=[],
             ranks=[],
             dense=None,
+            spread=[],
             bound=None,
             control=None,
             network=None,
@@ -249,6 +251,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],
         dense=_error(proof.dense),
+        spread=[_error(e) for e in proof.spread],
         bound=_error(proof.bound),
         control=None if proof.control is None else _error(proof.control),
         network=None

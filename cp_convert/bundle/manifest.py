@@ -244,7 +244,8 @@ class Proof(_Struct, frozen=True):
 
     All errors are relative to ``reference``. ``algebra`` is every rank's error with float32
     arithmetic, ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses
-    in that precision and ``bound`` what the ranks may lose. ``control`` is what is lost when
+    in that precision, ``spread`` what it loses under other roundings that are as valid, and
+    ``bound`` what the ranks may lose. ``control`` is what is lost when
     every rank attends to its own keys alone: it must be large, or nothing would be proven.
     ``recalled`` says that all this was computed by an earlier conversion of the same job, with the
     same numbers (the cache).
@@ -257,6 +258,7 @@ class Proof(_Struct, frozen=True):
     algebra: list[Error]
     ranks: list[Error]
     dense: Error | None
+    spread: list[Error]
     bound: Error | None
     control: Error | None
     network: NetworkProof | None
@@ -268,8 +270,9 @@ class Manifest(_Struct, frozen=True):
     """A bundle's manifest.
 
     ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
-    itself communicates, which divide the ``world`` beside them. With the layout ``shared`` all
-    engine files are one (hard links where the file system has them).
+    itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
+    float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
+    the layout ``shared`` all engine files are one (hard links where the file system has them).
     """
 
     schema_version: Literal[6]
@@ -282,6 +285,7 @@ class Manifest(_Struct, frozen=True):
     groups: dict[str, list[list[Count]]]
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
+    float32: list[str]
     backend: Backend
     torch: str
     torch_tensorrt: str

@@ -81,6 +81,10 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
 )  # fmt: skip
 @options.precision
+@options.float32(
+    "Compute modules whose path matches in float32, such as 'blocks.*.norm'; repeatable. The word "
+    "residual: the sums that run from block to block, which outgrow fp16 first."
+)
 @click.option(
     "--backend", type=click.Choice(BACKEND_NAMES), default="auto", show_default=True,
     help="Which TensorRT builds; auto takes the installed one.",
@@ -208,19 +212,19 @@ def _commands() -> list[str]:
 
 
 def _chosen(model: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """Strategy, world and precision: what was asked for, else what a preset knows to be good."""
-    names = ("strategy", "world", "precision")
+    """Strategy and world: what was asked for, else what a preset knows to be good."""
+    names = ("strategy", "world")
     found = {name: given[name] for name in names}
     if model.suffix == ".toml":
         preset = read_preset(model)
         found = {n: getattr(preset, n) if value is None else value for n, value in found.items()}
-    for name in names[:2]:
+    for name in names:
         if found[name] is None:
             raise UsageError(
                 f"Missing option '-{name[0]}' / '--{name}'.",
                 hint="cp-convert convert --help; only a preset knows a good one.",
             )
-    return {**found, "precision": found["precision"] or options.USUAL_PRECISION}
+    return found
 
 
 def _factor(ulysses: int | None, ring: int | None, world: int) -> int | None:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-USUAL_PRECISION: Final = "fp16"
 
 
 class Bytes(click.ParamType[int]):
@@ -65,8 +64,14 @@ model: Final = click.argument("model", type=click.Path(path_type=Path))
 bundle: Final = click.argument("bundle", type=click.Path(path_type=Path))
 precision: Final = click.option(
     "-p", "--precision", type=click.Choice(PRECISIONS),
-    help="Of parameters and floating inputs.  [default: the preset's, else fp16]",
+    help="Of parameters and floating inputs.  [default: the preset's; else the half type that the "
+    "model, or its --weights, is in; else bf16; fp16 for a GPU that has no bf16]",
 )  # fmt: skip
+
+
+def float32(purpose: str) -> Decorator:
+    """``--float32``."""
+    return click.option("--float32", multiple=True, metavar="PATTERN", help=purpose)
 
 
 def hardware(purpose: str) -> Decorator:

@@ -10,7 +10,6 @@ import click
 from ..advise.hardware import read as read_hardware
 from ..errors import UsageError
 from ..job import Job
-from ..model.preset import read as read_preset
 from . import options
 
 
@@ -49,8 +48,6 @@ def command(
     from ..show.progress import shown
 
     told, model = read_hardware(hardware), options.resolved(model)
-    known = read_preset(model).precision if model.suffix == ".toml" else options.USUAL_PRECISION
-    rest["precision"] = rest["precision"] or known
     job = Job(model=model, strategy="ulysses", out=Path(), proof="none", **rest)
     with options.others_on_stderr(as_json=as_json), shown(screen) as progress:
         from ..advise.planning import forecast  # late: torch

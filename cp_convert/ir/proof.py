@@ -30,13 +30,14 @@ class Proof:
     Attributes:
         algebra: every rank's error with float32 arithmetic, at most :data:`FLOOR`.
         ranks: every rank's error in the job's precision.
-        dense: what the dense model loses in that precision.
+        dense: what the dense model loses in that precision, rounded to nearest.
         bound: what the ranks may lose in it.
         control: what is lost when every rank sees its own keys alone; ``None`` when there is
             nothing to lose, in a world of 1 or without attention over sharded keys.
         reference: what all errors are measured against.
         seconds: how long it took.
         seconds_a_run: how long all ranks took once, with float32 arithmetic.
+        spread: what the dense model loses under other roundings, which the bound covers too.
     """
 
     algebra: tuple[Error, ...]
@@ -47,6 +48,7 @@ class Proof:
     reference: tuple[Tensor, ...]
     seconds: float
     seconds_a_run: float
+    spread: tuple[Error, ...] = ()
 
     @property
     def is_wide(self) -> bool:

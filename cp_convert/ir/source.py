@@ -45,6 +45,7 @@ class Source:
         located: where the user's files hold the parameters.
         casts: types of weights that were changed.
         told: what was done to make the weights fit, in words for a person.
+        precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
     """
 
     module: nn.Module
@@ -60,6 +61,7 @@ class Source:
     located: Mapping[str, Location] = field(default_factory=dict)
     casts: tuple[Cast, ...] = ()
     told: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

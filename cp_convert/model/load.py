@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
 from ..ir.source import Source
@@ -18,16 +17,15 @@ from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from ..mesh import Mesh
 from .adapters import check_no_adapters
+from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
+from .checks import check_no_step_cache
 from .file import Given, from_file
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
 from .preset import read
 from .ties import Ties
 from .weights import Filled, check_finite, load_weights
-
-DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_CASTABLE: Final = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:
@@ -41,12 +39,12 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     Raises:
         UsageError: the preset cannot be read, or lacks what is asked of it.
         CannotTrace: a preset's model does not fit into this machine's memory.
-        ModelFileError: the file cannot be imported, lacks a function, or one of them fails.
+        ModelFileError: the file cannot be imported, lacks a function, or one of them fails; or a
+            step cache is on.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
         UsageError: the model's process groups leave no equal share of the world.
     """
-    dtype = DTYPES[job.precision]
     located = _located(job) if allocate else {}
     is_large = _is_external(job, sum(at.size for at in located.values()))
     mapped = job.weights is not None and (job.is_preset or is_large)
@@ -56,10 +54,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
             if job.is_preset
             else from_file(job.model, job.world)
         )
-    module = given.module
+    module, ranks = given.module, (given.module, *given.peers)
+    precision = job.precision or _usual(job, ranks, located)
+    dtype = DTYPES[precision]
     ties = Ties.of(module)  # before casting takes views apart
-    for one in (module, *given.peers):
-        cast_module(one.eval().requires_grad_(False), dtype)
+    for one in ranks:
+        check_no_step_cache(one, str(job.model))
+        cast_module(one.eval().requires_grad_(False), dtype, job.float32)
     _check_peers(given)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = allocate and _is_external(job, size)
@@ -90,7 +91,15 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
+        precision=precision,
     )
+
+
+def _usual(job: Job, modules: Collection[nn.Module], located: Mapping[str, Location]) -> str:
+    """The precision of a job that names none."""
+    known = read(job.model).precision if job.is_preset else None
+    stored = [(at.dtype, at.size) for at in located.values()]
+    return usual_precision(known, modules, stored, job.compute_capabilities)
 
 
 def _located(job: Job) -> dict[str, Location]:
@@ -176,7 +185,7 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
 
 def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
     """Memory that a parameter takes while the model is loaded; none where a file is mapped."""
-    dtype = DTYPES[job.precision]
+    dtype = DTYPES[job.precision or _usual(job, (), located)]
     if job.weights is None:
         return torch.float32.itemsize
     in_place = _is_external(job, sum(at.size for at in located.values()))
@@ -200,47 +209,3 @@ def _plan(given: Given, job: Job) -> Mapping[str, Any]:
     if not isinstance(plan, Mapping):
         raise CannotShard(f"cp_plan is a {type(plan).__name__}, not a mapping of module names.")
     return plan
-
-
-def cast_module(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters and persistent buffers to ``dtype``, in place.
-
-    Left as they are: integers, float64, buffers that are not part of the state dict (tables that
-    the model computes, such as rotary frequencies), and what diffusers keeps in float32
-    (``_keep_in_fp32_modules``); loading a published checkpoint treats them in the same way.
-    """
-    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    persistent = set(module.state_dict(keep_vars=True))
-
-    def wanted(name: str, tensor: Tensor) -> torch.dtype:
-        if name not in persistent or tensor.dtype not in _CASTABLE:
-            return tensor.dtype
-        return torch.float32 if _is_kept(name, kept) else dtype
-
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.data = parameter.data.to(wanted(name, parameter))
-        for prefix, owner in module.named_modules():
-            for name, buffer in list(owner.named_buffers(recurse=False)):
-                path = f"{prefix}.{name}" if prefix else name
-                # Not through .data: a buffer may be a view, whose base would keep its dtype.
-                setattr(owner, name, buffer.to(wanted(path, buffer)))
-
-
-def _is_kept(name: str, kept: Collection[str]) -> bool:
-    return any(part in kept for part in name.split("."))
-
-
-def cast_inputs(
-    inputs: Mapping[str, Any], dtype: torch.dtype, *, keep: Collection[str] = ()
-) -> dict[str, Any]:
-    """Cast floating tensors of at most 32 bits to ``dtype``, except the arguments in ``keep``."""
-
-    def cast(leaf: Any) -> Any:
-        castable = isinstance(leaf, Tensor) and leaf.dtype in _CASTABLE
-        return leaf.to(dtype) if castable else leaf
-
-    return {
-        name: value if name in keep else pytree.tree_map(cast, value)
-        for name, value in inputs.items()
-    }

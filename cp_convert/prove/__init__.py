@@ -2,7 +2,7 @@
 
 from ..ir.proof import Error, NetworkProof, Proof
 from .device import check_device
-from .measure import Truth, flat_inputs, measure, measure_ranks
+from .measure import Truth, flat_inputs, measure, measure_program, measure_ranks
 from .network import prove_networks
 from .program import Stages, prove
 
@@ -15,6 +15,7 @@ __all__ = [
     "check_device",
     "flat_inputs",
     "measure",
+    "measure_program",
     "measure_ranks",
     "prove",
     "prove_networks",

@@ -21,6 +21,7 @@ from ..mesh import Axis
 from .device import exact
 
 Watch = Callable[[fx.Node, "PerRank"], None]
+Alter = Callable[[fx.Node, "PerRank"], "PerRank"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def run(
     widen: bool = False,
     partial: Axis | None = None,
     watch: Watch | None = None,
+    alter: Alter | None = None,
 ) -> list[list[Tensor]]:
     """Run every rank of ``program`` on the same full inputs.
 
@@ -57,6 +59,7 @@ def run(
         partial: leave all-reduces over this axis out, so that every rank keeps its own partial
             result.
         watch: called with every node and its values, as they are computed.
+        alter: the same, and gives the values that are put in their place.
 
     Returns:
         Every rank's outputs, in the order of ``program.outputs``.
@@ -82,6 +85,8 @@ def run(
             else:
                 assert node.op == "call_function", node.format_node()
                 env[node] = _call(node, env, world, widen=widen, own=node in own)
+            if alter is not None and node in env:
+                env[node] = alter(node, env[node])
             if watch is not None and node in env:
                 watch(node, env[node])
             for dead in dying.get(node, ()):

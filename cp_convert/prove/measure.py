@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -16,11 +15,15 @@ from ..errors import ProofFailed
 from ..ir.program import HALF, Executable
 from ..ir.proof import FLOOR, Error
 from ..model.forward import blamed_on_forward, check_arguments
+from .blame import Place, first_not_finite, first_not_finite_in
 from .device import Mover, exact, on
 from .errors import worst
 from .lockstep import HalfMatmulsInFloat32, run, widened
+from .roundings import spread, unit
+from .wide import in_float32, is_wide
 
 CPU: Final = torch.device("cpu")
+NOTHING: Final = Error(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,40 @@ class Truth:
         reference: all tensors it returns, in float32.
         loss: its error in the job's precision; nothing for float32.
         is_wide: whether the job's precision is float32.
+        spread: its errors under other roundings that are as valid, see :mod:`.roundings`.
+        unit: what rounding an output once may lose, relative to it; 0 for float32 outputs.
     """
 
     reference: tuple[Tensor, ...]
     loss: Error
     is_wide: bool
+    spread: tuple[Error, ...] = ()
+    unit: float = 0.0
+
+    @property
+    def worst(self) -> Error:
+        """The largest loss of all roundings that are known."""
+        known = (self.loss, *self.spread)
+        return Error(max(e.max for e in known), max(e.rms for e in known))
 
 
-def measure(module: nn.Module, inputs: Mapping[str, Any], device: torch.device = CPU) -> Truth:
+def measure(
+    module: nn.Module,
+    inputs: Mapping[str, Any],
+    device: torch.device = CPU,
+    *,
+    rounded: bool = True,
+) -> Truth:
     """Run the dense ``module`` on ``device``, in the job's precision and in float32.
 
     To be called before tracing: models that keep tables from call to call would keep those of the
     trace.
+
+    Args:
+        module: the model, in the job's precision.
+        inputs: keyword arguments of its forward.
+        device: where it computes.
+        rounded: whether its loss is measured; else :func:`measure_program` has to do it.
 
     Raises:
         CannotTrace: forward does not take these inputs, or fails.
@@ -51,12 +76,23 @@ def measure(module: nn.Module, inputs: Mapping[str, Any], device: torch.device =
     check_arguments(module, inputs)
     with on(module, device), exact(), blamed_on_forward():
         inputs = Mover(device).tree(dict(inputs))
-        wide_module, wide_inputs = _in_float32(module, inputs)
-        is_wide = wide_module is module
-        reference = dense_outputs(wide_module, wide_inputs)
-        loss = Error(0.0, 0.0) if is_wide else worst(dense_outputs(module, inputs), reference)
-    _check_finite(reference, loss)
-    return Truth(tuple(reference), loss, is_wide)
+        if is_wide(module):
+            truth = Truth(tuple(dense_outputs(module, inputs)), NOTHING, is_wide=True)
+            _check_finite(truth, module, inputs)
+            return truth
+        # First, because models keep tables from call to call, and these would be rounded ones.
+        with in_float32(module):
+            wide = pytree.tree_map(widened, inputs)
+            truth = Truth(tuple(dense_outputs(module, wide)), NOTHING, is_wide=False)
+            _check_finite(truth, module, wide)
+        if not rounded:
+            return truth
+        outputs = dense_outputs(module, inputs)
+        truth = replace(truth, loss=worst(outputs, truth.reference), unit=unit(outputs))
+        _check_finite(truth, module, inputs)
+        size = sum(p.nbytes for p in module.parameters())
+        others = spread(lambda: _outputs(module, inputs), truth.reference, size)
+        return replace(truth, spread=others)
 
 
 def measure_ranks(
@@ -73,12 +109,13 @@ def measure_ranks(
     mover = Mover(device)
     program, flat = mover.program(program), mover.tree(flat_inputs(program, inputs))
     tensors = [*flat.values(), *program.state.values()]
-    is_wide = not any(t.dtype in HALF for t in tensors)
-    outputs = run(program, flat, world, widen=not is_wide)
-    reference = outputs[0]
-    _check_finite(reference, Error(0.0, 0.0))
+    wide = not any(t.dtype in HALF for t in tensors)
+    outputs = run(program, flat, world, widen=not wide)
+    truth = Truth(tuple(outputs[0]), NOTHING, wide)
+    if not _is_finite(truth):
+        raise _not_finite("float32", first_not_finite_in(program, flat, world, widen=not wide))
     for rank, others in enumerate(outputs):
-        apart = worst(others, reference)
+        apart = worst(others, truth.reference)
         if not apart.within(Error(FLOOR, FLOOR)):
             raise ProofFailed(
                 f"rank {rank} returns something else than rank 0 (relative error "
@@ -87,24 +124,71 @@ def measure_ranks(
                 "or reduce at the end of forward, and give ranks that are no peers of one "
                 "another the same weights in build_model(rank).",
             )
-    losses = [] if is_wide else [worst(o, reference) for o in run(program, flat, world)]
-    loss = Error(max((e.max for e in losses), default=0), max((e.rms for e in losses), default=0))
-    return Truth(tuple(reference), loss, is_wide)
+    return truth if wide else _rounded(truth, program, flat, world)
 
 
-def _check_finite(reference: Sequence[Tensor], loss: Error) -> None:
-    if not math.isfinite(loss.max + sum(float(t.double().sum()) for t in reference)):
-        raise ProofFailed(
-            "the dense model itself returns infinities or NaN with these inputs and weights.",
-            hint="try --precision bf16 or fp32, or other example inputs.",
-        )
+def measure_program(
+    truth: Truth, program: Executable, inputs: Mapping[str, Any], device: torch.device = CPU
+) -> Truth:
+    """``truth`` with the loss of the model's program, which computes more widely than the model.
+
+    Raises:
+        ProofFailed: it returns infinities or NaN.
+    """
+    mover = Mover(device)
+    program, flat = mover.program(program), mover.tree(flat_inputs(program, inputs))
+    return truth if truth.is_wide else _rounded(truth, program, flat, 1)
+
+
+def _rounded(truth: Truth, program: Executable, flat: Mapping[str, Tensor], world: int) -> Truth:
+    """``truth`` with what all ranks of ``program`` lose in the job's precision."""
+    reference = truth.reference
+    outputs = run(program, flat, world)
+    losses = [worst(one, reference) for one in outputs]
+    loss = Error(max(e.max for e in losses), max(e.rms for e in losses))
+    truth = replace(truth, loss=loss, unit=unit(outputs[0]))
+    if not _is_finite(truth):
+        raise _not_finite("the job's precision", first_not_finite_in(program, flat, world))
+    size = sum(p.nbytes for p in program.state.values())
+    return replace(truth, spread=spread(lambda: run(program, flat, world)[0], reference, size))
+
+
+def _is_finite(truth: Truth) -> bool:
+    return math.isfinite(truth.loss.max) and all(
+        bool(t.isfinite().all()) for t in truth.reference if t.is_floating_point()
+    )
+
+
+def _check_finite(truth: Truth, module: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Of the run that was just made, with these ``inputs`` and the module as it is now."""
+    if not _is_finite(truth):
+        types = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+        found = first_not_finite(lambda: dense_outputs(module, inputs), module)
+        raise _not_finite(" and ".join(sorted(types)) or "float32", found)
+
+
+def _not_finite(precision: str, place: Place | None) -> ProofFailed:
+    return ProofFailed(
+        "the dense model itself returns infinities or NaN with these inputs and weights, in "
+        f"{precision}."
+        + (f" The first output that is not finite is that of {place.module}." if place else ""),
+        where=place.where if place else None,
+        hint="float16 ends at 65504: try --precision bf16, or --float32 residual, or the module's "
+        "path after --float32; in float32, look at the weights and the example inputs.",
+    )
 
 
 def dense_outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """All tensors that ``module(**inputs)`` returns, flat."""
-    with torch.no_grad(), HalfMatmulsInFloat32():
+    with HalfMatmulsInFloat32():
+        return _outputs(module, inputs)
+
+
+def _outputs(module: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
         leaves = pytree.tree_leaves(module(**inputs))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    # Detached: a parameter that is returned would change its type with the module.
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def flat_inputs(program: Executable, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -113,16 +197,3 @@ def flat_inputs(program: Executable, inputs: Mapping[str, Any]) -> dict[str, Ten
     given = {name: value for name, value in inputs.items() if name in used}
     tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
     return {b.name: t for b, t in zip(program.inputs, tensors, strict=True)}
-
-
-def _in_float32(
-    module: nn.Module, inputs: Mapping[str, Any]
-) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The same rounded numbers in float32; float64 tables stay float64."""
-    tensors = [*module.parameters(), *module.buffers()]
-    if not any(t.dtype in HALF for t in tensors):
-        return module, inputs
-    twin = copy.deepcopy(module)
-    for tensor in [*twin.parameters(), *twin.buffers()]:
-        tensor.data = widened(tensor.data)
-    return twin, pytree.tree_map(widened, dict(inputs))

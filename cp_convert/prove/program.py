@@ -17,6 +17,7 @@ would have been proven.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,18 +28,24 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..errors import ProofFailed
+from ..ir.ops import is_spmd
 from ..ir.program import HALF, Executable
 from ..ir.proof import FLOOR, Error, Proof
 from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
+from .blame import Place
 from .device import Mover
 from .errors import ROUNDING, deviation, error_of, worst
 from .lockstep import PerRank, reduces_over, run
 from .measure import CPU, Truth, flat_inputs
+from .roundings import spread
+from .vanish import where_attention_vanishes
 
 MARGIN: Final = 2.0
 """How many times the dense model's own loss the ranks may lose."""
+FEW: Final = 4
+"""The margin is doubled for an output of so many numbers: the fewer, the luckier a loss can be."""
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
 
@@ -102,8 +109,8 @@ def prove(
     start, mover = time.perf_counter(), Mover(device)
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
-    reference, loss, is_wide = truth.reference, truth.loss, truth.is_wide
-    bound = bound_of(loss, rtol)
+    reference, is_wide = truth.reference, truth.is_wide
+    bound = bound_of(truth, rtol)
     begun = time.perf_counter()
     wide = run(
         stages.rewritten, flat_inputs(stages.rewritten, inputs), stages.world, widen=not is_wide
@@ -124,12 +131,13 @@ def prove(
     return Proof(
         algebra,
         ranks,
-        loss,
+        truth.loss,
         bound,
         control,
         tuple(reference),
         time.perf_counter() - start,
         seconds_a_run,
+        truth.spread,
     )
 
 
@@ -142,8 +150,12 @@ def _with_own_rounding(
     ]
     if not truth.is_wide or not any(isinstance(v, Tensor) and v.dtype in HALF for v in values):
         return truth
-    whole = run(dense, flat_inputs(dense, inputs), world, widen=True)[0]
-    return Truth(truth.reference, worst(whole, truth.reference), is_wide=False)
+    flat, reference = flat_inputs(dense, inputs), truth.reference
+    whole = run(dense, flat, world, widen=True)[0]
+    others = spread(
+        lambda: run(dense, flat, world)[0], reference, sum(p.nbytes for p in dense.state.values())
+    )
+    return replace(truth, loss=worst(whole, reference), is_wide=False, spread=others)
 
 
 def _errors(
@@ -179,11 +191,17 @@ def _against_program(
     return tuple(worst(of_rank, whole) for of_rank in wide)
 
 
-def bound_of(loss: Error, rtol: float | None) -> Error:
-    """What may be lost where the dense model loses ``loss``; ``rtol`` replaces it."""
+def bound_of(truth: Truth, rtol: float | None) -> Error:
+    """Of every rank's error in the job's precision; ``rtol`` replaces it. See docs/adr/0004."""
     if rtol is not None:
         return Error(rtol, rtol)
-    return Error(max(FLOOR, MARGIN * loss.max), max(FLOOR, MARGIN * loss.rms))
+    lost = truth.worst
+    # Two values that are equal but for a rounding may be rounded to two neighbours: twice a unit.
+    # Over many outputs such errors are spread evenly, hence the root of three.
+    last = Error(2 * truth.unit, 2 * truth.unit / math.sqrt(3))
+    numbers = min((t.numel() for t in truth.reference if t.numel()), default=1)
+    margin = MARGIN * (1 + FEW / numbers)
+    return Error(max(FLOOR, last.max, margin * lost.max), max(FLOOR, last.rms, margin * lost.rms))
 
 
 def _control(
@@ -200,14 +218,24 @@ def _control(
     # One rank is enough to look at: the gathers at the end have put all ranks' tokens there.
     control = worst(outputs[0], reference)
     if control.max <= CONTROL * FLOOR:
+        place = _vanishing_point(inputs, stages)
+        lost = f"What it finds is lost in {place.module}." if place else ""
         raise ProofFailed(
             "nothing was proven: the output is the same even when every rank attends to its own "
             f"keys alone (relative error {control.max:.1e}), so attention does not reach the "
-            "output with these weights.",
+            f"output with these weights. {lost}".rstrip(),
+            where=place.where if place else None,
             hint="give the real weights (--weights), initialise gates and output layers with "
             "numbers other than zero, or convert with --no-proof.",
         )
     return control
+
+
+def _vanishing_point(inputs: Mapping[str, Any], stages: Stages) -> Place | None:
+    dense, sites = stages.dense, [site for site, _ in stages.sites]
+    if any(is_spmd(node.target) for node in dense.graph_module.graph.nodes) or not sites:
+        return None
+    return where_attention_vanishes(dense, flat_inputs(dense, inputs), sites, CONTROL * FLOOR)
 
 
 def _failure(

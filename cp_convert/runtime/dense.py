@@ -51,7 +51,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     truth = measure(source.module, inputs)
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
-    error, bound = worst(outputs, truth.reference), bound_of(truth.loss, None)
+    error, bound = worst(outputs, truth.reference), bound_of(truth, None)
     if not error.within(bound):
         raise RunFailed(
             f"the ranks together return something else than the dense model: relative error "
@@ -86,6 +86,7 @@ def _job(manifest: Manifest) -> Job:
         world=1,
         out=Path(),
         precision=manifest.precision,
+        float32=tuple(manifest.float32),
         weights=None if model.weights is None else Path(model.weights),
         weights_mode=manifest.weights_mode,
         freeze=tuple(request.freeze),

@@ -30,7 +30,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
     console.print(
         f"[bold green]{plural(len(manifest.engines), 'engine')}[/] of "
         f"{escape(manifest.model.name)} "
-        f"({count(manifest.model.parameters)} parameters, {manifest.precision}, "
+        f"({count(manifest.model.parameters)} parameters, {_precision(manifest)}, "
         f"{manifest.strategy} over {plural(manifest.world, 'rank')}), {size(total)} in "
         f"[bold]{escape(str(out))}[/]",
         soft_wrap=True,
@@ -92,7 +92,7 @@ def _facts(manifest: Manifest) -> Table:
         ("model", f"{model.name}, {count(model.parameters)} parameters ({model.source})"),
         (
             "strategy",
-            f"{manifest.strategy} over {plural(manifest.world, 'rank')}, {manifest.precision}",
+            f"{manifest.strategy} over {plural(manifest.world, 'rank')}, {_precision(manifest)}",
         ),
         ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
@@ -225,6 +225,11 @@ def _sharding_table(manifest: Manifest) -> Table:
 
 
 _LEVELS = {"program": "program", "network": "program and networks", "none": "nothing"}
+
+
+def _precision(manifest: Manifest) -> str:
+    wide = f" with {', '.join(manifest.float32)} in float32" if manifest.float32 else ""
+    return manifest.precision + wide
 
 
 def _proof_line(proof: Proof) -> str:

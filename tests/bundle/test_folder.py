@@ -36,6 +36,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         weights=[],
         world=world,
         precision="fp16",
+        float32=["residual"],
         backend=m.Backend(
             name="tensorrt-rtx", version="1", compute_capabilities=["8.9"], workarounds=["w: why"]
         ),
@@ -80,7 +81,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         proof=m.Proof(
             status="passed", level="program", device="cpu", reference="dense",
                 algebra=[error] * world,
-            ranks=[error] * world, dense=error, bound=error, control=error, network=None,
+            ranks=[error] * world, dense=error, spread=[], bound=error, control=error, network=None,
             seconds=1.0, recalled=False,
         ),
         timings={"trace": 1.0},

@@ -20,7 +20,7 @@ from cp_convert.ir import ops
 from cp_convert.ir.network import Layer
 from cp_convert.ir.program import Binding, Lowered
 from cp_convert.mesh import Axis
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.trt.libraries import trt

@@ -19,7 +19,7 @@ from cp_convert.ir import ops
 from cp_convert.ir.passes import interleave_strided_writes
 from cp_convert.ir.program import Lowered
 from cp_convert.mesh import Mesh
-from cp_convert.model.load import cast_module
+from cp_convert.model.cast import cast_module
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.replay import replay
 from cp_convert.strategies import STRATEGIES

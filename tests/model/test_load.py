@@ -7,7 +7,8 @@ from torch import nn
 
 from cp_convert.errors import CannotShard, ModelFileError, UsageError
 from cp_convert.job import Job
-from cp_convert.model.load import cast_inputs, cast_module, load
+from cp_convert.model.cast import cast_inputs, cast_module
+from cp_convert.model.load import load
 
 Write = Callable[..., Path]
 

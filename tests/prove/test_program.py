@@ -1,6 +1,8 @@
 """The proof passes what is right, and fails for every planted fault."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +13,10 @@ from torch import Tensor, fx, nn
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
 from cp_convert.ir.proof import FLOOR
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Proof, measure, prove
 from cp_convert.prove.lockstep import run
+from cp_convert.prove.roundings import DRAWS
 from cp_convert.strategies import STRATEGIES
 from tests.conftest import (
     TINY_PLAN,
@@ -66,7 +69,9 @@ def test_half_precision_is_measured_by_the_dense_models_own_loss(
     proof = proven(module, cast_inputs(tiny_inputs(), dtype), name, 4)
     assert all(error.max < FLOOR for error in proof.algebra)
     assert proof.dense.max > 100 * FLOOR or dtype == torch.float16
-    assert proof.bound.max == pytest.approx(2 * proof.dense.max)
+    assert len(proof.spread) == DRAWS
+    lost, unit = max(e.max for e in (proof.dense, *proof.spread)), torch.finfo(dtype).eps / 2
+    assert proof.bound.max == pytest.approx(max(2 * (1 + 4 / (2 * 24 * 8)) * lost, 2 * unit))
     assert all(error.within(proof.bound) for error in proof.ranks)
 
 
@@ -201,14 +206,59 @@ def test_a_model_whose_attention_does_not_matter_proves_nothing() -> None:
     with pytest.raises(ProofFailed, match="nothing was proven") as caught:
         proven(module, tiny_inputs())
     assert "--weights" in (caught.value.hint or "")
+    # The first attention already gives the same, whatever key a value belongs to.
+    assert re.search(r"conftest\.py:\d+\)$", caught.value.where or "")
+
+
+class Gated(nn.Module):
+    """Two attentions, the second behind a gate that is closed."""
+
+    def __init__(self, *gates: float) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 32), nn.Linear(32, 8)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.gates = nn.Parameter(torch.tensor(gates))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for number, layer in enumerate((self.first, self.second)):
+            q = (4 * layer(x)).unflatten(-1, (4, 8)).transpose(1, 2)
+            out = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+            x = x + self.gates[number] * out
+        return self.leave(x)
+
+
+def test_the_first_that_loses_what_attention_found_is_named() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ProofFailed, match="is lost in model") as caught:
+        proven(sharpened(Gated(0.0, 0.0)), {"x": tokens(24)[..., :8]}, plan={})
+    line = int((caught.value.where or "").rpartition(":")[2].rstrip(")"))
+    source, first = inspect.getsourcelines(Gated)
+    assert "self.gates[number] * out" in source[line - first]
+    module = sharpened(Gated(1.0, 1.0))
+    module.leave.weight.data.zero_()  # type: ignore[operator, union-attr]
+    with pytest.raises(ProofFailed, match="is lost in leave"):
+        proven(module, {"x": tokens(24)[..., :8]}, plan={})
+    proven(sharpened(Gated(0.0, 1.0)), {"x": tokens(24)[..., :8]}, plan={})
 
 
 def test_a_model_that_overflows_is_told_so() -> None:
     module = tiny()
     with torch.no_grad():
         module.leave.weight.mul_(1e38)  # type: ignore[operator, union-attr]
-    with pytest.raises(ProofFailed, match="infinities or NaN"):
+    with pytest.raises(ProofFailed, match=r"in float32\..* is not finite is that of leave\."):
         proven(module, tiny_inputs())
+
+
+def test_a_model_that_overflows_in_half_precision_only() -> None:
+    module = tiny()
+    with torch.no_grad():
+        module.to_q.weight.mul_(1e5)  # type: ignore[operator, union-attr]
+    cast_module(module, torch.float16)
+    with pytest.raises(ProofFailed, match=r"in float16\..* is that of to_q\.") as caught:
+        measure(module, cast_inputs(tiny_inputs(), torch.float16))
+    assert "--float32" in (caught.value.hint or "")
+    assert re.fullmatch(r"to_q \(.*conftest\.py:\d+\)", caught.value.where or "")
 
 
 def test_rtol_replaces_the_bound() -> None:

@@ -25,7 +25,7 @@ from cp_convert.errors import ProofFailed
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered
 from cp_convert.job import STRATEGY_NAMES
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Proof, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.layers import LAYERS
 from cp_convert.prove.replay import replay

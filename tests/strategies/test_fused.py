@@ -14,7 +14,7 @@ from cp_convert.engine.specialise import specialise
 from cp_convert.errors import BackendMissing, ProofFailed, UsageError
 from cp_convert.job import Job
 from cp_convert.mesh import Axis
-from cp_convert.model.load import cast_inputs, cast_module
+from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import measure, prove, prove_networks
 from cp_convert.prove.measure import flat_inputs
 from cp_convert.strategies import choose
