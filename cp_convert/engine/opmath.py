@@ -21,14 +21,15 @@ What stays as it is, because the result is the same to the bit:
 - Tensors that are made of a number in half precision (``full``, ``masked_fill``'s value): torch
   rounds these as well.
 
-Operators differ in what torch does with the number:
+Operators differ in what torch does with the number (CPU: measured; CUDA: read in its kernels):
 
-- :data:`_IN_FLOAT32`: the number is not rounded. Of these ``clamp`` is one that torch does round
-  it for; as rounding is monotonous, ``half(clamp(float(x), c))`` is ``clamp(x, half(c))``. In
-  ``add`` and ``sub`` CUDA does not round it and the CPU does (torch 2.14); the GPU is what counts,
-  and it is nearer to what was written.
-- :data:`_ROUNDED`: torch rounds the number to the tensor's type (CPU and CUDA), which is then
-  written into the program. Comparisons would otherwise differ for the tensor's value next to it.
+- :data:`_IN_FLOAT32`: the number is not rounded. Two of these need a word. In ``add`` and ``sub``
+  the CPU rounds it, and CUDA does not (its functors hold the number as ``opmath_t``); the GPU is
+  what counts, and is nearer to what was written. ``clamp`` rounds it on both, which is the same:
+  rounding keeps the order, so that ``half(clamp(float(x), c))`` is ``clamp(x, half(c))``.
+- :data:`_ROUNDED`: torch rounds the number to the tensor's type (``exp_scalar.to<scalar_t>()``),
+  on both. The program then says which number that is, so that it and the network agree in float32
+  arithmetic, too. Comparisons would else differ where a value is the number's nearest neighbour.
 - :data:`_SEVERAL_LAYERS`: converted to several layers, some with a constant of their own (log2's
   logarithm of 2, atan2's pi): torch rounds once at the end, each of the layers would. These are
   computed in float32 whatever their numbers.
