@@ -24,6 +24,7 @@ from ..ir.program import (
     with_dtypes,
 )
 from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
+from .deconvolution import deconvolutions
 from .opmath import in_opmath
 
 _SHARD = torch.ops.cp.shard.default
@@ -39,6 +40,7 @@ def lower(program: Lowered) -> Lowered:
     own = module_of(module, copied(module.graph))
     _truncate_doubles(own)
     _cast_by_aten(own.graph)
+    deconvolutions(own.graph)
     with _quiet():
         own = post_lowering(own, settings())
         _make_contiguous(own)
