@@ -1,86 +1,85 @@
 """Every transformer class of diffusers x every strategy: built and proven, refused, or failed.
 
-    python -m benchmarks.models [--jobs 2] [--out docs/models.md] [CLASS ...]
+    python -m benchmarks.models [--precision fp32,fp16,bf16] [--strategies ulysses] [CLASS ...]
 
 The plan is inferred for all of them, also where the class has one, at world 2; classes that declare
-a ``_cp_plan`` are run with that as well, at worlds 2 and 4. Each run is a process of its own;
-engines are really built, every rank's, and thrown away. Precision is float32, so that nothing hides
-behind rounding.
+a ``_cp_plan`` are run with that as well, at worlds 2 and 4, in float32. Each run is a process of
+its own, and goes through the stages of the pipeline; engines are really built, every rank's, and
+thrown away. In float32 nothing hides behind rounding; in half precision rounding is what is looked
+at. Results are kept by class, plan, world and precision, so that a run replaces its own row only.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .models_page import WIDE, Run, page, whole
+
 TIMEOUT = 900
-LONGEST = 240
-
-
-@dataclass(frozen=True, order=True)
-class Run:
-    """One class with one plan at one world."""
-
-    name: str
-    plan: str
-    world: int
-
-    @property
-    def key(self) -> str:
-        """How the results name it."""
-        return f"{self.name} {self.plan} {self.world}"
-
-    @classmethod
-    def named(cls, key: str) -> Run:
-        """The inverse of :attr:`key`."""
-        name, plan, world = key.split()
-        return cls(name, plan, int(world))
 
 
 def main() -> None:
     """Run the classes and write the table."""
+    from cp_convert.strategies import STRATEGIES
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("classes", nargs="*")
+    parser.add_argument("--precision", default=WIDE, help="fp32, fp16, bf16, joined by commas")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="joined by commas")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/models.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/models.md"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    strategies = options.strategies.split(",")
     if options.one:
-        print(json.dumps(one(Run.named(options.one))))
+        print(json.dumps(one(Run.named(options.one), strategies)))
         return
-    from benchmarks.zoo import classes
-
-    found = classes()
-    runs = [Run(name, "inferred", 2) for name in options.classes or found]
-    runs += [
-        Run(name, "declared", world)
-        for name in options.classes or found
-        for world in (2, 4)
-        if getattr(found[name], "_cp_plan", None)
-    ]
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
+    known = {Run.named(key).key: result for key, result in known.items()}
+    runs = _wanted(options.classes, options.precision.split(","))
     with ThreadPoolExecutor(options.jobs) as pool:
-        for run, result in zip(runs, pool.map(in_process, runs), strict=True):
-            known[run.key] = result
+        results = pool.map(partial(in_process, strategies=strategies), runs)
+        for run, result in zip(runs, results, strict=True):
+            known[run.key] = _together(known.get(run.key, {}), result)
             options.results.write_text(json.dumps(known, indent=1, sort_keys=True))
             print(run.key, json.dumps(result)[:300], flush=True)
     options.out.write_text(page({Run.named(key): result for key, result in known.items()}))
 
 
-def in_process(run: Run) -> dict[str, Any]:
+def _wanted(names: Sequence[str], precisions: Sequence[str]) -> list[Run]:
+    from benchmarks.zoo import classes
+
+    found = classes()
+    runs = [Run(name, "inferred", 2, p) for p in precisions for name in names or found]
+    planned = [name for name in names or found if getattr(found[name], "_cp_plan", None)]
+    is_wide = WIDE in precisions
+    return runs + [Run(name, "declared", w) for name in planned for w in (2, 4) if is_wide]
+
+
+def _together(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The new result, with the strategies that only the old one has."""
+    if whole(old) or whole(new):
+        return dict(new)
+    return {**old, **new}
+
+
+def in_process(run: Run, strategies: Sequence[str]) -> dict[str, Any]:
     """One run in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.models", "--one", run.key]
+    command += ["--strategies", ",".join(strategies)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
@@ -92,179 +91,105 @@ def in_process(run: Run) -> dict[str, Any]:
     return result
 
 
-def one(run: Run) -> dict[str, Any]:
+def one(run: Run, strategies: Sequence[str]) -> dict[str, Any]:
     """Trace once; then every strategy to engines and a proof."""
     import torch
 
     from benchmarks import zoo
-    from cp_convert.backends import select
-    from cp_convert.capture.decompose import decompose
-    from cp_convert.capture.trace import trace
-    from cp_convert.engine.build import prepare
+    from cp_convert.cache.store import Cache
+    from cp_convert.engine.pool import Pool
     from cp_convert.errors import ConvertError
     from cp_convert.mesh import Mesh
-    from cp_convert.prove import measure
+    from cp_convert.progress import Clock, Progress
     from cp_convert.sharding.shard import shard
-    from cp_convert.strategies import STRATEGIES
-    from cp_convert.trt.libraries import decompositions
+    from cp_convert.stages import begin
 
     torch.set_num_threads(1)
-    prepare(select("auto", ()))
-    name, axis = run.name, Mesh.line(run.world).whole
-    try:
-        module, inputs = zoo.build(name), zoo.example_inputs(name)
-        truth = measure(module, inputs)
-        plan = getattr(module, "_cp_plan", {}) if run.plan == "declared" else {}
-        traced, _ = trace(module, inputs, plan, zoo.CASES[name].freeze)
-        dense = decompose(traced, decompositions())
-        sharded = shard(dense, axis)
-    except ConvertError as error:
-        return {"refused": _told(error)}
-    moves = Counter(move.kind for move in sharded.moves)
-    result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "attentions": len(list(dense.graph_module.graph.find_nodes(
-            op="call_function", target=torch.ops.cp.attention.default
-        ))),
-        "split": len(sharded.places),
-        "gathers": moves["gather"],
-        "all_reduces": moves["all_reduce"],
-        "freeze": list(zoo.CASES[name].freeze),
-    }  # fmt: skip
-    for strategy in STRATEGIES:
-        result[strategy] = _converted(truth, inputs, dense, sharded, strategy, axis)
+    clock = Clock(Progress())
+    with tempfile.TemporaryDirectory() as folder, Pool(1, 1 << 40) as pool:
+        loaded = _loaded(run, strategies[0], Path(folder))
+        try:
+            begun = begin(loaded, Cache(None), clock)
+            sharded = shard(begun.captured.dense, Mesh.line(run.world).whole)
+        except ConvertError as error:
+            return {"refused": _told(error)}
+        moves = Counter(move.kind for move in sharded.moves)
+        graph = begun.captured.dense.graph_module.graph
+        result: dict[str, Any] = {
+            "parameters": loaded.source.parameters,
+            "attentions": len(list(graph.find_nodes(
+                op="call_function", target=torch.ops.cp.attention.default
+            ))),
+            "split": len(sharded.places),
+            "gathers": moves["gather"],
+            "all_reduces": moves["all_reduce"],
+            "freeze": list(zoo.CASES[run.name].freeze),
+        }  # fmt: skip
+        for strategy in strategies:
+            job = replace(loaded.job, strategy=strategy)
+            asked = replace(begun, loaded=replace(loaded, job=job))
+            result[strategy] = _converted(asked, pool, clock)
     return result
 
 
-def _converted(
-    truth: Any, inputs: Any, dense: Any, sharded: Any, strategy: str, axis: Any
-) -> dict[str, Any]:
-    from cp_convert.engine.build import build
-    from cp_convert.engine.lower import lower
-    from cp_convert.engine.readback import constants_of
-    from cp_convert.engine.specialise import specialise
-    from cp_convert.errors import CannotConvert, ConvertError, ProofFailed
-    from cp_convert.prove import Stages, flat_inputs, prove, prove_networks
-    from cp_convert.strategies import CONTROL, STRATEGIES
-    from cp_convert.strategies.rewrite import rewrite
-    from cp_convert.trt.libraries import decompositions
+def _loaded(run: Run, strategy: str, folder: Path) -> Any:
+    """The class as the pipeline would have it after loading a model file."""
+    from benchmarks import zoo
+    from cp_convert.backends import select
+    from cp_convert.ir.records import Loaded
+    from cp_convert.ir.source import Source
+    from cp_convert.job import Job
+    from cp_convert.model.load import DTYPES, cast_inputs, cast_module
 
-    table, start = decompositions(), time.perf_counter()
-    result: dict[str, Any] = {}
+    dtype = DTYPES[run.precision]
+    module, inputs = zoo.build(run.name), zoo.example_inputs(run.name)
+    cast_module(module, dtype)
+    parameters = list(module.parameters())
+    source = Source(
+        module=module,
+        inputs=cast_inputs(inputs, dtype),
+        plan=getattr(module, "_cp_plan", {}) if run.plan == "declared" else {},
+        freeze=zoo.CASES[run.name].freeze,
+        sha256="",
+        parameters=sum(p.numel() for p in parameters),
+        bytes=sum(p.nbytes for p in parameters),
+    )
+    job = Job(
+        Path(zoo.__file__), strategy, run.world, folder, precision=run.precision, proof="network"
+    )
+    return Loaded(job, select("auto", ()), source, "", None, folder)
+
+
+def _converted(begun: Any, pool: Any, clock: Any) -> dict[str, Any]:
+    from cp_convert.cache.store import Cache
+    from cp_convert.errors import CannotConvert, ConvertError
+    from cp_convert.stages import build, check_networks
+
+    start = time.perf_counter()
     try:
-        rewritten, outcomes = rewrite(sharded, STRATEGIES[strategy], strategy, axis, table)
-        control, _ = rewrite(sharded, CONTROL, "control", axis, table)
-        lowered = lower(rewritten)
-        sites = [(outcome.site, outcome.node) for outcome in outcomes]
-        stages = Stages(dense, control, rewritten, lowered, sites, axis)
-        proof = prove(truth, inputs, stages)
-        result["error"] = max(error.max for error in proof.algebra)
-        networks: list[Any] = []
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(axis.size):
-                known = [*lowered.state.values(), *constants_of(networks)]
-                path = Path(folder, f"rank{rank}.engine")
-                engine = build(specialise(lowered, rank), rank, path, (), known=known)
-                networks.append(engine.network)
-        network = prove_networks(networks, flat_inputs(lowered, inputs), proof, lowered)
-        result["network"] = max(error.max for error in network.algebra)
-        result["status"] = "proven"
-    except (CannotConvert, ProofFailed) as error:
-        kind = "refused" if isinstance(error, CannotConvert) else "failed"
-        result |= {"status": kind, "reason": _told(error)}
+        made = check_networks(build(begun, pool, Cache(None), clock), clock)
+        result = {"status": "proven", **_errors(made)}
+    except CannotConvert as error:
+        result = {"status": "refused", "reason": _told(error)}
     except ConvertError as error:
-        result |= {"status": "failed", "reason": _told(error)}
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    return result
+        result = {"status": "failed", "reason": _told(error)}
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def _errors(made: Any) -> dict[str, float]:
+    """The largest of all ranks: with float32 arithmetic, and in the run's precision."""
+    proof, networks = made.proof, made.network_proof
+    return {
+        "error": max(error.max for error in proof.algebra),
+        "network": max(error.max for error in networks.algebra),
+        "ranks": max(error.max for error in networks.ranks),
+        "bound": proof.bound.max,
+    }
 
 
 def _told(error: Any) -> str:
     where = f" [{error.where}]" if error.where else ""
     return " ".join(f"{error}{where}".split())[:400]
-
-
-def page(results: dict[Run, dict[str, Any]]) -> str:
-    """The results as a page of the documentation."""
-    from benchmarks.zoo import classes
-    from cp_convert.strategies import STRATEGIES
-
-    inferred = {run: r for run, r in sorted(results.items()) if run.plan == "inferred"}
-    declared = {run: r for run, r in sorted(results.items()) if run.plan == "declared"}
-    return PAGE.format(
-        run=len(inferred), known=len(classes()), strategies=" | ".join(STRATEGIES),
-        said=_said(inferred), rows="\n".join(_row(run, r) for run, r in inferred.items()),
-        declared_said=_said(declared),
-        declared_rows="\n".join(_row(run, r) for run, r in declared.items()),
-    )  # fmt: skip
-
-
-def _said(results: dict[Run, dict[str, Any]]) -> str:
-    from cp_convert.strategies import STRATEGIES
-
-    cells: Counter[str] = Counter()
-    for result in results.values():
-        whole = next((kind for kind in ("refused", "failed") if kind in result), None)
-        cells.update(whole or result[strategy]["status"] for strategy in STRATEGIES)
-    said = ", ".join(f"{cells[kind]} {kind}" for kind in ("proven", "refused", "failed"))
-    return f"{sum(cells.values())} conversions: {said}"
-
-
-def _row(run: Run, result: dict[str, Any]) -> str:
-    from cp_convert.strategies import STRATEGIES
-
-    for kind in ("refused", "failed"):
-        if kind in result:
-            return f"| {run.name} | {run.world} | | | | {kind}: {_short(result[kind])} | | |"
-    shown = []
-    for strategy in STRATEGIES:
-        own = result[strategy]
-        shown.append(
-            f"proven, {own['network']:.0e}" if own["status"] == "proven"
-            else f"{own['status']}: {_short(own['reason'])}"
-        )  # fmt: skip
-    frozen = " *" if result["freeze"] else ""
-    reduces = f" + {result['all_reduces']} all-reduce" if result["all_reduces"] else ""
-    return (
-        f"| {run.name}{frozen} | {run.world} | {result['attentions']} | {result['split']} | "
-        f"{result['gathers']}{reduces} | " + " | ".join(shown) + " |"
-    )
-
-
-def _short(reason: str) -> str:
-    """The reason's beginning, without the paths of this machine."""
-    short = re.sub(r"/\S*/(site-packages|lib/python[^/]*)/", "", reason.replace("|", "\\|"))
-    return short if len(short) <= LONGEST else f"{short[:LONGEST]} ..."
-
-
-PAGE = """# Which models convert
-
-Generated by `python -m benchmarks.models`; do not edit by hand. Every transformer class in
-diffusers' `models/transformers` ({run} of {known}), in a small configuration with random weights
-(`benchmarks/zoo.py`), float32. *Proven* means that TensorRT built every rank's engine and that both
-the program and the networks, all ranks in lockstep, agree with the dense model; the number is the
-networks' largest relative error. No engine was executed.
-
-*split*: attentions whose keys are sharded, so that the strategy does its work; the others read
-whole keys (a text, say) and need no communication. *gathers*: tensors gathered outside attention,
-the final output among them. A star marks classes whose masks or indices decide how many tokens
-there are; these arguments are frozen (`--freeze`).
-
-## The plan inferred
-
-**{said}.**
-
-| class | world | attentions | split | gathers | {strategies} |
-|---|---|---|---|---|---|---|---|
-{rows}
-
-## The plan that the class declares
-
-All classes with a `_cp_plan`. **{declared_said}.**
-
-| class | world | attentions | split | gathers | {strategies} |
-|---|---|---|---|---|---|---|---|
-{declared_rows}
-"""
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
-from ..ir.ops import FUSED
+from ..ir.numbers import holds
+from ..ir.ops import COLLECTIVES
 from ..mesh import split_groups
 from ..trt.libraries import (
     ConversionContext,
     ConverterPriority,
-    SourceIR,
     dynamo_tensorrt_converter,
     get_trt_tensor,
-    impl,
     trt,
 )
 from .workarounds import Workaround
@@ -26,6 +25,11 @@ from .workarounds import Workaround
 # trt.ITensor; tensorrt ships no types.
 Tensor: TypeAlias = Any
 Lowering = Callable[..., Tensor]
+_TORCH: Final = {
+    trt.float16: torch.float16,
+    trt.bfloat16: torch.bfloat16,
+    trt.float32: torch.float32,
+}
 
 
 def register(workarounds: Mapping[str, Workaround]) -> None:
@@ -131,12 +135,76 @@ def _is_everyone(group: Sequence[int]) -> bool:
     return list(group) == list(range(len(group)))
 
 
-def _attention(ctx: ConversionContext, name: str, **arguments: Any) -> Tensor:
-    """Torch-TensorRT's own lowering of scaled_dot_product_attention: an ``IAttention``."""
-    target = torch.ops.aten.scaled_dot_product_attention.default
-    return impl.attention.scaled_dot_product_attention(
-        ctx, target, SourceIR.ATEN, name, **arguments
-    )
+def _attention(
+    ctx: ConversionContext,
+    name: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """One ``IAttention``, whose query is scaled before (documentation, *IAttention*).
+
+    Torch-TensorRT's lowering of scaled_dot_product_attention makes the scale a half constant,
+    which shifts all logits the same way (bfloat16: by up to 0.4 percent).
+    """
+    q, k, v = (get_trt_tensor(ctx, x, f"{name}_{i}") for i, x in enumerate((query, key, value)))
+    layer = _attention_layer(ctx, name, q, k, v, scale)
+    layer.decomposable = True
+    if is_causal:
+        layer.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
+    elif attn_mask is not None:
+        layer.mask = _mask(ctx, name, attn_mask, q)
+    return layer.get_output(0)
+
+
+def _attention_layer(
+    ctx: ConversionContext, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+) -> Any:
+    scaled = _scaled(ctx, name, q, q.shape[-1] ** -0.5 if scale is None else scale)
+    norm, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+    layer = ctx.net.add_attention_v2(scaled, k, v, norm, causal)
+    assert layer is not None, f"TensorRT refused an attention of {q.shape} over {k.shape}"
+    return layer
+
+
+def _scaled(ctx: ConversionContext, name: str, q: Tensor, scale: float) -> Tensor:
+    """``q * scale``, rounded once to its type; see :mod:`cp_convert.engine.opmath`."""
+    whole = q if holds(scale, _TORCH[q.dtype]) else _cast(ctx, f"{name}_wide", q, trt.float32)
+    shape = (1,) * len(q.shape)
+    # A float32 constant that is cast: the proof in float32 arithmetic leaves casts out.
+    constant = ctx.net.add_constant(shape, np.full(shape, scale, np.float32))
+    constant.name = f"{name}_scale"
+    factor = _cast(ctx, f"{name}_scale_cast", constant.get_output(0), whole.dtype)
+    product = ctx.net.add_elementwise(whole, factor, trt.ElementWiseOperation.PROD)
+    product.name = f"{name}_scaled"
+    return _cast(ctx, f"{name}_scaled_cast", product.get_output(0), q.dtype)
+
+
+def _cast(ctx: ConversionContext, name: str, x: Tensor, dtype: Any) -> Tensor:
+    if x.dtype == dtype:
+        return x
+    layer = ctx.net.add_cast(x, dtype)
+    layer.name = name
+    return layer.get_output(0)
+
+
+def _mask(ctx: ConversionContext, name: str, mask: Any, q: Tensor) -> Tensor:
+    """A mask with the query's dimensions; of booleans, or of numbers in the query's type."""
+    given = get_trt_tensor(ctx, mask, f"{name}_mask")
+    if given.dtype != trt.bool:
+        given = _cast(ctx, f"{name}_mask_cast", given, q.dtype)
+    missing = len(q.shape) - len(given.shape)
+    if missing == 0:
+        return given
+    layer = ctx.net.add_shuffle(given)
+    layer.reshape_dims = (*(1,) * missing, *given.shape)
+    layer.name = f"{name}_mask_shape"
+    return layer.get_output(0)
 
 
 def _fused_attention(
@@ -151,14 +219,7 @@ def _fused_attention(
 ) -> Tensor:
     """One ``IAttention`` that exchanges K and V (documentation, *Multi-Device Attention*)."""
     q, k, v = (get_trt_tensor(ctx, x, f"{name}_{i}") for i, x in enumerate((query, key, value)))
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    # A float32 constant that is cast: the proof in float32 arithmetic leaves casts out.
-    constant = ctx.net.add_constant((1, 1, 1, 1), np.full((1, 1, 1, 1), factor, np.float32))
-    cast = ctx.net.add_cast(constant.get_output(0), q.dtype).get_output(0)
-    scaled = impl.elementwise.mul(ctx, FUSED, SourceIR.ATEN, f"{name}_scaled", q, cast)
-    norm, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
-    layer = ctx.net.add_attention_v2(scaled, k, v, norm, causal)
-    assert layer is not None, f"TensorRT refused an attention of {q.shape} over {k.shape}"
+    layer = _attention_layer(ctx, name, q, k, v, scale)
     layer.name = f"fused attention {name}"
     layer.num_ranks = size
     return layer.get_output(0)
@@ -170,16 +231,7 @@ def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
     return layer.get_output(0)
 
 
-_COLLECTIVES: Final = (
-    "all_gather",
-    "all_to_all",
-    "broadcast",
-    "all_reduce",
-    "reduce",
-    "reduce_scatter",
-    "gather",
-    "scatter",
-)
+_COLLECTIVES: Final = tuple(op._schema.name.split("::")[1] for op in COLLECTIVES)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,

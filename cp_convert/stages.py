@@ -7,7 +7,7 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .advise.hardware import read as read_hardware
@@ -55,6 +55,25 @@ from .trt.libraries import decompositions
 Table = Mapping[Any, Any]
 
 
+@dataclass(frozen=True)
+class Begun:
+    """What a conversion has before its strategy matters; several may go on from here.
+
+    Attributes:
+        loaded: the model and what was asked for.
+        captured: its program.
+        truth: what the dense model returns; ``None`` where no proof was asked for.
+        table: the backend's decompositions.
+        workarounds: reasons of those that are in use.
+    """
+
+    loaded: Loaded
+    captured: Captured
+    truth: Truth | None
+    table: Table
+    workarounds: tuple[str, ...]
+
+
 def make(
     loaded: Loaded, placing: Placing, cache: Cache, clock: Clock
 ) -> tuple[Manifest, Mapping[int, str]]:
@@ -72,25 +91,53 @@ def make(
     Raises:
         ConvertError: see :mod:`cp_convert.errors`.
     """
-    job, source = loaded.job, loaded.source
+    job = loaded.job
     with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
-        workarounds = prepare(loaded.backend, fused=job.strategy == FUSED)
-        table = decompositions()
-        truth = _measured(loaded, clock)
-        captured = capture(source, table, cache, loaded.trace_key, clock)
-        if RESIDUAL in job.float32:
-            captured = replace(captured, dense=float32_residual(captured.dense))
-        truth = _measured_further(loaded, captured, truth, clock)
-        rewritten = _rewritten(loaded, captured, table, clock)
-        emitted = _emitted(rewritten, captured, source, clock)
-        proof = _proven(loaded, captured, rewritten, emitted, truth, table, clock)
-        built = _built(loaded, emitted, pool, cache, clock)
-    built = replace(built, workarounds=tuple(workarounds))
-    networks = _replayed(loaded, emitted, proof, built, clock)
-    weights = _weights(loaded, emitted, placing, clock)
-    program = _stored(loaded, captured, emitted, placing, clock)
-    made = Made(loaded, captured, rewritten, emitted, proof, built, networks, weights, program)
-    return describe(made, clock.seconds), built.keys
+        made = build(begin(loaded, cache, clock), pool, cache, clock)
+    made = check_networks(made, clock)
+    made = replace(made, weights=_weights(made, placing, clock))
+    made = replace(made, program=_stored(made, placing, clock))
+    return describe(made, clock.seconds), made.built.keys
+
+
+def begin(loaded: Loaded, cache: Cache, clock: Clock) -> Begun:
+    """Measure, trace and decompose: the same for every strategy.
+
+    Raises:
+        ConvertError: the model cannot be run or traced.
+    """
+    workarounds = prepare(loaded.backend, fused=loaded.job.strategy == FUSED)
+    table = decompositions()
+    truth = _measured(loaded, clock)
+    captured = capture(loaded.source, table, cache, loaded.trace_key, clock)
+    if RESIDUAL in loaded.job.float32:
+        captured = replace(captured, dense=float32_residual(captured.dense))
+    truth = _measured_further(loaded, captured, truth, clock)
+    return Begun(loaded, captured, truth, table, tuple(workarounds))
+
+
+def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
+    """Shard, rewrite, lower, prove and build, by the job's strategy; nothing else is made yet.
+
+    Raises:
+        ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
+    """
+    loaded, captured = begun.loaded, begun.captured
+    rewritten = _rewritten(begun, clock)
+    emitted = _emitted(rewritten, captured, loaded.source, clock)
+    proof = _proven(begun, rewritten, emitted, clock)
+    built = _built(loaded, emitted, pool, cache, clock)
+    built = replace(built, workarounds=begun.workarounds)
+    return Made(loaded, captured, rewritten, emitted, proof, built, None)
+
+
+def check_networks(made: Made, clock: Clock) -> Made:
+    """Replay the networks that were built, where the job wants it and it pays.
+
+    Raises:
+        ProofFailed: they do not compute what the model does.
+    """
+    return replace(made, network_proof=_replayed(made, clock))
 
 
 def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
@@ -121,11 +168,11 @@ def _measured_further(
         return measure_program(truth, program, source.inputs, device)
 
 
-def _rewritten(loaded: Loaded, captured: Captured, table: Table, clock: Clock) -> Rewritten:
-    job, source = loaded.job, loaded.source
+def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
+    job, source, table = begun.loaded.job, begun.loaded.source, begun.table
     axis = Mesh.line(job.world).free(source.groups.values())
     with clock.stage("shard"):
-        sharded = shard(captured.dense, axis)
+        sharded = shard(begun.captured.dense, axis)
     if job.strategy == AUTO:
         with clock.stage("choose"):
             hardware = read_hardware(job.hardware)
@@ -161,24 +208,17 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
     return job.layout
 
 
-def _proven(
-    loaded: Loaded,
-    captured: Captured,
-    rewritten: Rewritten,
-    emitted: Emitted,
-    truth: Truth | None,
-    table: Table,
-    clock: Clock,
-) -> Proof | None:
-    if truth is None:
+def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) -> Proof | None:
+    if begun.truth is None:
         return None
-    job, axis = loaded.job, rewritten.axis
+    job, axis, inputs = begun.loaded.job, rewritten.axis, begun.loaded.source.inputs
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
-        control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, table)
-        stages = Stages(captured.dense, control, emitted.rewritten, emitted.program, sites, axis)
+        control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
+        dense = begun.captured.dense
+        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis)
         device = check_device(job.proof_device)
-        return prove(truth, loaded.source.inputs, stages, rtol=job.rtol, device=device)
+        return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
@@ -199,19 +239,18 @@ def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Cl
     return replace(built, engines=tuple(engines), recalled=tuple(recalled))
 
 
-def _replayed(
-    loaded: Loaded, emitted: Emitted, proof: Proof | None, built: Built, clock: Clock
-) -> NetworkProof | None:
-    seconds = sum(engine.seconds for engine in built.engines)
-    if proof is None or not _pays(loaded.job, proof, seconds):
+def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
+    job, emitted, engines = made.loaded.job, made.emitted, made.built.engines
+    seconds = sum(engine.seconds for engine in engines)
+    if made.proof is None or not _pays(job, made.proof, seconds):
         return None
     program = emitted.program
     with clock.stage("replay"):
-        networks = [engine.network for engine in built.engines if engine.network is not None]
-        inputs = flat_inputs(program, loaded.source.inputs)
+        networks = [engine.network for engine in engines if engine.network is not None]
+        inputs = flat_inputs(program, made.loaded.source.inputs)
         inputs |= {name: program.state[node] for node, name in emitted.names.items()}
-        device = check_device(loaded.job.proof_device)
-        return prove_networks(networks, inputs, proof, program, device)
+        device = check_device(job.proof_device)
+        return prove_networks(networks, inputs, made.proof, program, device)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
@@ -221,25 +260,21 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
     )
 
 
-def _weights(
-    loaded: Loaded, emitted: Emitted, placing: Placing, clock: Clock
-) -> tuple[Weight, ...]:
+def _weights(made: Made, placing: Placing, clock: Clock) -> tuple[Weight, ...]:
     with clock.stage("weights"):
-        found = placing.weights | store(emitted.constants, loaded.folder)
-        return tuple(found[name] for name in emitted.names.values())
+        found = placing.weights | store(made.emitted.constants, made.loaded.folder)
+        return tuple(found[name] for name in made.emitted.names.values())
 
 
-def _stored(
-    loaded: Loaded, captured: Captured, emitted: Emitted, placing: Placing, clock: Clock
-) -> StoredProgram | None:
+def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
     """The program in the bundle; it refers to weights as the engines do."""
-    job, source = loaded.job, loaded.source
+    job, source, emitted = made.loaded.job, made.loaded.source, made.emitted
     copied = 0 if source.external else source.bytes
     if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
         return None
     with clock.stage("store"):
-        names = captured.signature.parameters if source.external else {}
-        files = write_program(emitted.rewritten, names, loaded.folder)
+        names = made.captured.signature.parameters if source.external else {}
+        files = write_program(emitted.rewritten, names, made.loaded.folder)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)
         return StoredProgram(*files, tuple(rest))

@@ -24,6 +24,8 @@ from ..ir.program import (
     with_dtypes,
 )
 from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
+from .deconvolution import deconvolutions
+from .opmath import in_opmath
 
 _SHARD = torch.ops.cp.shard.default
 
@@ -37,9 +39,12 @@ def lower(program: Lowered) -> Lowered:
     module = program.graph_module
     own = module_of(module, copied(module.graph))
     _truncate_doubles(own)
+    _cast_by_aten(own.graph)
+    deconvolutions(own.graph)
     with _quiet():
         own = post_lowering(own, settings())
         _make_contiguous(own)
+        in_opmath(own)
         _as_tensors(own.graph)
     lowered = replace(program, graph_module=own, outputs=_outputs(program, own))
     _check_converters(lowered)
@@ -62,6 +67,15 @@ def _truncate_doubles(graph_module: fx.GraphModule) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dtype == torch.float64 and node.op != "placeholder":
             node.meta["val"] = value.float()
+
+
+def _cast_by_aten(graph: fx.Graph) -> None:
+    """A variance in half precision is decomposed to a cast that has no converter."""
+    cast = torch.ops.prims.convert_element_type.default
+    for node in graph.find_nodes(op="call_function", target=cast):
+        x, dtype = node.args
+        node.target, node.args = torch.ops.aten._to_copy.default, (x,)
+        node.kwargs = {"dtype": dtype}
 
 
 _ACTIVATIONS: Final = (

@@ -158,8 +158,10 @@ def module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
 
 def copied(graph: fx.Graph) -> fx.Graph:
     """A graph of its own with the same nodes, names and metadata."""
-    copy = fx.Graph()
-    copy.output(copy.graph_copy(graph, {}))
+    copy, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+    copy.output(copy.graph_copy(graph, twins))
+    for node, twin in twins.items():
+        twin.name = node.name  # fx renames what is called like a Python builtin: input, filter
     return copy
 
 

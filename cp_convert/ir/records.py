@@ -144,5 +144,5 @@ class Made:
     proof: Proof | None
     built: Built
     network_proof: NetworkProof | None
-    weights: tuple[Weight, ...]
-    program: StoredProgram | None
+    weights: tuple[Weight, ...] = ()
+    program: StoredProgram | None = None

@@ -138,6 +138,7 @@ def unpack(packed: Packed) -> Lowered:
         node = graph.create_node(
             op, _found(target) if op == "call_function" else target, given, named, name=name
         )
+        node.name = name  # see :func:`.program.copied`
         node.meta = dict(stacks[stack])
         if value is not None:
             node.meta["val"] = fakes.value(value)

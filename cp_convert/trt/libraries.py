@@ -25,8 +25,6 @@ with driverless(), warnings.catch_warnings():
     import torch_tensorrt
 import tensorrt as trt
 from torch_tensorrt.dynamo._settings import CompilationSettings
-from torch_tensorrt.dynamo._SourceIR import SourceIR
-from torch_tensorrt.dynamo.conversion import impl
 from torch_tensorrt.dynamo.conversion._ConversionContext import ConversionContext
 from torch_tensorrt.dynamo.conversion._ConverterRegistry import (
     DYNAMO_CONVERTERS,
@@ -44,13 +42,11 @@ __all__ = [
     "ConversionContext",
     "ConverterPriority",
     "Input",
-    "SourceIR",
     "TRTInterpreter",
     "checked_once",
     "decompositions",
     "dynamo_tensorrt_converter",
     "get_trt_tensor",
-    "impl",
     "is_rtx",
     "post_lowering",
     "settings",

@@ -18,6 +18,7 @@ from cp_convert.errors import CannotLower
 from cp_convert.ir import ops
 from cp_convert.ir.passes import interleave_strided_writes
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.serialize import pack, unpack
 from cp_convert.mesh import Mesh
 from cp_convert.model.cast import cast_module
 from cp_convert.prove.lockstep import run
@@ -220,3 +221,20 @@ def test_equal_constants_are_held_once() -> None:
     assert len(held) == 3
     ((ours,),) = run(dense, inputs, 1)
     torch.testing.assert_close(ours, TablesOfTheirOwn()(**inputs))
+
+
+def test_an_argument_may_be_called_like_a_python_builtin() -> None:
+    """fx renames such nodes when a graph is copied or read; bindings know them by their names."""
+
+    class Filters(nn.Module):
+        def forward(self, input: Tensor, filter: Tensor) -> Tensor:  # noqa: A002
+            return input * filter
+
+    inputs = {"input": torch.randn(2, 3), "filter": torch.randn(2, 3)}
+    program = lower(traced(Filters(), inputs))
+    for whole in (program, unpack(pack(program, described={}, provenance=False))):
+        interpreter = network_of(specialise(whole, 0))  # it holds the weights of its network
+        network = read_network(interpreter.ctx.net)
+        assert [b.name for b in network.inputs] == ["input", "filter"]
+        ((out,),) = replay([network], inputs)
+        assert torch.equal(out, inputs["input"] * inputs["filter"])
