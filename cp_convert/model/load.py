@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +18,20 @@ from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from ..mesh import Mesh
 from .file import Given, from_file
+from .home import at_home
 from .instantiate import build, example_inputs, published_config, transformer_folder
 from .meta import stand_in, unallocated
 from .preset import read
+from .returned import check_has_numbers
 from .weights import load_weights, locate
 
 DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _CASTABLE: Final = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def surroundings(job: Job) -> AbstractContextManager[None]:
+    """What a model file needs around it for as long as its model is in use."""
+    return nullcontext() if job.is_preset else at_home(job.model, job.module)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:
@@ -51,7 +58,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         given = (
             _from_preset(job, allocate, located)
             if job.is_preset
-            else from_file(job.model, job.world)
+            else from_file(job.model, job.world, job.module)
         )
     module = given.module
     for one in (module, *given.peers):
@@ -66,6 +73,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
                 hint="let build_model(rank) read them.",
             )
         load_weights(module, _folder(job))
+    if allocate and not job.is_preset:
+        check_has_numbers(module, job.model)
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     external = allocate and _is_external(job, size)
     if external and given.peers:

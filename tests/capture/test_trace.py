@@ -127,7 +127,7 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Mapping[str, Any], message: s
 
 
 def test_inputs_that_do_not_fit_forward_show_its_signature() -> None:
-    with pytest.raises(CannotTrace, match="missing a required argument: 'text'") as caught:
+    with pytest.raises(CannotTrace, match="it gives no 'text', which has no default") as caught:
         trace(tiny(), {"x": torch.ones(1, 24, 8)}, {})
     assert "forward(x: 'Tensor', text: 'Tensor')" in (caught.value.hint or "")
 
