@@ -115,7 +115,7 @@ def test_hooks_are_gone_afterwards() -> None:
     ("plan", "message"),
     [
         ({"": {"y": ContextParallelInput(1)}}, "no such argument"),
-        ({"leave": {3: ContextParallelInput(1, split_output=True)}}, "there are 1 outputs"),
+        ({"leave": {3: ContextParallelInput(1, split_output=True)}}, "leave, which has 1 tensor"),
         ({"": {"x": ContextParallelInput(1, expected_dims=7)}}, "nothing would be sharded"),
         ({"leave": ContextParallelOutput(1)}, "nothing would be sharded"),
         ({"enterr": {"input": ContextParallelInput(1)}}, "a module 'enterr' that the model"),
