@@ -10,4 +10,6 @@ def near(word: str, known: Iterable[str]) -> str:
     """A hint: the known word that is nearest, or all of them."""
     known = list(known)
     found = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {found[0]}?" if found else f"there are {', '.join(known) or 'none'}."
+    if found:
+        return f"did you mean {found[0]}?"
+    return f"there {'is' if len(known) == 1 else 'are'} {', '.join(known) or 'none'}."

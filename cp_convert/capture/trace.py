@@ -86,6 +86,7 @@ def _captured(
         )
     _drop_assertions(exported.graph)
     recognise(exported.graph)
+    _check_numbers(exported.graph)
     exported.graph_module.recompile()
     return exported, applied
 
@@ -152,6 +153,20 @@ def _check_shapes(graph: torch.fx.Graph) -> None:
                     where=f"{module_path(node)} ({source_line(node)})",
                     hint=FREEZE,
                 )
+
+
+def _check_numbers(graph: torch.fx.Graph) -> None:
+    """No number is taken out of a tensor: an engine computes with tensors alone."""
+    for node in graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val"))
+        if node.users and any(isinstance(v, torch.SymFloat | torch.SymInt) for v in values):
+            raise CannotTrace(
+                f"forward takes a Python number out of a tensor ({node.target}), which an engine "
+                "cannot.",
+                where=f"{module_path(node)} ({source_line(node)})",
+                hint="compute with the tensor itself, without .item(), float() or int(); or, if "
+                "it comes from an argument that stays the same, --freeze ARGUMENT.",
+            )
 
 
 def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:

@@ -147,7 +147,7 @@ def found(path: Path, commands: Iterable[str] = ()) -> Found:
         return Found(preset)
     if _is_dotted(name) and (file := find_module(name)) is not None:
         return Found(file, name)
-    if path.with_name(f"{path.name}.py").is_file():
+    if not path.exists() and path.name and path.with_name(f"{path.name}.py").is_file():
         raise UsageError(f"there is no file {path}.", hint=f"did you mean `cp-convert {path}.py`?")
     beside = [str(file) for file in path.parent.glob("*.py")] if path.suffix == ".py" else []
     known = [*commands, *preset_names(), *beside]

@@ -200,7 +200,7 @@ def _blamed_on(path: Path, doing: str) -> Iterator[None]:
                 where=f"{error.filename}:{error.lineno}",
             ) from error
         raise ModelFileError(
-            f"{doing} failed with {type(error).__name__}: {error}",
+            f"{doing} failed with {type(error).__name__}" + (f": {error}" if str(error) else "."),
             where=_line_in(error, path),
             hint=_advice(error),
         ) from error

@@ -61,6 +61,11 @@ def model_from(value: Any, blame: Blame) -> nn.Module:
             "return the module that the script was made from.",
         )
     module = unwrapped(value)
+    if "_forward_unimplemented" in getattr(module.forward, "__qualname__", ""):
+        raise blame.error(
+            f"returned a {type(module).__name__}, which defines no forward().",
+            "is the method called otherwise, or indented wrongly?",
+        )
     small = [n for n, p in module.named_parameters() if p.is_floating_point() and p.itemsize == 1]
     if small:
         dtype = str(module.get_parameter(small[0]).dtype).removeprefix("torch.")
@@ -85,6 +90,7 @@ def _towards(value: Any) -> str | None:
     if isinstance(value, tuple | list) and any(isinstance(v, nn.Module) for v in value):
         return "return the module alone."
     if inspect.iscoroutine(value) or inspect.isgenerator(value):
+        value.close()  # else Python complains that nobody ran it
         return "write a plain function with `return model`."
     if isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()):
         return "these look like weights: build the module, load them into it, and return it."
@@ -119,9 +125,10 @@ def inputs_from(value: Any, blame: Blame, module: nn.Module) -> dict[str, Any]:
         ModelFileError: it returned something else, or an argument that no program can take.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        told = "a dict with keys that are no words" if isinstance(value, Mapping) else _named(value)
         names = list(inspect.signature(module.forward).parameters)[:_SHOWN]
         raise blame.error(
-            f"returned {_named(value)}, not a dict of keyword arguments.",
+            f"returned {told}, not a dict of keyword arguments.",
             f"return {{{', '.join(f'{name!r}: ...' for name in names)}}}, as "
             f"{type(module).__name__}.forward calls them.",
         )
