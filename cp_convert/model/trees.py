@@ -22,6 +22,7 @@ PLAIN: Final = (
     *(torch.dtype, torch.device, torch.memory_format, torch.layout),
 )
 """What becomes part of a program as it stands."""
+_HOOK: Final = -1
 
 
 def make_known(value: Any) -> Iterator[tuple[str, Any]]:
@@ -116,7 +117,10 @@ def _together(kind: type, children: Any, context: Any) -> Any:
 
 def watch_outputs(module: nn.Module) -> None:
     """Let all that ``module`` returns be known, each time it is called."""
-    module.register_forward_hook(_known_output)
+    handle = module.register_forward_hook(_known_output)
+    # Under a key that does not count how many hooks this process has seen: the cache's key of a
+    # model holds it.
+    module._forward_hooks[_HOOK] = module._forward_hooks.pop(handle.id)
 
 
 def _known_output(module: nn.Module, args: Any, output: Any) -> None:
