@@ -57,7 +57,7 @@ def test_every_node_has_its_value_and_its_origin() -> None:
     for node in graph.nodes:
         if node.op == "call_function":
             assert "val" in node.meta
-            assert "test_opwise.py" in node.meta["stack_trace"]
+            assert "test_once.py" in node.meta["stack_trace"]
 
 
 def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
