@@ -81,6 +81,7 @@ class Job:
         memory: bytes that the conversion and its workers should hold at most; it decides how many
             work at once. ``None``: four fifths of what is free when it begins.
         command: the command line, as recorded in the manifest.
+        module: the dotted name of the model file, where it was named by that.
     """
 
     model: Path
@@ -111,6 +112,7 @@ class Job:
     jobs: int | None = None
     memory: int | None = None
     command: str = ""
+    module: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, (*STRATEGY_NAMES, FUSED, AUTO))
@@ -147,12 +149,7 @@ class Job:
                 f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
                 hint="leave it out to use the bound derived from the precision.",
             )
-        if not self.model.is_file():
-            raise UsageError(
-                f"there is no file {self.model}.",
-                hint="name a Python file that defines build_model() and example_inputs(); "
-                "examples/flux.py is one. `cp-convert presets` lists models that need no file.",
-            )
+        _check_model(self.model)
         if (self.tiny or self.resolution) and not self.is_preset:
             raise UsageError(
                 f"--tiny and --resolution are for presets; {self.model} is a Python file.",
@@ -193,7 +190,41 @@ class Job:
     @property
     def name(self) -> str:
         """The model's name: its file's stem."""
-        return self.model.name.removesuffix(self.model.suffix) + ("-tiny" if self.tiny else "")
+        name = self.model.name.removesuffix(self.model.suffix)
+        if self.module is not None:
+            name = self.module.rpartition(".")[2]
+        return name + ("-tiny" if self.tiny else "")
+
+
+_TAKEN_OTHERWISE: Final = {
+    ".safetensors": "weights are named by --weights, beside a Python file or a preset that says "
+    "what to compute with them.",
+    ".onnx": "conversion starts from the PyTorch model that the graph was exported from.",
+    ".ipynb": "write the cells that build the model into a Python file.",
+}
+_A_MODEL: Final = (
+    "name a Python file that defines build_model() and example_inputs(); examples/flux.py is one. "
+    "`cp-convert presets` lists models that need no file."
+)
+
+
+def _check_model(model: Path) -> None:
+    if model.is_dir():
+        is_published = (model / "model_index.json").is_file() or (model / "config.json").is_file()
+        raise UsageError(
+            f"{model} is a folder, not a model file.",
+            hint="a published model's folder is given to a preset: cp-convert PRESET --weights "
+            f"{model}; see `cp-convert presets`."
+            if is_published
+            else _A_MODEL,
+        )
+    if not model.is_file():
+        raise UsageError(f"there is no file {model}.", hint=_A_MODEL)
+    if model.suffix not in (".py", ".toml"):
+        raise UsageError(
+            f"{model} is neither a Python file (.py) nor a preset (.toml).",
+            hint=_TAKEN_OTHERWISE.get(model.suffix, _A_MODEL),
+        )
 
 
 def without_bf16(compute_capabilities: Collection[str]) -> list[str]:

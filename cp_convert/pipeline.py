@@ -15,7 +15,7 @@ from .cache.fingerprint import source_key, tool_key
 from .cache.store import Cache
 from .ir.records import Loaded
 from .job import FUSED, Job
-from .model.load import load
+from .model.load import load, surroundings
 from .progress import Clock, Progress
 from .prove import check_device
 from .recall import job_key, keep, recall
@@ -33,6 +33,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     check_target(job.out, force=job.force)
     check_gpu(backend, fused=job.strategy == FUSED)
     with staged(job.out) as folder, ExitStack() as work:
+        work.enter_context(surroundings(job))
         with clock.stage("load"):
             source = load(job)
             job = replace(job, precision=source.precision)

@@ -20,6 +20,9 @@ class Progress:
     def end(self, stage: str, item: str) -> None:
         """Work on an item is done, or not needed."""
 
+    def said(self, item: str, text: str) -> None:
+        """What libraries wrote about an item while it was worked on; for those who ask."""
+
     def step(self, stage: str) -> None:
         """One step of the stage is done."""
 

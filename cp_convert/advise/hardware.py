@@ -13,6 +13,7 @@ import msgspec
 
 from ..errors import UsageError
 from ..model.shipped import shipped
+from ..words import near
 
 
 class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -60,7 +61,7 @@ def read(name: str) -> Hardware:
     if path.suffix != ".toml":
         raise UsageError(
             f"--hardware {name}: not known.",
-            hint=f"known are {', '.join(names())}, or a TOML file.",
+            hint=f"{near(name, names())} A TOML file can be named, too.",
         )
     try:
         return msgspec.convert(tomllib.loads(path.read_text()), Hardware)

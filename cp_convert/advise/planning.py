@@ -16,7 +16,7 @@ from ..ir.source import Source
 from ..job import Job
 from ..mesh import Axis, Mesh
 from ..model.cast import DTYPES
-from ..model.load import load
+from ..model.load import load, surroundings
 from ..progress import Clock, Progress
 from ..sharding.shard import shard
 from ..strategies import STRATEGIES, choose
@@ -40,17 +40,18 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
         ConvertError: the model cannot be loaded, traced or decomposed.
     """
     clock = Clock(progress)
-    with clock.stage("load"):
-        source = load(job, allocate=False)
-        if source.groups or source.peers:
-            raise CannotConvert(
-                "a model that communicates by itself is made for one world, and plan compares "
-                "several.",
-                where=str(job.model),
-                hint="convert it; the manifest counts what is communicated.",
-            )
-    with clock.stage("trace"):
-        traced, _ = trace(source.module, source.inputs, source.plan, source.freeze)
+    with surroundings(job):
+        with clock.stage("load"):
+            source = load(job, allocate=False)
+            if source.groups or source.peers:
+                raise CannotConvert(
+                    "a model that communicates by itself is made for one world, and plan compares "
+                    "several.",
+                    where=str(job.model),
+                    hint="convert it; the manifest counts what is communicated.",
+                )
+        with clock.stage("trace"):
+            traced, _ = trace(source.module, source.inputs, source.plan, source.freeze)
     with clock.stage("decompose"):
         table = decompositions()
         dense = decompose(traced, table)

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
 from ..ir.program import HALF, evaluated, fake_mode_of, written_in_place
+from ..words import near
 
 _FOLLOWED: Final = 1 << 20
 """Elements of the largest tensor that is followed by value."""
@@ -45,7 +46,7 @@ def frozen(module: nn.Module, inputs: Mapping[str, Any], names: Collection[str])
     if unknown:
         raise UsageError(
             f"cannot freeze {', '.join(unknown)}: example_inputs() gives no such argument.",
-            hint=f"it gives {', '.join(inputs)}.",
+            hint=near(unknown[0], inputs),
         )
     literals = {name: pytree.tree_map(_literal, inputs[name]) for name in names}
 

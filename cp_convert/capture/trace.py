@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import zip_longest
 from typing import Any, Final
 
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import CannotShard, CannotTrace
-from ..ir import ops
 from ..ir.program import Binding, Constant, Program, module_path, source_line, tensor_of
-from ..ir.signature import Applied, Cut
+from ..ir.signature import Applied
 from ..mesh import Axis
 from ..model.forward import FREEZE, blamed_on_forward, check_arguments
 from ..model.plan import normalise
 from .c10d import own_collectives
 from .frozen import fold_frozen, frozen
+from .planned import planned
 from .recognise import recognise
 
 
@@ -73,7 +72,7 @@ def _captured(
 ) -> tuple[torch.export.ExportedProgram, list[Applied]]:
     applied: list[Applied] = []
     cuts = normalise(plan, [name for name, _ in module.named_modules()])
-    with torch.no_grad(), _planned(module, cuts, applied), frozen(module, inputs, freeze):
+    with torch.no_grad(), planned(module, cuts, applied), frozen(module, inputs, freeze):
         exported = _export(module, {k: None if k in freeze else v for k, v in inputs.items()})
     _check_operators(exported.graph)
     _check_shapes(exported.graph)
@@ -87,6 +86,7 @@ def _captured(
         )
     _drop_assertions(exported.graph)
     recognise(exported.graph)
+    _check_numbers(exported.graph)
     exported.graph_module.recompile()
     return exported, applied
 
@@ -155,6 +155,20 @@ def _check_shapes(graph: torch.fx.Graph) -> None:
                 )
 
 
+def _check_numbers(graph: torch.fx.Graph) -> None:
+    """No number is taken out of a tensor: an engine computes with tensors alone."""
+    for node in graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val"))
+        if node.users and any(isinstance(v, torch.SymFloat | torch.SymInt) for v in values):
+            raise CannotTrace(
+                f"forward takes a Python number out of a tensor ({node.target}), which an engine "
+                "cannot.",
+                where=f"{module_path(node)} ({source_line(node)})",
+                hint="compute with the tensor itself, without .item(), float() or int(); or, if "
+                "it comes from an argument that stays the same, --freeze ARGUMENT.",
+            )
+
+
 def _export(module: nn.Module, inputs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     with blamed_on_forward(), _hushed(), _no_fused_layers():
         return torch.export.export(module, args=(), kwargs=dict(inputs))
@@ -181,80 +195,6 @@ def _no_fused_layers() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
-def _planned(module: nn.Module, cuts: Iterable[Cut], applied: list[Applied]) -> Iterator[None]:
-    """Put every cut in place as a forward hook, and take them away again."""
-    by_module: dict[str, list[Cut]] = {}
-    for cut in cuts:
-        by_module.setdefault(cut.module, []).append(cut)
-    handles = []
-    for name, own in by_module.items():
-        target = module.get_submodule(name)
-        before = [cut for cut in own if not cut.on_output]
-        after = [cut for cut in own if cut.on_output]
-        if before:
-            hook = _input_hook(before, applied)
-            handles.append(target.register_forward_pre_hook(hook, with_kwargs=True))
-        if after:
-            handles.append(target.register_forward_hook(_output_hook(after, applied)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _input_hook(cuts: list[Cut], applied: list[Applied]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        for cut in cuts:
-            if cut.argument not in inspect.signature(module.forward).parameters:
-                raise CannotShard(
-                    f"the plan splits {cut.tensor}, but forward has no such argument.",
-                    where=cut.module or "model",
-                )
-            value = bound.arguments.get(str(cut.argument))
-            if cut.element is None:
-                bound.arguments[str(cut.argument)] = _cut(value, cut, applied)
-            elif value is not None:
-                parts = list(value)
-                parts[cut.element] = _cut(parts[cut.element], cut, applied)
-                bound.arguments[str(cut.argument)] = type(value)(parts)
-        return bound.args, bound.kwargs
-
-    return hook
-
-
-def _output_hook(cuts: list[Cut], applied: list[Applied]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        single = isinstance(output, Tensor)
-        values = [output] if single else list(output)
-        for cut in cuts:
-            index = int(cut.argument)
-            if index >= len(values):
-                raise CannotShard(
-                    f"the plan {cut.kind}s {cut.tensor}, but there are {len(values)} outputs.",
-                    where=cut.module or "model",
-                )
-            values[index] = _cut(values[index], cut, applied)
-        return values[0] if single else type(output)(values)
-
-    return hook
-
-
-def _cut(value: Any, cut: Cut, applied: list[Applied]) -> Any:
-    reason = None
-    if not isinstance(value, Tensor):
-        reason = "not passed" if value is None else f"a {type(value).__name__}, no tensor"
-    elif cut.expected_dims is not None and value.dim() != cut.expected_dims:
-        reason = f"has {value.dim()} dimensions, the plan expects {cut.expected_dims}"
-    if reason is not None:
-        applied.append(Applied(cut, None, reason))
-        return value
-    applied.append(Applied(cut, value.shape[cut.dim], None))
-    return ops.mark(value, cut.kind, cut.dim)
 
 
 def _program(exported: torch.export.ExportedProgram, given: Mapping[str, Any]) -> Program:
@@ -284,9 +224,16 @@ def _binding(name: str, node: torch.fx.Node) -> Binding:
     return Binding(name, node.name, value.dtype, tuple(value.shape))
 
 
+@dataclass(frozen=True)
+class _Leaf:
+    """Stands for a tensor, wherever in a tree it is held."""
+
+    number: int
+
+
 def _names(spec: pytree.TreeSpec) -> list[str]:
     """A name for every leaf: keys, fields and indices on the way to it, joined with dots."""
-    tree = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    tree = pytree.tree_unflatten([_Leaf(i) for i in range(spec.num_leaves)], spec)
     if isinstance(tree, tuple) and len(tree) == 2 and tree[0] == ():
         tree = tree[1]  # (args, kwargs), of which only the second is used
     names = dict(_paths(tree, ()))
@@ -294,17 +241,20 @@ def _names(spec: pytree.TreeSpec) -> list[str]:
 
 
 def _paths(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    if isinstance(tree, int):
-        yield tree, path
+    if isinstance(tree, _Leaf):
+        yield tree.number, path
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _paths(value, (*path, str(key)))
     elif is_dataclass(tree):
         for field in fields(tree):
-            yield from _paths(getattr(tree, field.name), (*path, field.name))
+            yield from _paths(getattr(tree, field.name, None), (*path, field.name))
     elif isinstance(tree, tuple | list):
         keys = getattr(tree, "_fields", range(len(tree)))
         for key, value in zip(keys, tree, strict=True):
+            yield from _paths(value, (*path, str(key)))
+    else:
+        for key, value in getattr(tree, "__dict__", {}).items():
             yield from _paths(value, (*path, str(key)))
 
 

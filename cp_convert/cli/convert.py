@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -32,6 +31,7 @@ from ..job import (
     Job,
 )
 from ..model.preset import read as read_preset
+from ..words import near
 from . import options
 
 
@@ -46,7 +46,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
     names = {
-        spelling.lstrip("-").replace("-", "_"): p.name
+        spelling.lstrip("-").replace("-", "_"): p
         for p in ctx.command.params
         for spelling in (*p.opts, *p.secondary_opts)
         if p is not parameter and len(spelling) > 2
@@ -55,17 +55,54 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(names))}."
-            raise UsageError(f"--config {path}: there is no option {key!r}.", hint=hint)
-        defaults[str(names[name])] = value
+            raise UsageError(
+                f"--config {path}: there is no option {key!r}.", hint=near(name, sorted(names))
+            )
+        if not _fits(names[name], value):
+            raise UsageError(
+                f"--config {path}: {key} = {value!r} is not what --{name.replace('_', '-')} takes.",
+                hint=f"{_WANTED[_kind(names[name])]}, as in TOML.",
+            )
+        defaults[str(names[name].name)] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+_WANTED: Final = {
+    "flag": "true or false",
+    "list": "a list of words in quotes",
+    "int": "a whole number",
+    "float": "a number",
+    "size": "a number of bytes, or a size in quotes",
+    "word": "a word in quotes",
+}
+
+
+def _kind(option: click.Parameter) -> str:
+    if getattr(option, "is_flag", False):
+        return "flag"
+    if option.multiple:
+        return "list"
+    known = {"integer": "int", "integer range": "int", "float": "float", "size": "size"}
+    return known.get(option.type.name, "word")
+
+
+def _fits(option: click.Parameter, value: Any) -> bool:
+    """Whether a TOML value is of the kind that the option takes; click would convert others."""
+    kind, is_number = _kind(option), type(value) in (int, float)
+    return {
+        "flag": isinstance(value, bool),
+        "list": isinstance(value, list) and all(isinstance(one, str) for one in value),
+        "int": type(value) is int,
+        "float": is_number,
+        "size": type(value) is int or isinstance(value, str),
+        "word": isinstance(value, str),
+    }[kind]
 
 
 @click.command("convert", context_settings=options.SETTINGS)
 @options.model
 @click.option(
-    "-s", "--strategy", type=click.Choice((*STRATEGY_NAMES, FUSED, AUTO)),
+    "-s", "--strategy", type=options.Word((*STRATEGY_NAMES, FUSED, AUTO)),
     help="How attention is distributed; fused: by TensorRT itself, on Blackwell (SM100) "
     "and later with the tensorrt backend; auto: the shortest estimated forward, as `cp-convert "
     "plan` estimates it.  [a preset knows a good one]",
@@ -86,7 +123,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "residual: the sums that run from block to block, which outgrow fp16 first."
 )
 @click.option(
-    "--backend", type=click.Choice(BACKEND_NAMES), default="auto", show_default=True,
+    "--backend", type=options.Word(BACKEND_NAMES), default="auto", show_default=True,
     help="Which TensorRT builds; auto takes the installed one.",
 )  # fmt: skip
 @click.option(
@@ -95,12 +132,12 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "the published folder.",
 )  # fmt: skip
 @click.option(
-    "--weights-mode", type=click.Choice(WEIGHTS_MODES), default=AUTO, show_default=True,
+    "--weights-mode", type=options.Word(WEIGHTS_MODES), default=AUTO, show_default=True,
     help="Weights as constants of every engine, or as inputs that all engines share; auto: "
     "external from 1 GiB on.",
 )  # fmt: skip
 @click.option(
-    "--allow-cast", type=click.Choice(ALLOW_CASTS), multiple=True,
+    "--allow-cast", type=options.Word(ALLOW_CASTS), multiple=True,
     help="Take weights that were cast to this type, without scales, and compute in the precision "
     "that is asked for; the manifest says so.",
 )  # fmt: skip
@@ -110,12 +147,12 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Copy external weights into the bundle instead of naming your files.",
 )
 @click.option(
-    "--program", type=click.Choice(PROGRAMS), default=AUTO, show_default=True,
+    "--program", type=options.Word(PROGRAMS), default=AUTO, show_default=True,
     help="Store the program in the bundle, for `cp-convert run` where no TensorRT is; auto: unless "
     "1 GiB of weights or more would be copied for it.",
 )  # fmt: skip
 @click.option(
-    "--layout", type=click.Choice(LAYOUTS), default=AUTO, show_default=True,
+    "--layout", type=options.Word(LAYOUTS), default=AUTO, show_default=True,
     help="One engine for all ranks, or one each; auto: shared where weights are external and the "
     "strategy names no groups.",
 )  # fmt: skip
@@ -124,12 +161,12 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="Build for this GPU generation; repeatable, tensorrt-rtx only.",
 )  # fmt: skip
 @click.option(
-    "--proof", type=click.Choice(PROOFS), default="auto", show_default=True,
+    "--proof", type=options.Word(PROOFS), default="auto", show_default=True,
     help="What is compared with the dense model, all ranks together: the program, or the program "
     "and the TensorRT networks (auto: these too, unless that takes longer than building).",
 )  # fmt: skip
 @click.option(
-    "--proof-device", type=click.Choice(DEVICES), default="cpu", show_default=True,
+    "--proof-device", type=options.Word(DEVICES), default="cpu", show_default=True,
     help="Where the proof computes; on a GPU all ranks share one copy of the weights.",
 )  # fmt: skip
 @options.plan(
@@ -188,7 +225,8 @@ def command(
     from ..show.bundle import converted  # late: rich
 
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
-    model = options.resolved(model, _commands())
+    found = options.found(model, _commands())
+    model = found.path
     rest |= _chosen(model, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
     rest["ulysses"] = _factor(rest["ulysses"], ring, rest["world"])
@@ -196,6 +234,7 @@ def command(
         rest["proof"] = "none"
     job = Job(
         model=model,
+        module=found.module,
         out=out or Path(),
         cache=None if no_cache else cache or default_folder(),
         command=shlex.join(["cp-convert", *sys.argv[1:]]),
@@ -246,7 +285,7 @@ def _run(job: Job, screen: Any) -> Manifest:
 
     backend = select(job.backend, job.compute_capabilities)
     check_target(job.out, force=job.force)
-    with options.others_on_stderr(as_json=screen.as_json), shown(screen) as progress:
+    with options.others_aside(screen), shown(screen) as progress:
         from ..pipeline import convert  # late: torch
 
         try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
+import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -15,6 +19,7 @@ import click
 from ..advise.hardware import names as hardware_names
 from ..errors import UsageError
 from ..job import PLANS, PRECISIONS
+from ..model.home import find_module
 from ..model.preset import names as preset_names
 from ..model.preset import path_of as preset_path
 
@@ -23,6 +28,19 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SETTINGS: Final = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+class Word(click.Choice[str]):
+    """One of several words; one that is nearly one of them is recognised."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The word itself."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            like = difflib.get_close_matches(str(value), self.choices, 1)
+            meant = f" Did you mean {like[0]}?" if like else ""
+            raise click.BadParameter(error.message + meant, ctx, param) from error
 
 
 class Bytes(click.ParamType[int]):
@@ -63,7 +81,7 @@ common: Final = _all(
 model: Final = click.argument("model", type=click.Path(path_type=Path))
 bundle: Final = click.argument("bundle", type=click.Path(path_type=Path))
 precision: Final = click.option(
-    "-p", "--precision", type=click.Choice(PRECISIONS),
+    "-p", "--precision", type=Word(PRECISIONS),
     help="Of parameters and floating inputs.  [default: the preset's; else the half type that the "
     "model, or its --weights, is in; else bf16; fp16 for a GPU that has no bf16]",
 )  # fmt: skip
@@ -88,7 +106,7 @@ def hardware_list() -> str:
 
 def plan(purpose: str) -> Decorator:
     """``--plan``."""
-    return click.option("--plan", type=click.Choice(PLANS), help=purpose)
+    return click.option("--plan", type=Word(PLANS), help=purpose)
 
 
 def freeze(purpose: str) -> Decorator:
@@ -104,33 +122,48 @@ def cache(purpose: str) -> Decorator:
     )  # fmt: skip
 
 
-def near(word: str, known: Iterable[str]) -> str:
-    """A hint: the known word that is nearest, or all of them."""
-    known = list(known)
-    found = difflib.get_close_matches(word, known, 1)
-    return f"did you mean {found[0]}?" if found else f"there are {', '.join(known)}."
+@dataclass(frozen=True)
+class Found:
+    """A model as it was named on the command line.
+
+    Attributes:
+        path: its file, or that of a preset.
+        module: its dotted name, where it was named by that.
+    """
+
+    path: Path
+    module: str | None = None
 
 
-def resolved(path: Path, commands: Iterable[str] = ()) -> Path:
-    """The file itself, or that of the preset of this name.
+def found(path: Path, commands: Iterable[str] = ()) -> Found:
+    """The file itself, that of the preset of this name, or that of the module of this name.
 
     Args:
         path: as it was typed.
         commands: what else might have been meant.
 
     Raises:
-        UsageError: neither, but something like it is known.
+        UsageError: none of them, but something like it is known.
     """
+    name = str(path)
     if path.is_file():
-        return path
-    found = preset_path(str(path))
-    if found is None:
-        known = [*commands, *preset_names()]
-        if like := difflib.get_close_matches(str(path), known, 1):
-            raise UsageError(
-                f"there is no file {path}.", hint=f"did you mean `cp-convert {like[0]}`?"
-            )
-    return found or path
+        return Found(path)
+    if (preset := preset_path(name)) is not None:
+        return Found(preset)
+    if _is_dotted(name) and (file := find_module(name)) is not None:
+        return Found(file, name)
+    if not path.exists() and path.name and path.with_name(f"{path.name}.py").is_file():
+        raise UsageError(f"there is no file {path}.", hint=f"did you mean `cp-convert {path}.py`?")
+    beside = [str(file) for file in path.parent.glob("*.py")] if path.suffix == ".py" else []
+    known = [*commands, *preset_names(), *beside]
+    if not path.exists() and (like := difflib.get_close_matches(name, known, 1)):
+        raise UsageError(f"there is no file {path}.", hint=f"did you mean `cp-convert {like[0]}`?")
+    return Found(path)
+
+
+def _is_dotted(name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
 
 def screen(*, as_json: bool, quiet: bool, verbose: int) -> Screen:
@@ -142,7 +175,31 @@ def screen(*, as_json: bool, quiet: bool, verbose: int) -> Screen:
 
 
 @contextmanager
-def others_on_stderr(*, as_json: bool) -> Iterator[None]:
-    """What the model's own code prints is not the JSON document."""
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+def others_aside(screen: Screen) -> Iterator[None]:
+    """Keep apart what the model's own code prints, and what libraries warn of.
+
+    With ``--json`` stdout is for the one document: all else, native code too, goes to stderr.
+    Warnings of Python's and of loggers are for those who ask for more (``-v``).
+    """
+    with ExitStack() as stack:
+        if screen.as_json:
+            stack.enter_context(_stdout_is_stderr())
+        if screen.verbosity < 1:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
         yield
+
+
+@contextmanager
+def _stdout_is_stderr() -> Iterator[None]:
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

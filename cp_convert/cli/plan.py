@@ -47,17 +47,19 @@ def command(
     from ..show.plan import planned  # late: rich
     from ..show.progress import shown
 
-    told, model = read_hardware(hardware), options.resolved(model)
-    job = Job(model=model, strategy="ulysses", out=Path(), proof="none", **rest)
-    with options.others_on_stderr(as_json=as_json), shown(screen) as progress:
+    told, found = read_hardware(hardware), options.found(model)
+    job = Job(
+        model=found.path, strategy="ulysses", out=Path(), proof="none", module=found.module, **rest
+    )
+    with options.others_aside(screen), shown(screen) as progress:
         from ..advise.planning import forecast  # late: torch
 
-        found = forecast(job, told, hardware, progress)
+        forecasted = forecast(job, told, hardware, progress)
     if html is not None:
         from ..show.page import page
 
         try:
-            html.write_text(page(found))
+            html.write_text(page(forecasted))
         except OSError as error:
             raise UsageError(f"--html {html}: {error.strerror}.") from error
-    planned(screen, found)
+    planned(screen, forecasted)

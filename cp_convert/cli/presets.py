@@ -8,6 +8,7 @@ import click
 
 from ..errors import UsageError
 from ..model.preset import names, path_of, read
+from ..words import near
 from . import options
 
 
@@ -23,9 +24,9 @@ def command(*, name: str | None, as_json: bool, quiet: bool, verbose: int) -> No
     from ..show.presets import one, several  # late: rich
 
     if name is None:
-        several(screen, {n: read(options.resolved(Path(n))) for n in names()})
+        several(screen, {n: read(options.found(Path(n)).path) for n in names()})
         return
     path = path_of(name)
     if path is None:
-        raise UsageError(f"there is no preset {name!r}.", hint=options.near(name, names()))
+        raise UsageError(f"there is no preset {name!r}.", hint=near(name, names()))
     one(screen, read(path), path.read_text())

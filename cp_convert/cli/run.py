@@ -20,7 +20,7 @@ EXECUTORS = ("auto", "tensorrt", "torch")
 @click.command("run", context_settings=options.SETTINGS)
 @options.bundle
 @click.option(
-    "--executor", type=click.Choice(EXECUTORS), default="auto", show_default=True,
+    "--executor", type=options.Word(EXECUTORS), default="auto", show_default=True,
     help="What runs: the engines by TensorRT, or the stored program by torch (NCCL on GPUs, gloo "
     "on CPUs); auto: TensorRT where it can.",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def command(
             "outputs": str(Path(scratch, "outputs.safetensors")),
             **rest,
         }
-        with options.others_on_stderr(as_json=as_json):
+        with options.others_aside(screen):
             reports = _run(manifest, request, place, Path(scratch), screen)
             if place is not None and place.rank:
                 return

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Final
 
 import psutil
@@ -88,7 +89,7 @@ class Pool:
                 progress.begin("build", f"rank {waiting[0].rank}")
                 self._start(waiting.pop(0))
             for rank in self._ended():
-                data = self._collect(rank)
+                data = self._collect(rank, progress)
                 engine, peak = answered(data, known)
                 most, measured = (max(most, peak) if measured else peak), True
                 progress.end("build", f"rank {rank}")
@@ -110,18 +111,22 @@ class Pool:
         ready = wait([answer for _, answer, _ in self._at_work.values()])
         return [rank for rank, (_, answer, _) in self._at_work.items() if answer in ready]
 
-    def _collect(self, rank: int) -> bytes:
-        process, answer, _task = self._at_work[rank]
+    def _collect(self, rank: int, progress: Progress) -> bytes:
+        process, answer, task = self._at_work[rank]
         data = None
         with suppress(EOFError):
             data = answer.recv_bytes()
         process.join()
         answer.close()
         del self._at_work[rank]
+        said = _read(task.log)
         if data is None:
             raise BuildFailed(
-                f"the process that built rank {rank} {_fate(process.exitcode)}.", hint=_ADVICE
+                f"the process that built rank {rank} {_fate(process.exitcode)}."
+                + "".join(f"\n  {line}" for line in said.splitlines()[-_LAST:]),
+                hint=_ADVICE,
             )
+        progress.said(f"rank {rank}", said)
         return data
 
 
@@ -138,6 +143,17 @@ def _unheard(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def _read(log: Path) -> str:
+    """What a worker wrote; the file is part of no bundle."""
+    text = ""
+    with suppress(OSError):
+        text = log.read_text(errors="replace").strip()
+    log.unlink(missing_ok=True)
+    return text
+
+
+_LAST: Final = 5
+"""Lines of a dead worker's log that are shown."""
 _ADVICE: Final = "if memory was short: --jobs 1, or --weights-mode external."
 
 

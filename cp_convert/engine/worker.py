@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import io
+import os
 import pickle
 import resource
 import signal
@@ -55,12 +56,19 @@ class Task:
     external: Mapping[str, str]
     network: bool
 
+    @property
+    def log(self) -> Path:
+        """Where the worker's process writes what libraries say on stdout and stderr."""
+        return self.path.with_suffix(".log")
+
 
 def run(task: Task, answer: Connection) -> None:
     """Build, and send what was built or the :class:`ConvertError` that was raised.
 
-    A worker that cannot say what went wrong ends with a traceback and a non-zero exit code.
+    A worker that cannot say what went wrong ends with a traceback and a non-zero exit code; the
+    traceback, and whatever libraries write, stands in the task's log.
     """
+    _write_into(task.log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _end_with_parent()
@@ -131,6 +139,13 @@ def answered(data: bytes, known: Mapping[str, Tensor]) -> tuple[Engine, int]:
 def _peak() -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _write_into(log: Path) -> None:
+    """Let this process, its native libraries too, write into ``log`` from now on."""
+    with suppress(OSError), log.open("wb") as file:  # a full disk is told by what is built
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def _end_with_parent() -> None:

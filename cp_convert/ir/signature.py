@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -19,6 +19,7 @@ class Cut:
         element: the index inside a list or tuple argument, or ``None``.
         dim: the tensor dimension that holds the sequence.
         expected_dims: see :class:`ContextParallelInput`.
+        line: where in the plan it stands, such as ``cp_plan['blocks.*']['x']``; not compared.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Cut:
     element: int | None
     dim: int
     expected_dims: int | None
+    line: str = field(default="", compare=False)
 
     @property
     def tensor(self) -> str:

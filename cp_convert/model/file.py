@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -11,12 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
+from unittest.mock import patch
 
 from torch import nn
 
 from ..errors import ModelFileError
 from ..mesh import Axis
+from .home import Home, at_home, home_of
+from .returned import Blame, inputs_from, model_from, names_from, required
 
 
 @dataclass(frozen=True)
@@ -42,35 +47,37 @@ class Given:
     groups: Mapping[str, Axis] = field(default_factory=dict)
 
 
-def from_file(path: Path, world: int) -> Given:
+def from_file(path: Path, world: int, module: str | None = None) -> Given:
     """Import the model file at ``path`` and build what it describes.
+
+    What forward imports when it is called is found only within :func:`.home.at_home`.
 
     Args:
         path: the model file. A ``build_model`` that takes a ``rank`` is called for every rank.
         world: the world size.
+        module: its dotted name, where it was named by that.
 
     Raises:
         ModelFileError: it cannot be imported, lacks a function, or one of them fails.
     """
-    with _importable(path.parent):
-        python = _import(path)
+    with at_home(path, module):
+        python = _import(path, home_of(path, module))
         ranks: list[dict[str, Any]] = [{}]
         if _takes_rank(python):
             ranks = [{"rank": rank} for rank in range(world)]
         modules = [_call(python, "build_model", path, **rank) for rank in ranks]
+        blame = Blame(path, "build_model", python.build_model)
+        modules = [model_from(one, blame) for one in modules]
         inputs = _call(python, "example_inputs", path)
+        blame = Blame(path, "example_inputs", python.example_inputs)
+        inputs = inputs_from(inputs, blame, modules[0])
         groups = _groups(python, path, world)
-    for module in modules:
-        if not isinstance(module, nn.Module):
-            raise _wrong_type(path, "build_model", "a torch.nn.Module", module)
-    if not isinstance(inputs, dict) or not all(isinstance(name, str) for name in inputs):
-        raise _wrong_type(path, "example_inputs", "a dict of keyword arguments", inputs)
     return Given(
         module=modules[0],
         inputs=inputs,
-        plan=getattr(python, "cp_plan", None) or {},
-        freeze=tuple(getattr(python, "freeze", ())),
-        keep_float32=tuple(getattr(python, "keep_float32", ())),
+        plan=_plan(python, path),
+        freeze=names_from(python, "freeze", inputs, path),
+        keep_float32=names_from(python, "keep_float32", inputs, path),
         peers=tuple(modules[1:]),
         groups=groups,
     )
@@ -81,6 +88,18 @@ def _takes_rank(python: ModuleType) -> bool:
     return callable(function) and "rank" in inspect.signature(function).parameters
 
 
+def _plan(python: ModuleType, path: Path) -> Mapping[str, Any]:
+    plan = getattr(python, "cp_plan", None) or {}
+    if not isinstance(plan, Mapping):
+        raise ModelFileError(
+            f"cp_plan is a {type(plan).__name__}, not a dict by module names.",
+            where=str(path),
+            hint='cp_plan = {"blocks.0": {"x": ContextParallelInput(split_dim=1)}, "proj_out": '
+            "ContextParallelOutput(gather_dim=1)}; without it the plan is found.",
+        )
+    return plan
+
+
 def _groups(python: ModuleType, path: Path, world: int) -> dict[str, Axis]:
     """The process groups that the file declares, each covering the world."""
     told = getattr(python, "process_groups", None) or {}
@@ -88,11 +107,15 @@ def _groups(python: ModuleType, path: Path, world: int) -> dict[str, Axis]:
         with _blamed_on(path, "process_groups()"):
             told = told(world)
     groups: dict[str, Axis] = {}
-    for name, ranks in dict(told).items():
+    for name, ranks in told.items() if isinstance(told, Mapping) else [("", told)]:
         try:
             groups[name] = Axis(name, tuple(tuple(int(r) for r in group) for group in ranks))
-        except TypeError as error:
-            raise _wrong_type(path, "process_groups", "lists of ranks by name", told) from error
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(
+                f"process_groups is {told!r}, not lists of ranks by name.",
+                where=str(path),
+                hint='process_groups = {"tp": [[0, 1], [2, 3]]}',
+            ) from error
         equal = len({len(group) for group in groups[name].groups}) == 1
         if not equal or sorted(groups[name].flat) != list(range(world)):
             raise ModelFileError(
@@ -105,25 +128,18 @@ def _groups(python: ModuleType, path: Path, world: int) -> dict[str, Axis]:
     return groups
 
 
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let the model file import its neighbours, as ``python model.py`` would."""
-    entry = str(folder.resolve())
-    sys.path.insert(0, entry)
-    try:
-        yield
-    finally:
-        sys.path.remove(entry)
-
-
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"cp_convert_model_{path.stem}", path)
+def _import(path: Path, home: Home) -> ModuleType:
+    """Import the file under its own name, under which ``sys.modules`` then has it."""
+    spec = importlib.util.spec_from_file_location(home.name, path)
     if spec is None or spec.loader is None:
         raise ModelFileError(
             f"{path} cannot be imported as Python.", hint="the file's name must end in .py."
         )
-    python = importlib.util.module_from_spec(spec)
     with _blamed_on(path, "importing it"):
+        if home.package:
+            importlib.import_module(home.package)
+        python = importlib.util.module_from_spec(spec)
+        sys.modules[home.name] = python
         spec.loader.exec_module(python)
     return python
 
@@ -137,32 +153,91 @@ def _call(python: ModuleType, name: str, path: Path, **arguments: Any) -> Any:
             hint="a model file defines build_model() -> torch.nn.Module and "
             "example_inputs() -> dict[str, object]; examples/plain_dit.py is one.",
         )
+    if missing := required(function, arguments):
+        raise Blame(path, name, function).error(
+            f"wants {', '.join(missing)}, and is called without arguments.",
+            "give defaults; only build_model(rank) is told something, once for every rank.",
+        )
     with _blamed_on(path, f"{name}()"):
         return function(**arguments)
+
+
+class _Asked(Exception):
+    """A parser of arguments that has no arguments to parse."""
+
+
+def _unanswered(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise _Asked(message)
 
 
 @contextmanager
 def _blamed_on(path: Path, doing: str) -> Iterator[None]:
     """Turn whatever the user's own code raises into one message that names its line."""
     try:
-        yield
-    except SyntaxError as error:
+        with patch.object(argparse.ArgumentParser, "error", _unanswered):
+            yield
+    except _Asked as error:
         raise ModelFileError(
-            f"{path} is not valid Python: {error.msg}.", where=f"{error.filename}:{error.lineno}"
-        ) from error
-    except ModuleNotFoundError as error:
-        known = {"diffusers": "pip install 'cp-convert[models]'"}
-        hint = known.get(error.name or "", f"install {error.name} beside cp-convert.")
-        raise ModelFileError(
-            f"{path} needs the module {error.name}, which is not installed.",
+            f"{doing} failed: its ArgumentParser wants arguments ({error}), and a model file is "
+            "given none.",
             where=_line_in(error, path),
-            hint=hint,
+            hint='give them defaults, or parse under `if __name__ == "__main__":`.',
         ) from error
+    except SystemExit as error:
+        raise ModelFileError(
+            f"{doing} ended the program: SystemExit({error.code!r}).",
+            where=_line_in(error, path),
+            hint="raise an exception that says what is wrong, and keep what belongs to a script "
+            'under `if __name__ == "__main__":`.',
+        ) from error
+    except ImportError as error:
+        raise _not_imported(error, path, doing) from error
     # The user's code may raise anything at all; it is theirs to mend, so it is never a traceback.
     except Exception as error:
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+            raise ModelFileError(
+                f"{error.filename} is not valid Python: {error.msg}.",
+                where=f"{error.filename}:{error.lineno}",
+            ) from error
         raise ModelFileError(
-            f"{doing} failed with {type(error).__name__}: {error}", where=_line_in(error, path)
+            f"{doing} failed with {type(error).__name__}" + (f": {error}" if str(error) else "."),
+            where=_line_in(error, path),
+            hint=_advice(error),
         ) from error
+
+
+def _not_imported(error: ImportError, path: Path, doing: str) -> ModelFileError:
+    where, name = _line_in(error, path), error.name or ""
+    if "relative import" in str(error):
+        return ModelFileError(
+            f"{path} imports relatively, and is not part of a package.",
+            where=where,
+            hint="name it as a module, from the folder that holds its package: "
+            f"cp-convert package.{path.stem}",
+        )
+    if name == path.stem:
+        return ModelFileError(
+            f"{path.name} hides the package {name}, which it imports itself: {error}.",
+            where=where,
+            hint="give the model file another name.",
+        )
+    if isinstance(error, ModuleNotFoundError) and name:
+        known = {"diffusers": "pip install 'cp-convert[models]'"}
+        return ModelFileError(
+            f"{path} needs the module {name}, which is not installed.",
+            where=where,
+            hint=known.get(name, f"install {name} beside cp-convert."),
+        )
+    return ModelFileError(f"{doing} failed with {type(error).__name__}: {error}", where=where)
+
+
+def _advice(error: Exception) -> str | None:
+    text = str(error)
+    if isinstance(error, EOFError):
+        return "take it from a default, a file or the environment."
+    if "CUDA" in text or "NVIDIA driver" in text:
+        return "build the model and its inputs on the CPU; converting needs no GPU."
+    return None
 
 
 def _line_in(error: BaseException, path: Path) -> str:
@@ -173,7 +248,3 @@ def _line_in(error: BaseException, path: Path) -> str:
         if Path(frame.filename) == path or Path(frame.filename) == path.absolute()
     ]
     return f"{path}:{lines[-1]}" if lines else str(path)
-
-
-def _wrong_type(path: Path, name: str, wanted: str, got: object) -> ModelFileError:
-    return ModelFileError(f"{name}() returned {type(got).__name__}, not {wanted}.", where=str(path))

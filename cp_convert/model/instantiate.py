@@ -136,6 +136,7 @@ def example_inputs(
         UsageError: the preset has no such resolution, or says how an input is made wrongly.
     """
     whole = {**config, **(preset.tiny if tiny else {})}
+    preset.check_resolution(resolution)
     numbers = preset.numbers(TINY if tiny else resolution, whole)
     torch.manual_seed(SEED + 1)
     return {name: _input(spec, numbers, name) for name, spec in preset.inputs.items()}

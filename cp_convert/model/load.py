@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,18 @@ from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
 from .checks import check_no_step_cache
 from .file import Given, from_file
+from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
 from .preset import read
+from .returned import check_has_numbers
 from .ties import Ties
 from .weights import Filled, check_finite, load_weights
+
+
+def surroundings(job: Job) -> AbstractContextManager[None]:
+    """What a model file needs around it for as long as its model is in use."""
+    return nullcontext() if job.is_preset else at_home(job.model, job.module)
 
 
 def load(job: Job, *, allocate: bool = True) -> Source:
@@ -52,7 +59,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         given = (
             _from_preset(job, allocate, located)
             if job.is_preset
-            else from_file(job.model, job.world)
+            else from_file(job.model, job.world, job.module)
         )
     module, ranks = given.module, (given.module, *given.peers)
     precision = job.precision or _usual(job, ranks, located)
@@ -69,8 +76,10 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         stand_in(module)
     elif job.weights is not None:
         filled = _filled(given, job, located, ties, lazily=external and not job.copy_weights)
-    else:
-        for one in (module, *given.peers):
+    if allocate and not job.is_preset:
+        check_has_numbers(module, job.model)
+    if allocate and job.weights is None:
+        for one in ranks:
             check_finite(one)
     if external and given.peers:
         raise UsageError(

@@ -18,10 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ..errors import CannotShard
 from ..ir.signature import Cut
+from ..words import near
+
+_SHOWN: Final = 400
+"""Module names that a misspelt one is compared with."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,45 @@ def normalise(plan: Mapping[str, Any], module_names: Sequence[str]) -> tuple[Cut
     Raises:
         CannotShard: a module that does not exist, or a value that is no plan.
     """
-    return tuple(
+    cuts = [
         cut
         for pattern, value in plan.items()
         for module in _resolve(pattern, module_names)
-        for cut in _cuts(module, value)
-    )
+        for cut in _cuts(module, value, f"cp_plan[{pattern!r}]")
+    ]
+    _check_once(cuts)
+    return tuple(cuts)
 
 
-def _resolve(pattern: str, module_names: Sequence[str]) -> list[str]:
+def _check_once(cuts: Sequence[Cut]) -> None:
+    """No tensor is cut by two lines."""
+    seen: dict[tuple[object, ...], Cut] = {}
+    for cut in cuts:
+        first = seen.setdefault(
+            (cut.module, cut.on_output, cut.argument, cut.element, cut.kind), cut
+        )
+        if first is not cut:
+            raise CannotShard(
+                f"the plan {cut.kind}s {cut.tensor} of {cut.module or 'the model'} twice: by "
+                f"{first.line} and by {cut.line}.",
+                where=cut.line,
+                hint="leave one of them out.",
+            )
+
+
+def _resolve(pattern: Any, module_names: Sequence[str]) -> list[str]:
+    if not isinstance(pattern, str):
+        raise CannotShard(
+            f"the plan has the key {pattern!r}, which is no module name.", where="cp_plan"
+        )
     wanted = pattern.split(".")
     found = [n for n in module_names if _matches(n.split("."), wanted)]
     if not found and not _is_deeper(wanted, module_names):
         raise CannotShard(
             f"the plan names a module {pattern!r} that the model does not have.",
-            hint="module names are those of model.named_modules(); '*' stands for one index.",
+            where=f"cp_plan[{pattern!r}]",
+            hint=f"{near(pattern, [n for n in module_names if n][:_SHOWN])} '*' stands for one "
+            "index.",
         )
     return found
 
@@ -95,31 +123,61 @@ def _matches(name: list[str], wanted: list[str]) -> bool:
     )
 
 
-def _cuts(module: str, value: Any) -> Iterator[Cut]:
+def _cuts(module: str, value: Any, line: str) -> Iterator[Cut]:
     if not isinstance(value, Mapping):
-        outputs = value if isinstance(value, list | tuple) else [value]
-        for index, output in enumerate(outputs):
+        several = isinstance(value, list | tuple)
+        for index, output in enumerate(value if several else [value]):
             if output is not None:
-                dim = _attribute(output, "gather_dim", module)
-                yield Cut("gather", module, True, index, None, dim, output.expected_dims)
+                at = f"{line}[{index}]" if several else line
+                dim, dims = _dims(output, "gather_dim", at)
+                yield Cut("gather", module, True, index, None, dim, dims, at)
         return
     for key, split in value.items():
-        elements = list(enumerate(split)) if isinstance(split, list | tuple) else [(None, split)]
-        for element, one in elements:
-            dim = _attribute(one, "split_dim", module)
-            if isinstance(key, int) and not one.split_output:
-                raise CannotShard(
-                    f"the plan's key {key} of module {module!r} is an output's index, "
-                    "so it needs split_output=True."
-                )
-            yield Cut("split", module, one.split_output, key, element, dim, one.expected_dims)
+        several = isinstance(split, list | tuple)
+        for index, one in enumerate(split if several else [split]):
+            at = f"{line}[{key!r}]" + (f"[{index}]" if several else "")
+            dim, dims = _dims(one, "split_dim", at)
+            _check_key(key, one, at)
+            element = index if several else None
+            yield Cut("split", module, bool(one.split_output), key, element, dim, dims, at)
 
 
-def _attribute(value: Any, name: str, module: str) -> int:
-    found = getattr(value, name, None)
-    if not isinstance(found, int):
+def _check_key(key: Any, split: Any, line: str) -> None:
+    if isinstance(key, int) and not split.split_output:
         raise CannotShard(
-            f"the plan's entry for module {module!r} is {value!r}, which has no integer {name}.",
-            hint="use ContextParallelInput and ContextParallelOutput of cp_convert or diffusers.",
+            f"the plan's key {key} is an output's index, so it needs split_output=True.",
+            where=line,
+            hint="a word is the name of an argument of the module's forward.",
         )
-    return found
+    if isinstance(key, str) and split.split_output:
+        raise CannotShard(
+            f"the plan splits an output, and calls it {key!r}.",
+            where=line,
+            hint="with split_output=True the key is the output's index, such as 0.",
+        )
+    if not isinstance(key, int | str):
+        raise CannotShard(f"the plan's key {key!r} is neither argument nor index.", where=line)
+
+
+def _dims(value: Any, name: str, line: str) -> tuple[int, int | None]:
+    """The dimension that a line of the plan cuts along, and how many it expects.
+
+    Raises:
+        CannotShard: it is none, or the dimension does not exist.
+    """
+    found = getattr(value, name, None)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise CannotShard(
+            f"the plan says {value!r}, which has no integer {name}.",
+            where=line,
+            hint="use ContextParallelInput to split and ContextParallelOutput to gather, of "
+            "cp_convert or diffusers.",
+        )
+    dims = value.expected_dims
+    if dims is not None and not -dims <= found < dims:
+        raise CannotShard(
+            f"the plan's {name} {found} does not exist in a tensor of {dims} dimensions.",
+            where=line,
+            hint=f"dimensions count from 0 to {dims - 1}, or from -1 down.",
+        )
+    return found, dims

@@ -27,6 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from ..errors import UsageError
+from ..words import near
 from .shipped import shipped
 
 TINY: Final = "tiny"
@@ -119,16 +120,24 @@ class Preset(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename={"
         Raises:
             UsageError: there is no such resolution.
         """
-        if resolution not in self.resolutions:
-            known = ", ".join(name for name in self.resolutions if name != TINY)
-            raise UsageError(
-                f"{self.title} has no resolution {resolution!r}.", hint=f"it has {known}."
-            )
+        self.check_resolution(resolution)
         found = {name: value for name, value in config.items() if isinstance(value, int)}
         found.update(self.resolutions[resolution])
         for name, expression in self.sizes.items():
             found[name] = evaluate(expression, found)
         return found
+
+    def check_resolution(self, resolution: str) -> None:
+        """Refuse an unknown one.
+
+        Raises:
+            UsageError: there is no such resolution.
+        """
+        if resolution not in self.resolutions:
+            known = [name for name in self.resolutions if name != TINY]
+            raise UsageError(
+                f"{self.title} has no resolution {resolution!r}.", hint=near(resolution, known)
+            )
 
 
 def names() -> list[str]:

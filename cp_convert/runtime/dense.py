@@ -16,7 +16,7 @@ from ..errors import ConvertError, RunFailed
 from ..files import sha256
 from ..ir.tensors import mapped
 from ..job import Job
-from ..model.load import load
+from ..model.load import load, surroundings
 from ..prove.errors import worst
 from ..prove.measure import measure
 from ..prove.program import bound_of
@@ -41,14 +41,15 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     reason = _why_not(manifest)
     if reason is not None:
         return {"reason": reason, "error": None, "bound": None}
-    try:
-        source = load(_job(manifest))
-    except ConvertError as refusal:
-        return {"reason": refusal.message, "error": None, "bound": None}
-    asked = msgspec.convert(dict(request), Request)
+    job, asked = _job(manifest), msgspec.convert(dict(request), Request)
     given = given_inputs(manifest, asked)
-    inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
-    truth = measure(source.module, inputs)
+    with surroundings(job):
+        try:
+            source = load(job)
+        except ConvertError as refusal:
+            return {"reason": refusal.message, "error": None, "bound": None}
+        inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
+        truth = measure(source.module, inputs)
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
     error, bound = worst(outputs, truth.reference), bound_of(truth, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,6 +24,8 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         )
     if screen.verbosity < 0:
         return
+    for text in _notes(manifest):
+        screen.err.print(f"[bold yellow]note[/] {escape(text)}", soft_wrap=True)
     console = screen.err if screen.as_json else screen.out
     # Equal engines are one file under several names.
     total = sum({engine.sha256: engine.bytes for engine in manifest.engines}.values())
@@ -44,6 +46,31 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
     ):
         console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
+
+
+def _notes(manifest: Manifest) -> Iterator[str]:
+    """What a person may not have meant: nothing is wrong with it, and nothing else tells it."""
+    numbers = [f"{one.name} = {one.value}" for one in manifest.frozen if _is_number(one.value)]
+    if numbers:
+        yield (
+            f"{', '.join(numbers)}: Python numbers among the inputs are part of the engines; give "
+            "a tensor for what changes from call to call."
+        )
+    rows = Counter(
+        (one.kind, one.tensor, starred(one.module) or "the model", one.reason)
+        for one in manifest.plan
+        if not one.applied and one.reason != "not passed"
+    )
+    for kind, tensor, module, reason in rows:
+        yield f"the plan's {kind} of {tensor} of {module} has no effect: it {reason}."
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def inspected(screen: Screen, manifest: Manifest, folder: Path) -> None:

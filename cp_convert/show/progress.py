@@ -27,7 +27,7 @@ def shown(screen: Screen) -> Iterator[Progress]:
     if screen.verbosity < 0:
         yield Progress()
     elif screen.verbosity > 0 or not screen.err.is_terminal:
-        yield _Lines(screen.err)
+        yield _Lines(screen.err, is_verbose=screen.verbosity > 0)
     else:
         columns = (
             SpinnerColumn(),
@@ -44,9 +44,9 @@ def shown(screen: Screen) -> Iterator[Progress]:
 class _Lines(Progress):
     """One plain line a stage."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, is_verbose: bool = False) -> None:
         self.console = console
-
+        self.is_verbose = is_verbose
         self.begun: dict[str, float] = {}
 
     def start(self, stage: str, total: int) -> None:
@@ -59,6 +59,10 @@ class _Lines(Progress):
     def end(self, stage: str, item: str) -> None:
         seconds = time.monotonic() - self.begun.pop(item)
         self.console.print(f"{stage} {item} done in {seconds:.1f} s", soft_wrap=True)
+
+    def said(self, item: str, text: str) -> None:
+        if self.is_verbose and text:
+            self.console.print(f"{item}: {text}", markup=False, soft_wrap=True)
 
     def finish(self, stage: str, seconds: float) -> None:
         self.console.print(f"{stage} done in {seconds:.1f} s")

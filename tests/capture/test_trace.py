@@ -115,7 +115,7 @@ def test_hooks_are_gone_afterwards() -> None:
     ("plan", "message"),
     [
         ({"": {"y": ContextParallelInput(1)}}, "no such argument"),
-        ({"leave": {3: ContextParallelInput(1, split_output=True)}}, "there are 1 outputs"),
+        ({"leave": {3: ContextParallelInput(1, split_output=True)}}, "leave, which has 1 tensor"),
         ({"": {"x": ContextParallelInput(1, expected_dims=7)}}, "nothing would be sharded"),
         ({"leave": ContextParallelOutput(1)}, "nothing would be sharded"),
         ({"enterr": {"input": ContextParallelInput(1)}}, "a module 'enterr' that the model"),
@@ -127,7 +127,7 @@ def test_a_plan_that_does_not_fit_is_refused(plan: Mapping[str, Any], message: s
 
 
 def test_inputs_that_do_not_fit_forward_show_its_signature() -> None:
-    with pytest.raises(CannotTrace, match="missing a required argument: 'text'") as caught:
+    with pytest.raises(CannotTrace, match="it gives no 'text', which has no default") as caught:
         trace(tiny(), {"x": torch.ones(1, 24, 8)}, {})
     assert "forward(x: 'Tensor', text: 'Tensor')" in (caught.value.hint or "")
 

@@ -113,6 +113,12 @@ def test_verify_answers_by_exit_code(cp_convert: Run, tmp_path: Path) -> None:
             ["model.py", "-s", "ring", "-w", "2", "--tiny"],
             "--tiny and --resolution are for",
         ),
+        ([".", "-s", "ring", "-w", "2"], ". is a folder"),
+        (["pkg.absent", "-s", "ring", "-w", "2"], "there is no file pkg.absent"),
+        (["model.py", "-s", "ulyses", "-w", "2"], "Did you mean ulysses?"),
+        (["model.py", "-s", "ring", "-w", "2", "-p", "fp15"], "Did you mean fp16?"),
+        (["flux.1-dev", "--tiny", "--resolution", "1024x1025"], "no resolution '1024x1025'"),
+        (["model.py", "-s", "ring", "-w", "2", "--hardware", "h20"], "--hardware h20"),
     ],
 )
 def test_usage_errors_exit_2_with_one_message(
@@ -127,6 +133,60 @@ def test_usage_errors_exit_2_with_one_message(
     document = json.loads(cp_convert(*args, "--json").out)
     assert document["exit_code"] == 2
     assert message in document["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "a.safetensors", "a.ipynb", "a.onnx"])
+def test_other_files_are_no_models(cp_convert: Run, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    result = cp_convert(name, "-s", "ring", "-w", "2")
+    assert result.code == 2
+    assert f"{name} is neither a Python file" in result.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['world = "8"', "world = 2.5", "world = true", 'force = "false"', 'strategy = ["ring"]',
+     "freeze = 'x'", "freeze = [1]", 'rtol = "small"', "memory = []", "[convert]"],
+)  # fmt: skip
+def test_a_config_file_says_what_toml_can_say(
+    cp_convert: Run, model_file: Write, tmp_path: Path, line: str
+) -> None:
+    model_file()
+    (tmp_path / "job.toml").write_text(line)
+    result = cp_convert("model.py", "--config", "job.toml")
+    assert result.code == 2
+    assert "--config job.toml" in result.err
+    assert line.split(" =")[0].strip("[]") in result.err
+
+
+def test_a_module_can_be_named(cp_convert: Run, model_file: Write, tmp_path: Path) -> None:
+    (tmp_path / "nets_of_test").mkdir()
+    model_file(("def build_model", "def x")).rename(tmp_path / "nets_of_test" / "net.py")
+    result = cp_convert("nets_of_test.net", "-s", "ring", "-w", "2")
+    assert "does not define build_model" in result.err
+
+
+def test_others_stay_aside(cp_convert: Run, model_file: Write) -> None:
+    """Warnings are for -v; what native code prints never gets between JSON's lines."""
+    noise = """
+    import logging, os, warnings
+    warnings.showwarning = lambda *_, **__: os.write(2, b"old ")
+    warnings.warn("old")
+    logging.getLogger("lib").addHandler(logging.StreamHandler())
+    logging.getLogger("lib").warning("loud")
+    os.write(1, b"raw ")
+    return 1
+"""
+    model_file(("    torch.manual_seed(0)\n    return Model()\n", noise))
+    args = ("model.py", "-s", "ring", "-w", 2, "--json")
+    result = cp_convert(*args)
+    assert json.loads(result.out)["exit_code"] == 2
+    assert "raw" in result.err
+    assert "old" not in result.err
+    assert "loud" not in result.err
+    result = cp_convert(*args, "-v")
+    assert "old" in result.err
+    assert "loud" in result.err
 
 
 def test_hints_say_what_to_try(cp_convert: Run, model_file: Write) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import click
 import pytest
 
-from cp_convert import bundle, cli
+from cp_convert import bundle
 from cp_convert.backends import select
+from cp_convert.cli import options
 from cp_convert.engine import pool
 from cp_convert.job import Job
 from cp_convert.pipeline import convert
@@ -61,10 +62,10 @@ def test_workers_that_start_afresh_build_the_same(
     [("8GiB", 8 << 30), ("1.5 GB", 1_500_000_000), ("512m", 512_000_000), ("7", 7)],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
-    assert cli.options.Bytes().convert(text, None, None) == size
+    assert options.Bytes().convert(text, None, None) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "8 GiBs", "-1", "8i"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
-        cli.options.Bytes().convert(text, None, None)
+        options.Bytes().convert(text, None, None)

@@ -51,8 +51,18 @@ def test_a_neighbour_of_the_model_file_can_be_imported(model_file: Write, tmp_pa
             "does not define example_inputs",
             "",
         ),
-        ("    return Model()", "    return 3", "returned int, not a torch.nn.Module", ""),
-        ('    return {"x"', '    return 1 or {"x"', "returned int, not a dict", ""),
+        (
+            "    return Model()",
+            "    return 3",
+            "returned a value of type int, not a torch.nn.Module",
+            ":22",
+        ),
+        (
+            '    return {"x"',
+            '    return 1 or {"x"',
+            "returned a value of type int, not a dict",
+            ":26",
+        ),
         (
             "    return Model()",
             "    return 1 / 0",
@@ -86,8 +96,8 @@ def test_auto_leaves_the_models_plan_aside(model_file: Write) -> None:
 
 
 def test_arguments_to_freeze_come_from_the_file_and_the_command(model_file: Write) -> None:
-    path = model_file(("cp_plan = {", "freeze = ('mask',)\ncp_plan = {"))
-    assert load(job(path, freeze=("ids",))).freeze == ("mask", "ids")
+    path = model_file(("cp_plan = {", "freeze = ('x',)\ncp_plan = {"))
+    assert load(job(path, freeze=("ids",))).freeze == ("x", "ids")
 
 
 def test_the_modules_own_plan_is_used(model_file: Write) -> None:

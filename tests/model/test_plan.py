@@ -53,3 +53,14 @@ def test_mistakes_are_named(plan: dict[str, object], message: str) -> None:
 def test_words() -> None:
     assert Cut("split", "m", False, "x", 2, 0, None).tensor == "input x[2]"
     assert Cut("gather", "m", True, 0, None, 0, None).tensor == "output 0"
+
+
+def test_two_lines_for_one_tensor_are_both_named() -> None:
+    plan = {
+        "blocks.*": {"x": ContextParallelInput(1)},
+        "blocks.1": {"x": ContextParallelInput(1)},
+    }
+    with pytest.raises(
+        CannotShard, match=r"blocks\.1 twice: by cp_plan\['blocks\.\*'\]\['x'\] and"
+    ):
+        normalise(plan, MODULES)

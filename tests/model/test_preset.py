@@ -181,7 +181,7 @@ def test_other_expressions_are_refused(wrong: str) -> None:
 def test_unknown_resolutions_name_the_known_ones() -> None:
     with pytest.raises(UsageError, match="no resolution '4k'") as raised:
         read("wan2.1-14b").numbers("4k", {})
-    assert raised.value.hint == "it has 720p-81f, 480p-81f."
+    assert raised.value.hint == "there are 720p-81f, 480p-81f."
 
 
 @pytest.mark.parametrize(
