@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -23,10 +24,18 @@ def reference() -> str:
     parts = ["# Command reference\n\nGenerated from `--help` by `python docs/generate.py`.\n"]
     root = _context(cli, "cp-convert")
     parts.append(f"```\n{cli.get_help(root).rstrip()}\n```\n")
-    for name, command in sorted(cli.commands.items()):
-        context = _context(command, name, root)
-        parts.append(f"## {name}\n\n```\n{command.get_help(context).rstrip()}\n```\n")
+    parts += _commands(cli, root, "")
     return "\n".join(parts)
+
+
+def _commands(group: click.Group, parent: click.Context, before: str) -> Iterator[str]:
+    """A section for each command of a group, and for each of its own commands if it is one."""
+    for name, command in sorted(group.commands.items()):
+        context = _context(command, name, parent)
+        help_text = command.get_help(context).rstrip()
+        yield f"## {before}{name}\n\n```\n{help_text}\n```\n"
+        if isinstance(command, click.Group):
+            yield from _commands(command, context, f"{before}{name} ")
 
 
 if __name__ == "__main__":

@@ -43,6 +43,10 @@ def test_the_wheel_holds_the_linked_folders_and_nothing_at_top_level(wheel: Path
         "configs/flux.1-dev.toml",
         "configs/hardware/h200.toml",
         "bundle/manifest.schema.json",
+        "runtime/cpp/CMakeLists.txt",
+        "runtime/cpp/README.md",
+        "runtime/cpp/src/main.cpp",
+        "runtime/cpp/src/world.h",
         "py.typed",
     ):
         assert f"cp_convert/{part}" in names

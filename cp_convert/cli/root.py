@@ -10,7 +10,7 @@ from ..version import __version__
 from .options import SETTINGS
 
 _DEFAULT = "convert"
-_COMMANDS = ("cache", "convert", "inspect", "plan", "presets", "run", "verify")
+_COMMANDS = ("cache", "convert", "export", "inspect", "plan", "presets", "run", "verify")
 """Modules of this package, each with a ``command``."""
 
 
