@@ -16,8 +16,9 @@ from .bundle.describe import describe
 from .bundle.external import Placing
 from .bundle.folder import engine_name
 from .bundle.manifest import Manifest
+from .cache.fingerprint import program_key
 from .cache.store import Cache
-from .capture.capture import capture
+from .capture.capture import capture, traced
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
 from .engine.fold_weights import fold_weights, store
@@ -28,7 +29,7 @@ from .errors import CannotShard
 from .files import place
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
-from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten
+from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten, Traced
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, FUSED, Job
@@ -53,18 +54,20 @@ Table = Mapping[Any, Any]
 
 
 def make(
-    loaded: Loaded, placing: Placing, cache: Cache, clock: Clock
-) -> tuple[Manifest, Mapping[int, str]]:
+    loaded: Loaded, trace: Traced | None, placing: Placing, cache: Cache, clock: Clock
+) -> tuple[Manifest, Mapping[int, str], str | None]:
     """All stages.
 
     Args:
         loaded: the model and what was asked for.
+        trace: its program, if it was traced already; ``None`` where it has to be measured first.
         placing: finds the external weights.
         cache: knows what was made before.
         clock: times the stages and shows them.
 
     Returns:
-        the manifest, and under which keys the cache has the engines, by rank.
+        the manifest, under which keys the cache has the engines, by rank, and the key of the
+        traced program.
 
     Raises:
         ConvertError: see :mod:`cp_convert.errors`.
@@ -74,7 +77,9 @@ def make(
         workarounds = prepare(loaded.backend, fused=job.strategy == FUSED)
         table = decompositions()
         truth = _measured(loaded, clock)
-        captured = capture(source, table, cache, loaded.trace_key, clock)
+        trace = traced(source, clock) if trace is None else trace
+        program = program_key(loaded.tool, trace) if cache.folder is not None else None
+        captured = capture(source, trace, table, cache, program, clock)
         truth = truth or _measured_ranks(loaded, captured, clock)
         rewritten = _rewritten(loaded, captured, table, clock)
         emitted = _emitted(rewritten, captured, source, clock)
@@ -84,7 +89,7 @@ def make(
     networks = _replayed(loaded, emitted, proof, built, clock)
     weights = _weights(loaded, emitted, placing, clock)
     made = Made(loaded, captured, rewritten, emitted, proof, built, networks, weights)
-    return describe(made, clock.seconds), built.keys
+    return describe(made, clock.seconds), built.keys, program
 
 
 def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
