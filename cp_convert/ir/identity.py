@@ -56,19 +56,20 @@ def identity(program: Program, applied: Sequence[Applied] = ()) -> str | None:
 def _packed(program: Program, applied: Sequence[Applied]) -> Packed:
     tensors: dict[str, Tensor] = {}
     stacks = Table()
+    state, parameters = program.state, program.parameters  # made anew whenever asked for
     nodes = _nodes(program.graph_module, "", tensors, stacks)
     document = {
         "nodes": nodes,
         "stacks": stacks.rows,
         "signature": _signature(program.exported.graph_signature),
-        "parameters": {n: _lies(program.state[n]) for n in program.parameters},
+        "parameters": {n: _lies(state[n]) for n in parameters},
         "inputs": [_binding(one) for one in program.inputs],
         "outputs": [_binding(one) for one in program.outputs],
         "frozen": [(one.name, _frozen(one.name, one.value, tensors)) for one in program.frozen],
         "applied": list(applied),
     }
-    for node, tensor in program.state.items():
-        if node not in program.parameters:
+    for node, tensor in state.items():
+        if node not in parameters:
             tensors[f"state {node}"] = readable(tensor)
     document["tensors"] = {name: _lies(tensor) for name, tensor in tensors.items()}
     return Packed(msgspec.msgpack.encode(document), tensors)
