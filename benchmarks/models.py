@@ -109,7 +109,7 @@ def one(run: Run, strategies: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Pool(1, 1 << 40) as pool:
         loaded = _loaded(run, strategies[0], Path(folder))
         try:
-            begun = begin(loaded, Cache(None), clock)
+            begun = begin(loaded, None, Cache(None), clock)
             sharded = shard(begun.captured.dense, Mesh.line(run.world).whole)
         except ConvertError as error:
             return {"refused": _told(error)}

@@ -1,9 +1,11 @@
-"""A job to a bundle: load, recall, or make and keep, publish. ``stages.py`` holds the stages."""
+"""A job to a bundle: load, trace and recall, or make and keep; publish. ``stages.py`` makes."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 
@@ -11,14 +13,15 @@ from .backends import Backend
 from .bundle.external import Placing, bytes_needed
 from .bundle.folder import check_space, check_target, publish, staged
 from .bundle.manifest import Manifest
-from .cache.fingerprint import source_key, tool_key
+from .cache.fingerprint import program_key, tool_key
 from .cache.store import Cache
-from .ir.records import Loaded
+from .capture.capture import traced
+from .ir.records import Loaded, Traced
 from .job import FUSED, Job
 from .model.load import load, surroundings
 from .progress import Clock, Progress
 from .prove import check_device
-from .recall import job_key, keep, recall
+from .recall import job_key, keep, recall, request_key, values_key
 from .trt.offline import check_gpu
 
 
@@ -32,36 +35,56 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     check_device(job.proof_device)
     check_target(job.out, force=job.force)
     check_gpu(backend, fused=job.strategy == FUSED)
-    with staged(job.out) as folder, ExitStack() as work:
-        work.enter_context(surroundings(job))
+    with staged(job.out) as folder:
+        manifest = _converted(job, backend, folder, cache, clock)
+        publish(folder, job.out, manifest)
+    return manifest
+
+
+def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Clock) -> Manifest:
+    tool = tool_key(backend)
+    request = request_key(job, tool)
+    trace: Traced | None = None
+    with ExitStack() as work:
+        loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
+        for told in loaded.source.told:
+            clock.progress.note(told)
+        if cache.find("requests", request) is not None:
+            trace = traced(loaded.source, clock)
+            with clock.stage("recall"):
+                key = job_key(loaded.job, loaded.values, program_key(tool, trace))
+                manifest = recall(cache, key, loaded.job, loaded.source, placing, folder)
+            if manifest is not None:
+                return msgspec.structs.replace(manifest, timings=dict(clock.seconds))
+            cache.forget("requests", request)
+            if job.proof != "none":  # the model must not have been traced when it is measured
+                trace = None
+                work.close()
+                loaded, placing = work.enter_context(
+                    _loaded(job, backend, tool, folder, cache, clock)
+                )
+        # Late: TensorRT takes seconds to import, which a job that is recalled does without.
+        from .stages import make
+
+        with placing.to_blame():
+            manifest, engine_keys, program = make(loaded, trace, placing, cache, clock)
+        key = job_key(loaded.job, loaded.values, program)
+        keep(cache, request, key, manifest, engine_keys, folder)
+        return manifest
+
+
+@contextmanager
+def _loaded(
+    job: Job, backend: Backend, tool: str, folder: Path, cache: Cache, clock: Clock
+) -> Iterator[tuple[Loaded, Placing]]:
+    """The model; large files of weights are read on a thread while it is traced."""
+    with surroundings(job):
         with clock.stage("load"):
             source = load(job)
             job = replace(job, precision=source.precision)
-            for told in source.told:
-                progress.note(told)
             check_space(job.out, bytes_needed(job, source))
-            tool = tool_key(backend.name, backend.version, backend.torch_tensorrt_version)
-            trace_key = source_key(source, tool) if cache.folder is not None else None
-            # Large files are read while the model is traced.
-            placing = Placing(
-                source.parameters_outside,
-                source.located,
-                folder,
-                copy=job.copy_weights,
-                cache=cache,
-            )
-            work.enter_context(placing)
-            key = job_key(job, source, trace_key)
-            manifest = recall(cache, key, job, source, placing, folder)
-        if manifest is None:
-            # Late: TensorRT takes seconds to import, which a job that is recalled does without.
-            from .stages import make
-
-            loaded = Loaded(job, backend, source, tool, trace_key, folder)
-            with placing.to_blame():
-                manifest, engine_keys = make(loaded, placing, cache, clock)
-            keep(cache, key, manifest, engine_keys, folder)
-        else:
-            manifest = msgspec.structs.replace(manifest, timings=dict(clock.seconds))
-        publish(folder, job.out, manifest)
-    return manifest
+            outside, located = source.parameters_outside, source.located
+            placing = Placing(outside, located, folder, copy=job.copy_weights, cache=cache)
+            values = values_key(job, source) if cache.folder is not None else None
+        with placing:
+            yield Loaded(job, backend, source, tool, values, folder), placing

@@ -1,9 +1,10 @@
 """The same job again: its manifest and engines from the cache, before TensorRT is imported.
 
 A finished conversion leaves its manifest under a key of everything that decides a byte of the
-engines or a number of the proof: the trace's key (code, plan, shapes), the values of parameters and
-inputs, every option, and the versions. What is found was proven with these very values by this very
-code, so the proof is not repeated, and the manifest says so (``proof.recalled``).
+engines or a number of the proof: the program that was traced (made anew, never looked up), the
+values of parameters and inputs, every option, the code of the model that the proof calls, and the
+versions. What is found was proven with these very values by this very code, so the proof is not
+repeated, and the manifest says so (``proof.recalled``).
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ from .bundle import manifest as m
 from .bundle.describe import model_entry, weight_entry
 from .bundle.external import Placing
 from .bundle.folder import CONSTANTS
+from .cache.fingerprint import code_key
 from .cache.store import ENGINE, Cache, key_of
+from .errors import CannotLower
 from .files import file_state, place
+from .ir.identity import readable
 from .ir.source import Source
 from .ir.tensors import numbers
 from .job import AUTO, EXTERNAL_FROM, Job
@@ -40,27 +44,46 @@ _NO_DIFFERENCE: Final = frozenset(
 """Options that decide nothing, or are in the key by what they name."""
 
 
-def job_key(job: Job, source: Source, trace: str | None) -> str | None:
-    """Of a whole conversion; ``None`` for one that gets no key.
+def request_key(job: Job, tool: str) -> str:
+    """Of what was asked for, whatever the model file makes of it: says that recalling may pay."""
+    return key_of([tool, str(job.model.resolve()), *_options(job)])
+
+
+def values_key(job: Job, source: Source) -> str | None:
+    """Of a loaded model's numbers, before anything is computed with them (or changes them).
 
     Parameters that lie in files count as these files' state (path, size, times); others by their
-    numbers, unless that would take long.
+    numbers, unless that would take long: no key then, and none for ranks with numbers of their own.
+    """
+    elsewhere = [p for name, p in _parameters(source).items() if name not in source.located]
+    if source.peers or sum(p.nbytes for p in elsewhere) > EXTERNAL_FROM:
+        return None
+    try:
+        return key_of([sorted(source.freeze), source.external, source.sha256, *_values(source)])
+    except CannotLower:  # numbers that cannot be read
+        return None
+
+
+def job_key(job: Job, values: str | None, program: str | None) -> str | None:
+    """Of a whole conversion; ``None`` for one that gets no key.
 
     Args:
         job: what was asked for.
-        source: the model and the inputs that it is proven with.
-        trace: the key of its trace, which holds the model's code and the versions.
+        values: see :func:`values_key`.
+        program: the key of what was traced, with our own code and the versions below it.
     """
-    elsewhere = [p for name, p in _parameters(source).items() if name not in source.located]
-    if trace is None or source.peers or sum(p.nbytes for p in elsewhere) > EXTERNAL_FROM:
+    if values is None or program is None:
         return None
-    options = {
-        field.name: getattr(job, field.name)
-        for field in fields(job)
-        if field.name not in _NO_DIFFERENCE
-    }
     hardware = read_hardware(job.hardware) if job.strategy == AUTO else None
-    return key_of([trace, sorted(options.items()), hardware, *_values(source)])
+    # The proof's reference is the model itself, called: its code counts beside its trace.
+    reference = code_key() if job.proof != "none" else None
+    return key_of([program, values, *_options(job), hardware, reference])
+
+
+def _options(job: Job) -> list[tuple[str, Any]]:
+    """All that decide something; a new one counts until it is said that it does not."""
+    names = (field.name for field in fields(job) if field.name not in _NO_DIFFERENCE)
+    return [(name, getattr(job, name)) for name in sorted(names)]
 
 
 def _parameters(source: Source) -> dict[str, Tensor]:
@@ -72,13 +95,19 @@ def _values(source: Source) -> Iterator[object]:
     states = {file: file_state(file.resolve()) for file in files}
     for name, parameter in sorted(_parameters(source).items()):
         at = source.located.get(name)
-        yield name, _digest(parameter) if at is None else (states[at.file], at.offset)
-    for leaf in pytree.tree_leaves(source.inputs):
-        yield _digest(leaf) if isinstance(leaf, Tensor) else repr(leaf)
+        where = None if at is None else (states[at.file], at.offset, at.size, str(at.dtype))
+        yield name, _kind(parameter), where or _digest(parameter)
+    for path, leaf in pytree.tree_flatten_with_path(source.inputs)[0]:
+        is_tensor = isinstance(leaf, Tensor)
+        yield str(path), (_kind(leaf), _digest(leaf)) if is_tensor else (type(leaf), repr(leaf))
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return str(tensor.dtype), tuple(tensor.shape)
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(numbers(tensor)).hexdigest()
+    return hashlib.sha256(numbers(readable(tensor))).hexdigest()
 
 
 def recall(
@@ -129,12 +158,18 @@ def _content(weight: m.Weight) -> tuple[Any, ...]:
 
 
 def keep(
-    cache: Cache, key: str | None, manifest: m.Manifest, keys: Mapping[int, str], bundle: Path
+    cache: Cache,
+    request: str,
+    key: str | None,
+    manifest: m.Manifest,
+    keys: Mapping[int, str],
+    bundle: Path,
 ) -> None:
     """Remember a finished conversion; its engines are in the cache already.
 
     Args:
         cache: where.
+        request: see :func:`request_key`.
         key: see :func:`job_key`.
         manifest: of the conversion.
         keys: the engines' own keys by rank; ranks that are not named share rank 0's.
@@ -147,6 +182,8 @@ def keep(
         (folder / _MANIFEST).write_bytes(m.encode(manifest))
         (folder / _ENGINES).write_bytes(msgspec.json.encode(engines))
         _take(bundle, folder, manifest)
+    with cache.store("requests", request):
+        pass  # that there is one is all there is to know
 
 
 def _take(source: Path, target: Path, manifest: m.Manifest) -> None:

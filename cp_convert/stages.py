@@ -17,8 +17,9 @@ from .bundle.external import Placing
 from .bundle.folder import engine_name
 from .bundle.manifest import Manifest
 from .bundle.program import write_program
+from .cache.fingerprint import program_key
 from .cache.store import Cache
-from .capture.capture import capture
+from .capture.capture import capture, traced
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
@@ -30,7 +31,16 @@ from .errors import CannotShard
 from .files import place
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
-from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten, StoredProgram
+from .ir.records import (
+    Built,
+    Captured,
+    Emitted,
+    Loaded,
+    Made,
+    Rewritten,
+    StoredProgram,
+    Traced,
+)
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
@@ -65,6 +75,7 @@ class Begun:
         truth: what the dense model returns; ``None`` where no proof was asked for.
         table: the backend's decompositions.
         workarounds: reasons of those that are in use.
+        key: of the traced program in the cache; ``None`` for one that gets none.
     """
 
     loaded: Loaded
@@ -72,36 +83,46 @@ class Begun:
     truth: Truth | None
     table: Table
     workarounds: tuple[str, ...]
+    key: str | None
 
 
 def make(
-    loaded: Loaded, placing: Placing, cache: Cache, clock: Clock
-) -> tuple[Manifest, Mapping[int, str]]:
+    loaded: Loaded, trace: Traced | None, placing: Placing, cache: Cache, clock: Clock
+) -> tuple[Manifest, Mapping[int, str], str | None]:
     """All stages.
 
     Args:
         loaded: the model and what was asked for.
+        trace: its program, if it was traced already; ``None`` where it has to be measured first.
         placing: finds the external weights.
         cache: knows what was made before.
         clock: times the stages and shows them.
 
     Returns:
-        the manifest, and under which keys the cache has the engines, by rank.
+        the manifest, under which keys the cache has the engines, by rank, and the key of the
+        traced program.
 
     Raises:
         ConvertError: see :mod:`cp_convert.errors`.
     """
     job = loaded.job
     with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
-        made = build(begin(loaded, cache, clock), pool, cache, clock)
+        begun = begin(loaded, trace, cache, clock)
+        made = build(begun, pool, cache, clock)
     made = check_networks(made, clock)
     made = replace(made, weights=_weights(made, placing, clock))
     made = replace(made, program=_stored(made, placing, clock))
-    return describe(made, clock.seconds), made.built.keys
+    return describe(made, clock.seconds), made.built.keys, begun.key
 
 
-def begin(loaded: Loaded, cache: Cache, clock: Clock) -> Begun:
+def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> Begun:
     """Measure, trace and decompose: the same for every strategy.
+
+    Args:
+        loaded: the model and what was asked for.
+        trace: of the model, where it was traced already.
+        cache: where to look, and to keep.
+        clock: times the stages.
 
     Raises:
         ConvertError: the model cannot be run or traced.
@@ -109,11 +130,13 @@ def begin(loaded: Loaded, cache: Cache, clock: Clock) -> Begun:
     workarounds = prepare(loaded.backend, fused=loaded.job.strategy == FUSED)
     table = decompositions()
     truth = _measured(loaded, clock)
-    captured = capture(loaded.source, table, cache, loaded.trace_key, clock)
+    trace = traced(loaded.source, clock) if trace is None else trace
+    key = program_key(loaded.tool, trace) if cache.folder is not None else None
+    captured = capture(loaded.source, trace, table, cache, key, clock)
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
-    return Begun(loaded, captured, truth, table, tuple(workarounds))
+    return Begun(loaded, captured, truth, table, tuple(workarounds), key)
 
 
 def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:

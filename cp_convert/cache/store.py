@@ -23,7 +23,7 @@ import platformdirs
 
 from ..files import sha256, sweep
 
-KINDS: Final = ("traces", "engines", "bundles", "digests")
+KINDS: Final = ("traces", "engines", "bundles", "requests", "digests")
 ENGINE: Final = "engine"
 """What an engine is called in its entry."""
 LIMIT: Final = 20_000_000_000
@@ -107,6 +107,11 @@ class Cache:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             self._trim()
+
+    def forget(self, kind: str, key: str) -> None:
+        """Remove an entry, if there is one."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder / kind / key, ignore_errors=True)
 
     def _partial(self, kind: str) -> Path | None:
         """A folder in which to put an entry together, or ``None`` where that cannot be."""

@@ -1,4 +1,4 @@
-"""A model as a dense program of core operators: traced and decomposed, or found in the cache."""
+"""A traced program as a dense one of core operators: decomposed, or found in the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import msgspec
 
 from ..cache.store import Cache
 from ..errors import CannotLower
-from ..ir.records import Captured
+from ..ir.records import Captured, Traced
 from ..ir.serialize import pack, read_packed, unpack
 from ..ir.signature import Signature
 from ..ir.source import Source
@@ -23,21 +23,14 @@ _PROGRAM: Final = "program.safetensors"
 _SIGNATURE: Final = "signature.json"
 
 
-def capture(
-    source: Source, table: Mapping[Any, Any], cache: Cache, key: str | None, clock: Clock
-) -> Captured:
-    """Trace and decompose, unless the cache knows the result by ``key``.
+def traced(source: Source, clock: Clock) -> Traced:
+    """Trace the model; always, as nobody can tell what forward reads while it is traced.
 
     Raises:
-        CannotTrace, CannotShard, CannotLower: see :func:`.trace.trace`, :func:`.decompose`.
+        CannotTrace, CannotShard: see :func:`.trace.trace`.
     """
-    if key is not None:
-        with clock.stage("recall"):
-            found = _recalled(source, cache, key)
-        if found is not None:
-            return found
     with clock.stage("trace"):
-        traced, applied = trace(
+        program, applied = trace(
             source.module,
             source.inputs,
             source.plan,
@@ -45,12 +38,39 @@ def capture(
             peers=source.peers,
             groups=source.groups,
         )
+    return Traced(program, applied)
+
+
+def capture(
+    source: Source,
+    trace: Traced,
+    table: Mapping[Any, Any],
+    cache: Cache,
+    key: str | None,
+    clock: Clock,
+) -> Captured:
+    """Decompose what was traced, unless the cache knows the result.
+
+    Args:
+        source: the model.
+        trace: its program.
+        table: the backend's decompositions.
+        cache: where to look.
+        key: of the traced program, see :func:`cp_convert.cache.fingerprint.program_key`.
+        clock: times the stages.
+
+    Raises:
+        CannotShard, CannotLower: see :func:`.decompose`.
+    """
+    found = None if key is None else _recalled(source, cache, key)
+    if found is not None:
+        return found
     with clock.stage("decompose"):
-        dense = decompose(traced, table)
-    frozen = {constant.name: repr(constant.value) for constant in traced.frozen}
-    signature = Signature(dict(traced.parameters), frozen, applied)
+        dense = decompose(trace.program, table)
+    frozen = {constant.name: repr(constant.value) for constant in trace.program.frozen}
+    signature = Signature(dict(trace.program.parameters), frozen, trace.applied)
     if key is not None:
-        # What has no name to be found by again is traced every time.
+        # What has no name to be found by again is decomposed every time.
         with clock.stage("keep"), suppress(CannotLower), cache.store("traces", key) as folder:
             pack(dense, described=dense.state).write(folder / _PROGRAM)
             (folder / _SIGNATURE).write_bytes(msgspec.json.encode(signature))

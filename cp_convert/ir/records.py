@@ -13,10 +13,10 @@ from ..job import Job
 from ..mesh import Axis
 from .attention import Outcome
 from .engine import Engine
-from .program import Lowered
+from .program import Lowered, Program
 from .proof import NetworkProof, Proof
 from .sharded import Sharded
-from .signature import Signature
+from .signature import Applied, Signature
 from .source import Source
 from .tensors import Weight
 
@@ -29,7 +29,7 @@ class Loaded:
         job, backend: what was asked for.
         source: the model.
         tool: key of our own code and of the versions below it.
-        trace_key: of the model's trace; ``None`` for one that is not kept.
+        values: key of the model's numbers; ``None`` for one that gets no key.
         folder: where the bundle is put together.
     """
 
@@ -37,8 +37,21 @@ class Loaded:
     backend: Backend
     source: Source
     tool: str
-    trace_key: str | None
+    values: str | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What ``torch.export`` saw.
+
+    Attributes:
+        program: whole, and the same for every world and strategy.
+        applied: what became of the plan.
+    """
+
+    program: Program
+    applied: tuple[Applied, ...]
 
 
 @dataclass(frozen=True)

@@ -87,27 +87,27 @@ def pack(program: Lowered, *, described: Collection[str] = (), provenance: bool 
         CannotLower: an operator or argument that cannot be named.
     """
     tensors: dict[str, Tensor] = {}
-    stacks = _Table()
+    stacks = Table()
     index = {node: i for i, node in enumerate(program.graph_module.graph.nodes)}
     nodes = []
     for node in index:
         if node.op == "get_attr":
             tensors[f"attribute {node.target}"] = _attribute(program.graph_module, node)
-        origin = (_modules(node), node.meta.get("stack_trace") if provenance else None)
+        origin = (module_rows(node), node.meta.get("stack_trace") if provenance else None)
         nodes.append(
             (
                 node.op,
                 node.name,
-                _target(node),
-                _plain(list(node.args), index, node),
-                {key: _plain(node.kwargs[key], index, node) for key in sorted(node.kwargs)},
-                _value(node.meta.get("val")),
+                target_name(node),
+                plain(list(node.args), index, node),
+                {key: plain(node.kwargs[key], index, node) for key in sorted(node.kwargs)},
+                told_value(node.meta.get("val")),
                 stacks.add(origin),
             )
         )
     state = {}
     for name, tensor in program.state.items():
-        state[name] = _told(tensor)
+        state[name] = told_tensor(tensor)
         if name not in described:
             tensors[f"parameter {name}"] = tensor
     for name, of in program.own.items():
@@ -160,7 +160,7 @@ def unpack(packed: Packed) -> Lowered:
     )
 
 
-class _Table:
+class Table:
     """Equal rows are kept once: most nodes share their module stack and source line."""
 
     def __init__(self) -> None:
@@ -168,6 +168,7 @@ class _Table:
         self._known: dict[Any, int] = {}
 
     def add(self, row: Any) -> int:
+        """The row's number."""
         if row not in self._known:
             self._known[row] = len(self.rows)
             self.rows.append(row)
@@ -203,7 +204,8 @@ def _attribute(root: torch.nn.Module, node: fx.Node) -> Tensor:
     return held
 
 
-def _modules(node: fx.Node) -> tuple[tuple[str, str, str], ...]:
+def module_rows(node: fx.Node) -> tuple[tuple[str, str, str], ...]:
+    """The modules whose forward made the node, outermost first: key, path, class."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple((key, path, _class_name(of)) for key, (path, of) in stack.items())
 
@@ -218,7 +220,12 @@ def _stack(row: Sequence[Any]) -> dict[str, Any]:
     return meta if trace is None else {**meta, "stack_trace": trace}
 
 
-def _target(node: fx.Node) -> str:
+def target_name(node: fx.Node) -> str:
+    """What a node calls, by a name that finds it again.
+
+    Raises:
+        CannotLower: it has none.
+    """
     target: Any = node.target
     if isinstance(target, str):
         return target
@@ -239,14 +246,20 @@ def _found(target: str) -> Any:
     return getattr(getattr(getattr(torch.ops, first), name), overload[0])
 
 
-def _plain(value: Any, index: Mapping[fx.Node, int], node: fx.Node) -> Any:
-    """An argument in MessagePack's types: containers and what has a name are tagged."""
-    if value is None or isinstance(value, bool | int | float | str):
+def plain(value: Any, index: Mapping[fx.Node, int], node: fx.Node) -> Any:
+    """An argument in MessagePack's types: containers and what has a name are tagged.
+
+    Raises:
+        CannotLower: it has no such form.
+    """
+    if value is None or isinstance(value, bool | float | str):
+        return value
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
         return value
     if isinstance(value, fx.Node):
         return {"node": index[value]}
     if isinstance(value, list | tuple):
-        items = [_plain(one, index, node) for one in value]
+        items = [plain(one, index, node) for one in value]
         return {"tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
@@ -276,21 +289,26 @@ def _restored(value: Any, made: Sequence[fx.Node]) -> Any:
     return torch.device(inner) if tag == "device" else getattr(torch, inner)
 
 
-def _value(value: Any) -> Any:
-    """What the fake value of a node tells."""
+def told_value(value: Any) -> Any:
+    """What the fake value of a node tells.
+
+    Raises:
+        CannotLower: it is no tensor, no number and no container of them.
+    """
     if value is None:
         return None
     if isinstance(value, Tensor):
-        return ("tensor", (*_told(value), list(value.stride())))
+        return ("tensor", (*told_tensor(value), list(value.stride())))
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return (kind, [_value(one) for one in value])
+        return (kind, [told_value(one) for one in value])
     if isinstance(value, bool | int | float | str):
         return ("number", value)
     raise CannotLower(f"a value of type {type(value).__name__} cannot be packed.")
 
 
-def _told(tensor: Tensor) -> tuple[str, list[int]]:
+def told_tensor(tensor: Tensor) -> tuple[str, list[int]]:
+    """Type and shape."""
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 

@@ -14,12 +14,10 @@ import pytest
 import torch
 from msgspec import structs
 from safetensors.torch import save_file
-from torch import nn
 
 from cp_convert import bundle
 from cp_convert.backends import select
 from cp_convert.bundle.manifest import Manifest
-from cp_convert.cache.fingerprint import source_key
 from cp_convert.cache.store import Cache
 from cp_convert.ir.serialize import pack, read_packed, unpack
 from cp_convert.ir.source import Source
@@ -27,7 +25,7 @@ from cp_convert.job import Job
 from cp_convert.model.load import load
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
-from cp_convert.recall import job_key
+from cp_convert.recall import job_key, values_key
 from tests.conftest import TINY_PLAN, rewritten, tiny, tiny_inputs
 
 Write = Callable[..., Path]
@@ -115,61 +113,6 @@ def test_a_number_more_or_less_is_another_digest() -> None:
     assert pack(other, described=every).digest() == pack(done, described=every).digest()
 
 
-def sourced(path: Path) -> Source:
-    return load(Job(model=path, strategy="ulysses", world=2, out=Path(), precision="fp32"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("8 * q", "9 * q"),
-        ("randn(1, 16, 8)", "randn(1, 32, 8)"),
-        ("super().__init__()", "super().__init__(); self.number = 3"),
-        ("super().__init__()", "super().__init__(); self.register_buffer('b', torch.ones(1))"),
-        ("super().__init__()", "super().__init__(); self.f = functional.relu"),
-    ],
-)
-def test_the_key_of_a_model_holds_what_decides_its_trace(
-    change: tuple[str, str], model_file: Write
-) -> None:
-    first = model_file()
-    key = source_key(sourced(first), "tool")
-    assert key is not None
-    assert source_key(sourced(first), "tool") == key
-    assert source_key(sourced(first), "another tool") != key
-    # The file's own digest is left alike, so that it is the loaded model that must tell.
-    other = replace(sourced(model_file(change)), sha256=sourced(first).sha256)
-    assert source_key(other, "tool") != key
-
-
-def test_attributes_count_and_what_is_unknown_gives_no_key(model_file: Write) -> None:
-    source = sourced(model_file())
-    module: Any = source.module
-    keys = set()
-    for value in (1, 2, "1", [1], {"a": 1}, nn.functional.silu, torch.float16, torch.ones(2)):
-        module.setting = value
-        keys.add(source_key(source, "tool"))
-    assert len(keys) == 8
-    assert None not in keys
-    module.setting = iter(())
-    assert source_key(source, "tool") is None
-
-
-def test_imported_code_counts(tmp_path: Path) -> None:
-    """A helper beside the model is read anew in every process; its source is in the key."""
-    (tmp_path / "helper.py").write_text("factor = 2\n")
-    script = (
-        "import sys; sys.path.insert(0, '.'); import helper\n"
-        "from cp_convert.cache.fingerprint import _code; print(_code())"
-    )
-    told = []
-    for text in ("factor = 2\n", "factor = 2\n", "factor = 3\n"):
-        (tmp_path / "helper.py").write_text(text)
-        command = [sys.executable, "-c", script]
-        told.append(subprocess.run(command, cwd=tmp_path, capture_output=True, check=True).stdout)
-    assert told[0] == told[1] != told[2]
-
-
 @pytest.mark.engine
 def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Path) -> None:
     job = Job(
@@ -177,11 +120,11 @@ def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Pa
     )
     backend = select("auto", ())
     first = convert(job, backend, Progress())
-    assert "trace" in first.timings
+    assert "decompose" in first.timings
     assert not any(engine.recalled for engine in first.engines)
 
     again = convert(replace(job, out=tmp_path / "b"), backend, Progress())
-    assert list(again.timings) == ["load"]
+    assert list(again.timings) == ["load", "trace", "recall"]
     assert all(engine.recalled for engine in again.engines)
     assert [e.sha256 for e in again.engines] == [e.sha256 for e in first.engines]
     assert not first.proof.recalled
@@ -193,11 +136,11 @@ def test_a_conversion_is_repeated_from_the_cache(model_file: Write, tmp_path: Pa
     # Another bound is another proof, of the same engines.
     bound = convert(replace(job, out=tmp_path / "c1", rtol=0.5), backend, Progress())
     assert not bound.proof.recalled
-    assert "trace" not in bound.timings
+    assert "decompose" not in bound.timings
     assert all(engine.recalled for engine in bound.engines)
 
     other = convert(replace(job, out=tmp_path / "d", strategy="ring"), backend, Progress())
-    assert "trace" not in other.timings
+    assert "decompose" not in other.timings
     assert not any(engine.recalled for engine in other.engines)
 
     # One engine of the two is lost, as if the first conversion had been stopped between them.
@@ -218,20 +161,24 @@ def test_the_key_of_a_job_holds_what_decides_its_bundle(model_file: Write, tmp_p
     job = Job(model=model_file(), strategy="ulysses", world=2, out=tmp_path, precision="fp32")
     torch.manual_seed(0)
     source = load(job)
-    key = job_key(job, source, "trace")
+
+    def key_of(job: Job, source: Source = source, program: str | None = "program") -> str | None:
+        return job_key(job, values_key(job, source), program)
+
+    key = key_of(job)
     assert key is not None
     for same in ({"out": tmp_path / "b"}, {"jobs": 1}, {"force": True}, {"command": "other"}):
-        assert job_key(replace(job, **same), source, "trace") == key
+        assert key_of(replace(job, **same)) == key
     for other in ({"strategy": "ring"}, {"world": 4}, {"proof": "none"}, {"layout": "shared"}):
-        assert job_key(replace(job, **other), source, "trace") != key
-    assert job_key(job, source, "another trace") != key
-    assert job_key(job, source, None) is None
+        assert key_of(replace(job, **other)) != key
+    assert key_of(job, program="another program") != key
+    assert key_of(job, program=None) is None
     name, values = next(iter(source.inputs.items()))
     given = {**source.inputs, name: values + 1}
-    assert job_key(job, replace(source, inputs=given), "trace") != key
+    assert key_of(job, replace(source, inputs=given)) != key
     with torch.no_grad():
         next(source.module.parameters()).add_(1)
-    assert job_key(job, source, "trace") != key
+    assert key_of(job) != key
 
 
 @pytest.mark.engine
@@ -256,7 +203,7 @@ def test_weights_in_files_count_by_the_files_state(model_file: Write, tmp_path: 
 
     save_file(module.state_dict(), file)
     first, again = converted("a"), converted("b")
-    assert list(again.timings) == ["load"]
+    assert list(again.timings) == ["load", "trace", "recall"]
     assert again.weights == first.weights
     assert again.proof.recalled
     assert not any(check.problem for check in bundle.verify(tmp_path / "b"))
