@@ -1,0 +1,64 @@
+"""What is run: a model, its depth, a resolution and a precision each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+STRATEGIES: Final = ("ulysses", "allgather-kv", "ring")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table.
+
+    Attributes:
+        name: of its folder.
+        preset: which model.
+        depth: what replaces the preset's own depth; nothing for the whole model.
+        resolution: of the preset.
+        precision: of parameters and inputs.
+        strategies: which programs are made.
+        peers: whether diffusers' own context parallelism runs beside.
+        compiled: whether all of it is compiled as well.
+    """
+
+    name: str
+    preset: str
+    depth: Mapping[str, int]
+    resolution: str
+    precision: str = "bf16"
+    strategies: tuple[str, ...] = STRATEGIES
+    peers: bool = True
+    compiled: bool = True
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's configuration, at this depth."""
+        return {**config, **self.depth}
+
+
+_PART: Final = Case(
+    "flux-2-4-at-1024", "flux.1-dev", {"num_layers": 2, "num_single_layers": 4}, "1024x1024"
+)
+CASES: Final = (
+    Case(
+        "flux-1-1-fp32",
+        "flux.1-dev",
+        {"num_layers": 1, "num_single_layers": 1},
+        "1024x1024",
+        "fp32",
+        peers=False,
+        compiled=False,
+    ),
+    _PART,
+    replace(_PART, name="flux-2-4-at-2048", resolution="2048x2048"),
+    replace(_PART, name="flux-whole", depth={}),
+)
+
+
+def chosen(names: str | None) -> list[Case]:
+    """The named cases, or all."""
+    wanted = [case.name for case in CASES] if names is None else names.split(",")
+    known = {case.name: case for case in CASES}
+    return [known[name] for name in wanted]

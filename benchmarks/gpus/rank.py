@@ -1,0 +1,259 @@
+"""One rank of a case: ``torchrun --nproc-per-node W -m benchmarks.gpus.rank CASE FOLDER OUT``.
+
+Rank 0 appends a line of JSON to ``OUT`` for everything that was measured. The order: the dense
+model on one GPU; its weights written to a file; every program, its weights read from that file; and
+diffusers' own context parallelism. Times are wall-clock milliseconds of a forward, between two
+points at which the GPU is idle: after three calls to warm up, the median of ten.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cp_convert.bundle.manifest import Weight
+from cp_convert.bundle.program import read_program
+from cp_convert.engine.specialise import specialise
+from cp_convert.model.cast import DTYPES, cast_inputs
+from cp_convert.model.checkpoint import locate
+from cp_convert.model.instantiate import example_inputs, model_class
+from cp_convert.model.preset import Preset, path_of, read
+from cp_convert.runtime.collectives import groups_of, make_groups, over_the_wire
+from cp_convert.runtime.torch_executor import on_device
+from cp_convert.runtime.weights import bound_weights
+
+from .cases import CASES, Case
+
+WARM, RUNS = 3, 10
+KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+Forward = Callable[[], Tensor]
+
+
+class Rank:
+    """What all measurements of one case share."""
+
+    def __init__(self, case: Case, folder: Path, out: Path) -> None:
+        self.case, self.folder, self.out = case, folder / case.name, out
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(self.device)
+        path = path_of(case.preset)
+        assert path is not None, case.preset
+        self.preset: Preset = read(path)
+        self.config = case.config(self.preset.config)
+        self.dtype = DTYPES[case.precision]
+        given = example_inputs(self.preset, self.config, case.resolution, tiny=False)
+        keep = tuple(self.preset.keep_float32)
+        moved = {name: _moved(value, self.device) for name, value in given.items()}
+        self.inputs = cast_inputs(moved, self.dtype, keep=keep)
+        self.wide = cast_inputs(moved, torch.float32, keep=keep)
+        self.reference: Tensor | None = None
+
+    def tell(self, **what: Any) -> None:
+        """One line for rank 0's report."""
+        if self.rank == 0:
+            line = json.dumps({"case": self.case.name, "world": self.world, **what})
+            print(line, flush=True)
+            with self.out.open("a") as file:
+                file.write(line + "\n")
+
+    def model(self, dtype: torch.dtype) -> nn.Module:
+        """The dense model; every rank makes the same numbers, rounded to the case's precision."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            module = model_class(self.preset)(**self.config).eval().requires_grad_(False)
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.data = parameter + 0.2 * torch.randn_like(parameter)
+            parameter.data = parameter.to(self.dtype).to(dtype)
+        return module
+
+    def error(self, out: Tensor) -> float:
+        """Of one output against the dense model in float32, root mean square."""
+        assert self.reference is not None
+        truth = self.reference.to(self.device)
+        return float((out.float() - truth).norm() / truth.norm())
+
+    def measured(self, name: str, forward: Forward, **more: Any) -> None:
+        """Time ``forward`` on all ranks, and hold what it returns against the reference."""
+        torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        out = forward()
+        torch.cuda.synchronize()
+        first = time.perf_counter() - begun
+        spent = timed(forward)
+        self.tell(
+            what=name,
+            ms=statistics.median(spent),
+            least=min(spent),
+            most=max(spent),
+            first_seconds=round(first, 2),
+            error=self.error(out),
+            peak_gb=round(torch.cuda.max_memory_allocated() / 1e9, 2),
+            **more,
+        )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def timed(forward: Forward) -> list[float]:
+    """Milliseconds of :data:`RUNS` calls, all ranks together."""
+    for _ in range(WARM):
+        forward()
+    torch.cuda.synchronize()
+    dist.barrier()
+    spent = []
+    for _ in range(RUNS):
+        begun = time.perf_counter()
+        forward()
+        torch.cuda.synchronize()
+        spent.append(1e3 * (time.perf_counter() - begun))
+    return spent
+
+
+def dense(rank: Rank, weights: Path) -> None:
+    """The whole model on every GPU for itself; its weights go into a file for the programs."""
+    module = rank.model(torch.float32)
+    rank.reference = module(**rank.wide, return_dict=False)[0].float().cpu()
+    for parameter in module.parameters():
+        parameter.data = parameter.to(rank.dtype)
+    module = module.to(rank.dtype) if rank.dtype != torch.float32 else module
+    _released()
+    rank.measured("dense", lambda: module(**rank.inputs, return_dict=False)[0])
+    if rank.case.compiled:
+        fast = torch.compile(module, dynamic=False)
+        rank.measured("dense, compiled", lambda: fast(**rank.inputs, return_dict=False)[0])
+    if rank.rank == 0:
+        save_file({n: p.contiguous() for n, p in module.state_dict().items()}, weights)
+    dist.barrier()
+
+
+def program(rank: Rank, strategy: str, weights: Path) -> None:
+    """A program of ours; its weights come from the file, as a bundle's do."""
+    stored = read_program(rank.folder / strategy)
+    names = make_groups(groups_of(stored.program), rank.world)
+    wired = over_the_wire(specialise(stored.program, rank.rank), rank.rank, names)
+    here = on_device(wired, rank.device, stored.names)
+    begun = time.perf_counter()
+    bound = bound_weights(
+        _listed(weights, set(stored.names.values())), Path("/"), rank.device, verify=False
+    )
+    seconds, size = time.perf_counter() - begun, sum(t.nbytes for t in bound.values())
+    state = here.state | {node: bound[name] for node, name in stored.names.items()}
+    given = {b.node: rank.inputs[b.name] for b in here.inputs}
+    held = [n.name for n in here.graph_module.graph.find_nodes(op="placeholder")]
+    values = [state[n] if n in state else given[n] for n in held]
+    call = torch.fx.GraphModule(here.graph_module, here.graph_module.graph)
+    rank.measured(
+        strategy, lambda: call(*values)[0], load_seconds=round(seconds, 2), load_gb=size / 1e9
+    )
+    if rank.case.compiled:
+        fast = torch.compile(call, dynamic=False)
+        rank.measured(f"{strategy}, compiled", lambda: fast(*values)[0])
+        if os.environ.get("PROFILE"):
+            profile(rank, strategy, lambda: fast(*values)[0])
+
+
+def _listed(file: Path, wanted: set[str]) -> Iterator[Weight]:
+    for name, at in locate(file).items():
+        if name in wanted:
+            dtype = str(at.dtype).removeprefix("torch.")
+            yield Weight(name, dtype, list(at.shape), str(at.file), at.offset, at.size, "0" * 64)
+
+
+def profile(rank: Rank, name: str, forward: Forward) -> None:
+    """Milliseconds of a forward by kind of kernel, on rank 0."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        for _ in range(RUNS):
+            forward()
+        torch.cuda.synchronize()
+    spent = {
+        one.key[:90]: round(one.self_device_time_total / 1e3 / RUNS, 3)
+        for one in seen.key_averages()
+    }
+    largest = sorted(spent.items(), key=lambda item: -item[1])[:40]
+    rank.tell(what=f"profile of {name}", kernels=dict(largest), total=sum(spent.values()))
+
+
+def peer(rank: Rank, kind: str) -> None:
+    """Diffusers' own context parallelism, with the same kernels of attention."""
+    from diffusers import ContextParallelConfig
+
+    module: Any = rank.model(rank.dtype)
+    module.set_attention_backend("_native_cudnn")
+    module.enable_parallelism(config=ContextParallelConfig(**{f"{kind}_degree": rank.world}))
+    name = f"diffusers {kind}"
+    rank.measured(name, lambda: module(**rank.inputs, return_dict=False)[0])
+    if rank.case.compiled:
+        fast = torch.compile(module)
+        rank.measured(f"{name}, compiled", lambda: fast(**rank.inputs, return_dict=False)[0])
+
+
+@contextmanager
+def _told(rank: Rank, what: str) -> Iterator[None]:
+    """A measurement that fails is a line of the report, and the next one goes on."""
+    try:
+        yield
+    except (RuntimeError, ValueError, ImportError, NotImplementedError, TypeError) as error:
+        rank.tell(what=what, failed=f"{type(error).__name__}: {str(error)[:600]}")
+    torch._dynamo.reset()
+    _released()
+    dist.barrier()
+
+
+def _released() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure(case: Case, folder: Path, out: Path) -> None:
+    """All measurements of one case."""
+    rank = Rank(case, folder, out)
+    with tempfile.TemporaryDirectory() as scratch, sdpa_kernel(KERNELS, set_priority=True):
+        told = [scratch]
+        dist.broadcast_object_list(told)
+        weights = Path(str(told[0]), "weights.safetensors")
+        with _told(rank, "dense"):
+            dense(rank, weights)
+        for strategy in case.strategies:
+            with _told(rank, strategy):
+                program(rank, strategy, weights)
+        for kind in ("ulysses", "ring") if case.peers else ():
+            with _told(rank, f"diffusers {kind}"):
+                peer(rank, kind)
+
+
+def main(arguments: Mapping[int, str]) -> None:
+    """A rank's process."""
+    case = next(one for one in CASES if one.name == arguments[1])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dist.init_process_group("nccl")
+    with torch.no_grad():
+        measure(case, Path(arguments[2]), Path(arguments[3]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(dict(enumerate(sys.argv)))
