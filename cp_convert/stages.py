@@ -57,6 +57,7 @@ from .prove import (
     prove,
     prove_networks,
 )
+from .releases import release_of
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
@@ -199,7 +200,9 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     if job.strategy == AUTO:
         with clock.stage("choose"):
             hardware = read_hardware(job.hardware)
-            name, factor = cheapest(sharded, axis, hardware, source.bytes, table)
+            backend = begun.loaded.backend
+            groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
+            name, factor = cheapest(sharded, axis, hardware, source.bytes, table, groups=groups)
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)

@@ -20,6 +20,7 @@ from ..ir.source import Source
 from ..ir.tensors import Weight
 from ..job import Job
 from ..mesh import Axis, bytes_sent
+from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
 
@@ -44,6 +45,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
         backend=_backend(made),
+        runs_on=_runs_on(made),
         torch=str(torch.__version__),
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
@@ -71,6 +73,19 @@ def _backend(made: Made) -> m.Backend:
         version=backend.version,
         compute_capabilities=list(job.compute_capabilities or backend.default_targets),
         workarounds=list(made.built.workarounds) if job.world > 1 else [],
+    )
+
+
+def _runs_on(made: Made) -> m.RunsOn:
+    name, version = made.loaded.backend.name, made.loaded.backend.version
+    engine, world = made.built.engines[0], made.loaded.job.world
+    devices = world > 1
+    groups = are_parts((one.group for one in engine.collectives), world)
+    return m.RunsOn(
+        release=first_for(name, devices=devices, groups=groups),
+        nccl=NCCL if devices else None,
+        compute_capabilities=list(engine.capabilities) or _backend(made).compute_capabilities,
+        doubt=doubt(name, version, devices=devices, groups=groups),
     )
 
 

@@ -79,6 +79,19 @@ class Backend(_Struct, frozen=True):
     workarounds: list[str]
 
 
+class RunsOn(_Struct, frozen=True):
+    """What runs the engines: the backend's ``release`` and ``nccl`` or later, where they matter.
+
+    ``compute_capabilities`` are those that the engine itself records (``8.0+``: and later);
+    ``doubt`` says why the release that built the engines may not run them.
+    """
+
+    release: str | None
+    nccl: str | None
+    compute_capabilities: list[str]
+    doubt: str | None
+
+
 class Io(_Struct, frozen=True):
     """One binding of every engine; all ranks have the same."""
 
@@ -287,6 +300,7 @@ class Manifest(_Struct, frozen=True):
     precision: Literal["fp16", "bf16", "fp32"]
     float32: list[str]
     backend: Backend
+    runs_on: RunsOn
     torch: str
     torch_tensorrt: str
     io: list[Io]

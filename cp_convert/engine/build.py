@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -126,6 +127,7 @@ def build(
         collectives=tuple(collectives_of(interpreter.ctx.net)),
         seconds=time.perf_counter() - start,
         activations=log.activations,
+        capabilities=capabilities_in(path, named=bool(targets)),
         network=network,
     )
 
@@ -173,6 +175,26 @@ def _set_targets(config: Any, targets: Sequence[str]) -> None:
         capability = getattr(trt.ComputeCapability, f"SM{target.replace('.', '')}")
         if not config.set_compute_capability(capability, index):
             raise BuildFailed(f"TensorRT does not accept the compute capability {target}.")
+
+
+_RECORDED: Final = re.compile(rb"accelerators=\{((?:sm\d+ ?)+)\}")
+
+
+def capabilities_in(engine: Path, *, named: bool) -> tuple[str, ...]:
+    """The compute capabilities that an engine itself records, in the text of its program.
+
+    Args:
+        engine: the file.
+        named: whether it was built for named ones; where it was not, the least that has the
+            program's types is recorded, and means that and later (``8.0+``).
+
+    Returns:
+        such as ``("8.9", "12.0")``; nothing where the text is written in another way.
+    """
+    with engine.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
+        found = _RECORDED.search(pages)
+        words = found[1].decode().split() if found else []
+    return tuple(f"{word[2:-1]}.{word[-1]}" + ("" if named else "+") for word in words)
 
 
 def collectives_of(network: Any) -> Iterator[NetworkCollective]:

@@ -41,6 +41,7 @@ class Engine:
         collectives: what its network communicates.
         seconds: how long network and engine took to make.
         activations: bytes that the builder says it needs.
+        capabilities: compute capabilities that the engine itself records; ``8.0+``: and later.
         network: what the builder was given, if it was asked for.
     """
 
@@ -51,4 +52,5 @@ class Engine:
     collectives: tuple[NetworkCollective, ...]
     seconds: float
     activations: int | None = None
+    capabilities: tuple[str, ...] = ()
     network: Network | None = None

@@ -43,6 +43,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
         ("built by", _backend_line(manifest)),
+        ("runs on", runs_on_line(manifest)),
         ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
     ):
         console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
@@ -123,6 +124,7 @@ def _facts(manifest: Manifest) -> Table:
         ),
         ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
+        ("runs on", runs_on_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
         (
             "created",
@@ -284,6 +286,17 @@ def _attention_line(sites: Sequence[Attention]) -> str:
 def _collectives_line(manifest: Manifest) -> str:
     parts = [f"{c.count} {c.kind}, {size(c.bytes_sent)} sent" for c in manifest.collectives]
     return ("; ".join(parts) + " by each rank per forward") if parts else "none"
+
+
+def runs_on_line(manifest: Manifest) -> str:
+    """Which release, NCCL and GPUs the engines need."""
+    needed = manifest.runs_on
+    if needed.doubt is not None:
+        return f"may not run: {needed.doubt}"
+    release = "" if needed.release is None else f" {needed.release} or later"
+    nccl = "" if needed.nccl is None else f", NCCL {needed.nccl} or later"
+    gpus = ", ".join(needed.compute_capabilities) or "that of this machine's GPU"
+    return f"{manifest.backend.name}{release}{nccl}, compute capability {gpus}"
 
 
 def _backend_line(manifest: Manifest) -> str:

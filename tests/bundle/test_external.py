@@ -185,7 +185,7 @@ def test_a_layout_that_cannot_be_is_refused(
     model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = convert(
-        model_file(), "-s", "usp", "--ulysses", 2, "-w", 4, "--layout", "shared",
+        model_file(), "-s", "usp", "--ulysses", 2, "-w", 4, "--layout", "shared", "--unsafe-groups",
         "-o", tmp_path / "bundle", "--no-proof", "--json",
     )  # fmt: skip
     assert status == CannotShard.exit_code

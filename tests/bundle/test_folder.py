@@ -40,6 +40,9 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         backend=m.Backend(
             name="tensorrt-rtx", version="1", compute_capabilities=["8.9"], workarounds=["w: why"]
         ),
+        runs_on=m.RunsOn(
+            release="1.7.1", nccl="2.28.3", compute_capabilities=["8.9"], doubt=None
+        ),
         torch="2",
         torch_tensorrt="2",
         io=[m.Io(name="x", mode="input", dtype="float16", shape=[1, 2])],
