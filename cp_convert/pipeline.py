@@ -40,7 +40,7 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     _check_groups(job, backend, "--strategy usp", named=job.names_groups)
     with staged(job.out) as folder:
         manifest = _converted(job, backend, folder, cache, clock)
-        publish(folder, job.out, manifest)
+        publish(folder, job.out, manifest, force=job.force)
     return manifest
 
 

@@ -44,7 +44,7 @@ def written(out: Path, world: int = 2, *, backend: str = "tensorrt", **changes: 
         told = manifest(folder, world)
         made_by = msgspec.structs.replace(told.backend, name=backend)
         changes = {"io": IO, "command": COMMAND, "backend": made_by, **changes}
-        bundle.publish(folder, out, msgspec.structs.replace(told, **changes))
+        bundle.publish(folder, out, msgspec.structs.replace(told, **changes), force=True)
     return out
 
 
