@@ -75,7 +75,7 @@ class Begun:
         captured: its program.
         truth: what the dense model returns; ``None`` where no proof was asked for.
         table: the backend's decompositions.
-        workarounds: reasons of those that are in use.
+        workarounds: the release's, their reasons by lowering.
         key: of the traced program in the cache; ``None`` for one that gets none.
     """
 
@@ -83,7 +83,7 @@ class Begun:
     captured: Captured
     truth: Truth | None
     table: Table
-    workarounds: tuple[str, ...]
+    workarounds: Mapping[str, str]
     key: str | None
 
 
@@ -137,7 +137,7 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
-    return Begun(loaded, captured, truth, table, tuple(workarounds), key)
+    return Begun(loaded, captured, truth, table, workarounds, key)
 
 
 def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:

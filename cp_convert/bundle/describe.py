@@ -68,11 +68,12 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
 
 def _backend(made: Made) -> m.Backend:
     backend, job = made.loaded.backend, made.loaded.job
+    used = {one.instead for one in made.built.engines[0].collectives}
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
         compute_capabilities=list(job.compute_capabilities or backend.default_targets),
-        workarounds=list(made.built.workarounds) if job.world > 1 else [],
+        workarounds=[text for name, text in made.built.workarounds.items() if name in used],
     )
 
 

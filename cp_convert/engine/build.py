@@ -27,8 +27,8 @@ from ..trt.offline import check_gpu
 from .readback import read_network
 
 
-def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
-    """Register the converters for ``backend``; returns the reasons of the workarounds in use.
+def prepare(backend: Backend, *, fused: bool = False) -> dict[str, str]:
+    """Register the converters for ``backend``; returns its workarounds' reasons, by lowering.
 
     Args:
         backend: which TensorRT builds.
@@ -41,7 +41,10 @@ def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
     assert is_rtx() == (backend.name == "tensorrt-rtx")
     workarounds = active(backend.name, backend.version)
     register(workarounds)
-    return [f"{row.operator} as {row.instead}: {row.reason}" for row in workarounds.values()]
+    return {
+        row.instead: f"{row.operator} as {row.instead}: {row.reason}"
+        for row in workarounds.values()
+    }
 
 
 def network_of(program: Lowered, external: Mapping[str, str] | None = None) -> TRTInterpreter:
@@ -210,6 +213,7 @@ def collectives_of(network: Any) -> Iterator[NetworkCollective]:
                 root=told["root"],
                 group=tuple(told["group"]),
                 payload=trt.volume(tensor.shape) * tensor.dtype.itemsize,
+                instead=told["instead"],
             )
 
 

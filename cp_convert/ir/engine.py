@@ -19,6 +19,7 @@ class NetworkCollective:
         root: the root rank, or -1.
         group: the ranks that take part.
         payload: bytes of the input tensor on one rank.
+        instead: the workaround that added it, by its lowering's name.
     """
 
     name: str
@@ -27,6 +28,7 @@ class NetworkCollective:
     root: int
     group: tuple[int, ...]
     payload: int
+    instead: str | None = None
 
 
 @dataclass(frozen=True)
