@@ -249,6 +249,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             level="none",
             device="cpu",
             reference=None,
+            against="reference",
             algebra=[],
             ranks=[],
             dense=None,
@@ -264,6 +265,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         level="program" if network is None else "network",
         device=proof.reference[0].device.type,  # type: ignore[arg-type]
         reference=reference,
+        against="reference" if proof.rounded is None else "rounded",
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],
         dense=_error(proof.dense),

@@ -255,19 +255,19 @@ class NetworkProof(_Struct, frozen=True):
 class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
-    All errors are relative to ``reference``. ``algebra`` is every rank's error with float32
-    arithmetic, ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses
-    in that precision, ``spread`` what it loses under other roundings that are as valid, and
-    ``bound`` what the ranks may lose. ``control`` is what is lost when
-    every rank attends to its own keys alone: it must be large, or nothing would be proven.
-    ``recalled`` says that all this was computed by an earlier conversion of the same job, with the
-    same numbers (the cache).
+    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
+    ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
+    precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
+    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone.
+    ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
+    in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
 
     status: Literal["passed", "skipped"]
     level: Literal["none", "program", "network"]
     device: Literal["cpu", "cuda"]
     reference: str | None
+    against: Literal["reference", "rounded"]
     algebra: list[Error]
     ranks: list[Error]
     dense: Error | None

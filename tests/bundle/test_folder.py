@@ -82,7 +82,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
             for r, f in enumerate(files)
         ],
         proof=m.Proof(
-            status="passed", level="program", device="cpu", reference="dense",
+            status="passed", level="program", device="cpu", reference="dense", against="reference",
                 algebra=[error] * world,
             ranks=[error] * world, dense=error, spread=[], bound=error, control=error, network=None,
             seconds=1.0, recalled=False,
