@@ -175,8 +175,9 @@ def test_bad_targets_are_refused_before_anything_is_written(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "b")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root
-    assert "is not writable" in refused(written(tmp_path / "b"), tmp_path / "models").message
+    assert "is not writable" in refused(source, tmp_path / "models").message
 
 
 def test_a_damaged_bundle_and_a_failure_leave_nothing(
