@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
+# Over what torch-tensorrt-rtx pins: the first TensorRT-RTX that can run engines of several devices.
+TENSORRT_RTX := 'tensorrt_rtx>=1.7.1.116,<1.8'
 
 .PHONY: demo test lint check bench clean
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[rtx,models,dev]'
+	$(BIN)/pip install --quiet --no-warn-conflicts $(TENSORRT_RTX)
 	touch $@
 
 demo: $(STAMP)

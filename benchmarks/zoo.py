@@ -484,13 +484,13 @@ CASES: dict[str, Case] = {
     ),
     "FluxTransformer2DModel": Case(
         _FLUX | {"pooled_projection_dim": 32, "guidance_embeds": True, "axes_dims_rope": (4, 4, 8)},
-        lambda: _flux_like(16, 32, pooled_projections=rand(1, 32), guidance=torch.tensor([3.5])),
+        lambda: _flux_like(16, 32, pooled_projections=rand(1, 32), guidance=torch.tensor([4.0])),
     ),
     "Flux2Transformer2DModel": Case(
         _FLUX | {"timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)},
         lambda: _flux_like(
             16, 32, img_ids=grid(1, 8, 8, 4), txt_ids=torch.zeros(16, 4),
-            guidance=torch.tensor([3.5]),
+            guidance=torch.tensor([4.0]),
         ),
     ),
     "Flux3Transformer2DModel": Case(

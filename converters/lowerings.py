@@ -69,9 +69,29 @@ def _distributed(operator: str) -> Lowering:
         size: int,
         root: int = -1,
         kind: str = "none",
+        instead: str | None = None,
     ) -> Tensor:
         operation = getattr(trt.CollectiveOperation, operator.upper())
-        return _collective(ctx, name, x, operator, operation, groups, size, root=root, reduce=kind)
+        return _collective(
+            ctx, name, x, operator, operation, groups, size,
+            root=root, reduce=kind, instead=instead,
+        )  # fmt: skip
+
+    return lowering
+
+
+def _in_float32(operator: str) -> Lowering:
+    """The same with numbers in float32 where they come in bfloat16, and in bfloat16 again after."""
+    distributed = _distributed(operator)
+
+    def lowering(ctx: ConversionContext, name: str, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        block = get_trt_tensor(ctx, x, f"{name}_block")
+        if block.dtype != trt.bfloat16:
+            return distributed(ctx, name, block, *args, **kwargs)
+        wide = _cast(ctx, f"{name}_wide", block, trt.float32)
+        instead = f"{operator}_in_float32"
+        moved = distributed(ctx, name, wide, *args, instead=instead, **kwargs)
+        return _cast(ctx, f"{name}_narrow", moved, trt.bfloat16)
 
     return lowering
 
@@ -85,7 +105,9 @@ def _all_gather_by_all_to_all(
     slots.axis = 0
     slots.name = f"{name}_slots"
     kind = trt.CollectiveOperation.ALL_TO_ALL
-    return _collective(ctx, name, slots.get_output(0), "all_gather", kind, groups, size)
+    instead = "all_gather_by_all_to_all"
+    block = slots.get_output(0)
+    return _collective(ctx, name, block, "all_gather", kind, groups, size, instead=instead)
 
 
 def _collective(
@@ -99,6 +121,7 @@ def _collective(
     *,
     root: int = -1,
     reduce: str = "none",
+    instead: str | None = None,
 ) -> Tensor:
     """One ``IDistCollectiveLayer`` (TensorRT documentation, *IDistCollectiveLayer*).
 
@@ -116,7 +139,7 @@ def _collective(
     layer.name = f"{kind.name.lower()} {name}"
     layer.metadata = json.dumps(
         {"operator": operator, "kind": kind.name, "root": root, "reduce": reduce,
-         "group": list(members[0])}
+         "group": list(members[0]), "instead": instead}
     )  # fmt: skip
     return layer.get_output(0)
 
@@ -234,6 +257,7 @@ def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
 _COLLECTIVES: Final = tuple(op._schema.name.split("::")[1] for op in COLLECTIVES)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
+    **{f"{operator}_in_float32": _in_float32(operator) for operator in _COLLECTIVES},
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "attention": _attention,
     "fused_attention": _fused_attention,

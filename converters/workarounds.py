@@ -1,7 +1,7 @@
 """Known defects of TensorRT releases and the equivalent that works, in one table. No tensorrt.
 
 A row applies where the backend's version lies in its range; the first row wins. Manifests list
-the rows that were used.
+the rows that were used: a lowering writes its name beside what it adds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,17 @@ WORKAROUNDS: Final = (
         reason="an ALL_GATHER whose output reaches an attention layer can fail at build "
         "('AllGather requires world_size (> 1) to be set for shape inference'); sending the same "
         "block to every rank by ALL_TO_ALL moves the same bytes",
+    ),
+    *(
+        Workaround(
+            backend="tensorrt-rtx",
+            versions=">=1.7,<1.8",
+            operator=operator,
+            instead=f"{operator}_in_float32",
+            reason="collectives with a root are refused in bfloat16 ('TRT does not support BF16 "
+            "asymmetric DistCollective ops'); float32 holds every such number, at twice the bytes",
+        )
+        for operator in ("broadcast", "reduce", "gather", "scatter")
     ),
 )
 

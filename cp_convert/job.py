@@ -75,6 +75,7 @@ class Job:
         tiny: shrink a preset's depth and width.
         resolution: one of the preset's; ``None`` takes its usual one.
         rtol: replaces the proof's own bound on the relative error.
+        unsafe_groups: build collectives of a part of the ranks for a release that ignores groups.
         force: replace an existing bundle.
         cache: folder of what earlier conversions made; ``None``: everything is made anew.
         jobs: how many engines are built at once, at most; ``None``: as many as there are CPUs.
@@ -107,6 +108,7 @@ class Job:
     tiny: bool = False
     resolution: str | None = None
     rtol: float | None = None
+    unsafe_groups: bool = False
     force: bool = False
     cache: Path | None = None
     jobs: int | None = None
@@ -175,6 +177,11 @@ class Job:
     def is_preset(self) -> bool:
         """Whether the model is described by a preset."""
         return self.model.suffix == ".toml"
+
+    @property
+    def names_groups(self) -> bool:
+        """Whether its strategy communicates in a part of the ranks; ``auto`` is not decided yet."""
+        return self.ulysses is not None and 1 < self.ulysses < self.world
 
     @property
     def workers(self) -> int:

@@ -18,10 +18,12 @@ from .cache.store import Cache
 from .capture.capture import traced
 from .ir.records import Loaded, Traced
 from .job import FUSED, Job
+from .mesh import Mesh
 from .model.load import load, surroundings
 from .progress import Clock, Progress
 from .prove import check_device
 from .recall import job_key, keep, recall, request_key, values_key
+from .releases import NEWER, are_parts, check_groups, doubt
 from .trt.offline import check_gpu
 
 
@@ -35,9 +37,10 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     check_device(job.proof_device)
     check_target(job.out, force=job.force)
     check_gpu(backend, fused=job.strategy == FUSED)
+    _check_groups(job, backend, "--strategy usp", named=job.names_groups)
     with staged(job.out) as folder:
         manifest = _converted(job, backend, folder, cache, clock)
-        publish(folder, job.out, manifest)
+        publish(folder, job.out, manifest, force=job.force)
     return manifest
 
 
@@ -47,6 +50,7 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
     trace: Traced | None = None
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
+        _check_own_groups(loaded, clock.progress)
         for told in loaded.source.told:
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
@@ -71,6 +75,23 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
         key = job_key(loaded.job, loaded.values, program)
         keep(cache, request, key, manifest, engine_keys, folder)
         return manifest
+
+
+def _check_groups(job: Job, backend: Backend, what: str, *, named: bool) -> None:
+    if named:
+        check_groups(backend.name, backend.version, what, unsafe=job.unsafe_groups)
+
+
+def _check_own_groups(loaded: Loaded, progress: Progress) -> None:
+    """Refuse a model's own groups where they are ignored; tell where the result may not run."""
+    job, backend, own = loaded.job, loaded.backend, loaded.source.groups.values()
+    ranks = [group for axis in own for group in axis.groups]
+    ranks += Mesh.line(job.world).free(own).groups
+    parts = are_parts(ranks, job.world)
+    _check_groups(job, backend, f"{job.model} has process_groups and", named=parts)
+    parts = parts or job.names_groups
+    if why := doubt(backend.name, backend.version, devices=job.world > 1, groups=parts):
+        progress.note(f"{why} ({NEWER[backend.name]}).")
 
 
 @contextmanager

@@ -57,6 +57,7 @@ from .prove import (
     prove,
     prove_networks,
 )
+from .releases import release_of
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
@@ -74,7 +75,7 @@ class Begun:
         captured: its program.
         truth: what the dense model returns; ``None`` where no proof was asked for.
         table: the backend's decompositions.
-        workarounds: reasons of those that are in use.
+        workarounds: the release's, their reasons by lowering.
         key: of the traced program in the cache; ``None`` for one that gets none.
     """
 
@@ -82,7 +83,7 @@ class Begun:
     captured: Captured
     truth: Truth | None
     table: Table
-    workarounds: tuple[str, ...]
+    workarounds: Mapping[str, str]
     key: str | None
 
 
@@ -136,7 +137,7 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
-    return Begun(loaded, captured, truth, table, tuple(workarounds), key)
+    return Begun(loaded, captured, truth, table, workarounds, key)
 
 
 def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
@@ -199,7 +200,9 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     if job.strategy == AUTO:
         with clock.stage("choose"):
             hardware = read_hardware(job.hardware)
-            name, factor = cheapest(sharded, axis, hardware, source.bytes, table)
+            backend = begun.loaded.backend
+            groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
+            name, factor = cheapest(sharded, axis, hardware, source.bytes, table, groups=groups)
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)

@@ -91,7 +91,7 @@ def test_weights_are_taken_from_the_file_and_no_proof_is_said(tmp_path: Path) ->
     model = example("plain_dit").build_model()
     tensors = {n: torch.randn_like(t) * 0.05 for n, t in model.state_dict().items()}
     save_file(tensors, tmp_path / "w.safetensors")
-    args = [EXAMPLES / "plain_dit.py", "-s", "allgather-kv", "-w", 2]
+    args = [EXAMPLES / "plain_dit.py", "-s", "allgather-kv", "-w", 2, "-p", "fp16"]
     weights = ["--weights", tmp_path / "w.safetensors"]
     assert convert(*args, "-o", tmp_path / "own", *weights, "--no-proof") == 0
     assert convert(*args, "-o", tmp_path / "own", *weights, "--force") == 0

@@ -1,6 +1,7 @@
 """The wheel, installed where nothing else is: reading bundles, then converting."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tests.conftest import EXAMPLES, ROOT
 
@@ -80,10 +82,17 @@ def test_the_wheel_reads_without_torch_and_converts_with_it(
     (site / "lent.pth").write_text(sysconfig.get_path("purelib"))
     origin = run(python, "-c", "import cp_convert.converters as c; print(c.__file__)").stdout
     assert origin.startswith(str(site))
+    # The README's second command: over what Torch-TensorRT-RTX pins.
+    script = "from cp_convert.releases import NEWER; print(NEWER['tensorrt-rtx'])"
+    pip, *words = shlex.split(run(python, "-c", script).stdout)
+    assert pip == "pip"
+    run(python, "-m", "pip", "--quiet", *words)
     out = tmp_path / "bundle"
     run(python, "-m", "cp_convert", EXAMPLES / "plain_dit.py", "-s", "ulysses", "-w", 2, "-o", out)
     (site / "lent.pth").unlink()
     run(python, "-m", "cp_convert", "verify", out)
-    assert (
-        json.loads(run(python, "-m", "cp_convert", "inspect", "--json", out).stdout)["world"] == 2
-    )
+    manifest = json.loads(run(python, "-m", "cp_convert", "inspect", "--json", out).stdout)
+    assert manifest["world"] == 2
+    assert Version(manifest["backend"]["version"]) >= Version("1.7.1")
+    assert (manifest["runs_on"]["release"], manifest["runs_on"]["doubt"]) == ("1.7.1", None)
+    assert manifest["backend"]["workarounds"] == []

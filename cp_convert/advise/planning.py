@@ -152,7 +152,13 @@ def _at(
 
 
 def cheapest(
-    split: Sharded, axis: Axis, hardware: Hardware, weights: int, table: Mapping[Any, Any]
+    split: Sharded,
+    axis: Axis,
+    hardware: Hardware,
+    weights: int,
+    table: Mapping[Any, Any],
+    *,
+    groups: bool = True,
 ) -> tuple[str, int | None]:
     """The strategy, and USP's factor, with the shortest estimated forward among those that fit.
 
@@ -162,11 +168,12 @@ def cheapest(
         hardware: what it will run on.
         weights: bytes of them that a rank holds.
         table: see :func:`.rewrite.rewrite`.
+        groups: whether a strategy may name groups of ranks, which some releases ignore.
 
     Raises:
         CannotShard: no strategy can split every attention, or none that can fits into memory.
     """
-    tried = list(_try_all(split, axis, hardware, table))
+    tried = [one for one in _try_all(split, axis, hardware, table) if groups or not one.ulysses]
     found = [
         (one.work.seconds, one.work, one.name, one.ulysses) for one in tried if one.work is not None
     ]

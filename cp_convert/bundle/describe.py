@@ -20,6 +20,7 @@ from ..ir.source import Source
 from ..ir.tensors import Weight
 from ..job import Job
 from ..mesh import Axis, bytes_sent
+from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
 
@@ -44,6 +45,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
         backend=_backend(made),
+        runs_on=_runs_on(made),
         torch=str(torch.__version__),
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
@@ -66,11 +68,25 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
 
 def _backend(made: Made) -> m.Backend:
     backend, job = made.loaded.backend, made.loaded.job
+    used = {one.instead for one in made.built.engines[0].collectives}
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
         compute_capabilities=list(job.compute_capabilities or backend.default_targets),
-        workarounds=list(made.built.workarounds) if job.world > 1 else [],
+        workarounds=[text for name, text in made.built.workarounds.items() if name in used],
+    )
+
+
+def _runs_on(made: Made) -> m.RunsOn:
+    name, version = made.loaded.backend.name, made.loaded.backend.version
+    engine, world = made.built.engines[0], made.loaded.job.world
+    devices = world > 1
+    groups = are_parts((one.group for one in engine.collectives), world)
+    return m.RunsOn(
+        release=first_for(name, devices=devices, groups=groups),
+        nccl=NCCL if devices else None,
+        compute_capabilities=list(engine.capabilities) or _backend(made).compute_capabilities,
+        doubt=doubt(name, version, devices=devices, groups=groups),
     )
 
 
@@ -233,6 +249,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             level="none",
             device="cpu",
             reference=None,
+            against="reference",
             algebra=[],
             ranks=[],
             dense=None,
@@ -248,6 +265,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         level="program" if network is None else "network",
         device=proof.reference[0].device.type,  # type: ignore[arg-type]
         reference=reference,
+        against="reference" if proof.rounded is None else "rounded",
         algebra=[_error(e) for e in proof.algebra],
         ranks=[_error(e) for e in proof.ranks],
         dense=_error(proof.dense),

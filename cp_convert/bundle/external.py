@@ -46,8 +46,11 @@ class Placing:
         self._stop = Event()
         self._files = {at.file: at for name, at in located.items() if name in parameters}
         self._pool = ThreadPoolExecutor(1)
+        # The numbers as they are now: the proof lends the module others for a while (prove.wide).
+        held = {id(one): one.detach() for one in parameters.values()}
+        now = {name: held[id(one)] for name, one in parameters.items()}
         self._found = self._pool.submit(
-            place, parameters, located, folder, self._stop, copy=copy, cache=cache
+            place, now, located, folder, self._stop, copy=copy, cache=cache
         )
 
     @contextmanager

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,9 @@ import msgspec
 
 from ..errors import DamagedBundle, OutputError
 from ..files import sha256, sweep, sync_folder
+from ..version import __version__
 from . import manifest as manifests
+from .lock import alone
 from .manifest import Manifest
 
 MANIFEST: Final = "manifest.json"
@@ -103,25 +105,27 @@ def _existing_parent(out: Path) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """A folder in which to put the bundle together; :func:`publish` moves it to ``out``.
 
-    Whatever is left in the folder when the block ends is removed.
+    Whatever is left in the folder when the block ends is removed. No other conversion writes to
+    ``out`` meanwhile.
 
     Raises:
-        OutputError: the disk is full, or the folder cannot be written.
+        OutputError: the disk is full, the folder cannot be written, or another conversion does.
     """
     out = out.absolute()
     prefix = f".{out.name}.partial-"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        sweep(out.parent, prefix)
-        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
-    except OSError as error:
-        raise output_error(error, out.parent) from error
-    try:
-        yield folder
-    except OSError as error:
-        raise output_error(error, out) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as held:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(alone(out))
+            sweep(out.parent, prefix)
+            folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
+        except OSError as error:
+            raise output_error(error, out.parent) from error
+        held.callback(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            yield folder
+        except OSError as error:
+            raise output_error(error, out) from error
 
 
 def output_error(error: OSError, path: Path) -> OutputError:
@@ -136,12 +140,16 @@ def output_error(error: OSError, path: Path) -> OutputError:
     )
 
 
-def publish(folder: Path, out: Path, manifest: Manifest) -> None:
+def publish(folder: Path, out: Path, manifest: Manifest, *, force: bool) -> None:
     """Write the manifest into ``folder`` and move the whole to ``out``.
 
     An existing bundle at ``out`` is moved aside first and deleted last.
+
+    Raises:
+        OutputError: see :func:`check_target`; it came while the bundle was being made.
     """
     out = out.absolute()
+    check_target(out, force=force)
     path = folder / MANIFEST
     with path.open("wb") as file:
         file.write(manifests.encode(manifest))
@@ -163,11 +171,13 @@ def read(path: Path) -> tuple[Manifest, Path]:
     """The manifest of the bundle at ``path`` (its folder or its manifest), and the folder.
 
     Raises:
-        DamagedBundle: there is no manifest, or it does not follow the schema.
+        DamagedBundle: there is no manifest, it does not follow the schema, or it is of another.
     """
     file = path / MANIFEST if path.is_dir() else path
     try:
-        return manifests.decode(file.read_bytes()), file.parent
+        data = file.read_bytes()
+        _check_schema(data, file)
+        return manifests.decode(data), file.parent
     except OSError as error:
         raise DamagedBundle(
             f"{file} cannot be read: {error.strerror}.",
@@ -175,6 +185,29 @@ def read(path: Path) -> tuple[Manifest, Path]:
         ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise DamagedBundle(f"{file} is not a valid manifest: {error}") from error
+
+
+class _Origin(msgspec.Struct):
+    """What every schema so far has had: who wrote it, and by which."""
+
+    schema_version: int
+    tool: manifests.Tool
+
+
+def _check_schema(data: bytes, file: Path) -> None:
+    try:
+        told = msgspec.json.decode(data, type=_Origin)
+    except msgspec.ValidationError:
+        return  # no manifest at all; the strict decoder says how
+    ours, theirs = manifests.SCHEMA_VERSION, told.schema_version
+    if theirs == ours:
+        return
+    wrote = told.tool.version
+    raise DamagedBundle(
+        f"{file} follows schema {theirs}, and cp-convert {__version__} reads schema {ours}.",
+        hint=f"cp-convert {wrote} wrote it and reads it; "
+        + ("install that or a later one." if theirs > ours else "or convert the model again."),
+    )
 
 
 def verify(path: Path) -> Iterator[Check]:

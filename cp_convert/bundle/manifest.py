@@ -79,6 +79,19 @@ class Backend(_Struct, frozen=True):
     workarounds: list[str]
 
 
+class RunsOn(_Struct, frozen=True):
+    """What runs the engines: the backend's ``release`` and ``nccl`` or later, where they matter.
+
+    ``compute_capabilities`` are those that the engine itself records (``8.0+``: and later);
+    ``doubt`` says why the release that built the engines may not run them.
+    """
+
+    release: str | None
+    nccl: str | None
+    compute_capabilities: list[str]
+    doubt: str | None
+
+
 class Io(_Struct, frozen=True):
     """One binding of every engine; all ranks have the same."""
 
@@ -242,19 +255,19 @@ class NetworkProof(_Struct, frozen=True):
 class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
-    All errors are relative to ``reference``. ``algebra`` is every rank's error with float32
-    arithmetic, ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses
-    in that precision, ``spread`` what it loses under other roundings that are as valid, and
-    ``bound`` what the ranks may lose. ``control`` is what is lost when
-    every rank attends to its own keys alone: it must be large, or nothing would be proven.
-    ``recalled`` says that all this was computed by an earlier conversion of the same job, with the
-    same numbers (the cache).
+    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
+    ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
+    precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
+    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone.
+    ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
+    in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
 
     status: Literal["passed", "skipped"]
     level: Literal["none", "program", "network"]
     device: Literal["cpu", "cuda"]
     reference: str | None
+    against: Literal["reference", "rounded"]
     algebra: list[Error]
     ranks: list[Error]
     dense: Error | None
@@ -287,6 +300,7 @@ class Manifest(_Struct, frozen=True):
     precision: Literal["fp16", "bf16", "fp32"]
     float32: list[str]
     backend: Backend
+    runs_on: RunsOn
     torch: str
     torch_tensorrt: str
     io: list[Io]

@@ -97,10 +97,8 @@ class Cache:
             partial = self._partial(kind) or Path(nowhere)
             try:
                 yield partial
-                told = {
-                    path.name: (known or {}).get(path.name) or sha256(path)
-                    for path in sorted(partial.iterdir())
-                }
+                names = [str(path.relative_to(partial)) for path in _files(partial)]
+                told = {name: (known or {}).get(name) or sha256(partial / name) for name in names}
                 (partial / _LIST).write_bytes(msgspec.json.encode(told))
                 if self.folder is not None:
                     partial.rename(self.folder / kind / key)
@@ -146,7 +144,7 @@ class Cache:
             for entry in parent.iterdir() if parent.is_dir() else ():
                 if not entry.name.startswith(_PARTIAL):
                     with suppress(OSError):
-                        yield kind, entry, sum(path.stat().st_size for path in entry.iterdir())
+                        yield kind, entry, sum(path.stat().st_size for path in _files(entry))
 
     def _trim(self) -> None:
         entries = [(entry.stat().st_mtime, entry, size) for _, entry, size in self._entries()]
@@ -156,6 +154,11 @@ class Cache:
                 break
             shutil.rmtree(entry, ignore_errors=True)
             over -= size
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files of an entry, those in folders of its own (a bundle's program) too."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def key_of(parts: Iterable[object]) -> str:

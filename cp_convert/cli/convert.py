@@ -194,6 +194,11 @@ def _fits(option: click.Parameter, value: Any) -> bool:
 @click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
 @click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
+@click.option(
+    "--unsafe-groups", is_flag=True,
+    help="Let collectives name a part of the ranks (usp, models with groups of their own) although "
+    "this TensorRT ignores groups: to look at, not to run.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option(
     "--config", type=click.Path(path_type=Path), callback=_read_config, is_eager=True,

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -26,8 +27,8 @@ from ..trt.offline import check_gpu
 from .readback import read_network
 
 
-def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
-    """Register the converters for ``backend``; returns the reasons of the workarounds in use.
+def prepare(backend: Backend, *, fused: bool = False) -> dict[str, str]:
+    """Register the converters for ``backend``; returns its workarounds' reasons, by lowering.
 
     Args:
         backend: which TensorRT builds.
@@ -40,7 +41,10 @@ def prepare(backend: Backend, *, fused: bool = False) -> list[str]:
     assert is_rtx() == (backend.name == "tensorrt-rtx")
     workarounds = active(backend.name, backend.version)
     register(workarounds)
-    return [f"{row.operator} as {row.instead}: {row.reason}" for row in workarounds.values()]
+    return {
+        row.instead: f"{row.operator} as {row.instead}: {row.reason}"
+        for row in workarounds.values()
+    }
 
 
 def network_of(program: Lowered, external: Mapping[str, str] | None = None) -> TRTInterpreter:
@@ -126,6 +130,7 @@ def build(
         collectives=tuple(collectives_of(interpreter.ctx.net)),
         seconds=time.perf_counter() - start,
         activations=log.activations,
+        capabilities=capabilities_in(path, named=bool(targets)),
         network=network,
     )
 
@@ -175,6 +180,26 @@ def _set_targets(config: Any, targets: Sequence[str]) -> None:
             raise BuildFailed(f"TensorRT does not accept the compute capability {target}.")
 
 
+_RECORDED: Final = re.compile(rb"accelerators=\{((?:sm\d+ ?)+)\}")
+
+
+def capabilities_in(engine: Path, *, named: bool) -> tuple[str, ...]:
+    """The compute capabilities that an engine itself records, in the text of its program.
+
+    Args:
+        engine: the file.
+        named: whether it was built for named ones; where it was not, the least that has the
+            program's types is recorded, and means that and later (``8.0+``).
+
+    Returns:
+        such as ``("8.9", "12.0")``; nothing where the text is written in another way.
+    """
+    with engine.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
+        found = _RECORDED.search(pages)
+        words = found[1].decode().split() if found else []
+    return tuple(f"{word[2:-1]}.{word[-1]}" + ("" if named else "+") for word in words)
+
+
 def collectives_of(network: Any) -> Iterator[NetworkCollective]:
     """Every ``IDistCollectiveLayer`` of a network, in order."""
     for layer in (network.get_layer(i) for i in range(network.num_layers)):
@@ -188,6 +213,7 @@ def collectives_of(network: Any) -> Iterator[NetworkCollective]:
                 root=told["root"],
                 group=tuple(told["group"]),
                 payload=trt.volume(tensor.shape) * tensor.dtype.itemsize,
+                instead=told["instead"],
             )
 
 

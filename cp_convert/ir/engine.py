@@ -19,6 +19,7 @@ class NetworkCollective:
         root: the root rank, or -1.
         group: the ranks that take part.
         payload: bytes of the input tensor on one rank.
+        instead: the workaround that added it, by its lowering's name.
     """
 
     name: str
@@ -27,6 +28,7 @@ class NetworkCollective:
     root: int
     group: tuple[int, ...]
     payload: int
+    instead: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Engine:
         collectives: what its network communicates.
         seconds: how long network and engine took to make.
         activations: bytes that the builder says it needs.
+        capabilities: compute capabilities that the engine itself records; ``8.0+``: and later.
         network: what the builder was given, if it was asked for.
     """
 
@@ -51,4 +54,5 @@ class Engine:
     collectives: tuple[NetworkCollective, ...]
     seconds: float
     activations: int | None = None
+    capabilities: tuple[str, ...] = ()
     network: Network | None = None

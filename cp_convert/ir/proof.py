@@ -38,6 +38,9 @@ class Proof:
         seconds: how long it took.
         seconds_a_run: how long all ranks took once, with float32 arithmetic.
         spread: what the dense model loses under other roundings, which the bound covers too.
+        lost: what would be allowed relative to the reference; ``bound``, unless that shows nothing.
+        rounded: what the dense model returns in the job's precision, where ``ranks`` are measured
+            against that.
     """
 
     algebra: tuple[Error, ...]
@@ -49,6 +52,13 @@ class Proof:
     seconds: float
     seconds_a_run: float
     spread: tuple[Error, ...] = ()
+    lost: Error = Error(FLOOR, FLOOR)
+    rounded: tuple[Tensor, ...] | None = None
+
+    @property
+    def against(self) -> tuple[Tensor, ...]:
+        """What the ranks are measured against in the job's precision."""
+        return self.reference if self.rounded is None else self.rounded
 
     @property
     def is_wide(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -113,13 +113,13 @@ class Built:
         engines: by rank; networks share the model's weights.
         recalled: ranks whose engines were in the cache.
         keys: by rank, under which the cache has them.
-        workarounds: reasons of those that were used.
+        workarounds: those of the release, their reasons by lowering.
     """
 
     engines: tuple[Engine, ...]
     recalled: tuple[int, ...]
     keys: Mapping[int, str]
-    workarounds: tuple[str, ...] = ()
+    workarounds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,11 @@ def _blamed_on(path: Path, doing: str) -> Iterator[None]:
         ) from error
     except ImportError as error:
         raise _not_imported(error, path, doing) from error
-    # The user's code may raise anything at all; it is theirs to mend, so it is never a traceback.
-    except Exception as error:
+    except KeyboardInterrupt:  # a person's, or the system's; never the file's
+        raise
+    # The user's code may raise anything at all, what is no Exception (GeneratorExit, a library's
+    # cancellation) as well; it is theirs to mend, so it is never a traceback.
+    except BaseException as error:
         if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
             raise ModelFileError(
                 f"{error.filename} is not valid Python: {error.msg}.",
@@ -231,7 +234,7 @@ def _not_imported(error: ImportError, path: Path, doing: str) -> ModelFileError:
     return ModelFileError(f"{doing} failed with {type(error).__name__}: {error}", where=where)
 
 
-def _advice(error: Exception) -> str | None:
+def _advice(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, EOFError):
         return "take it from a default, a file or the environment."

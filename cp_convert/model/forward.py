@@ -93,8 +93,10 @@ def blamed_on_forward() -> Iterator[None]:
         raise CannotTrace(
             f"forward ended the program: SystemExit({error.code!r}).", where=_model_line(error)
         ) from error
-    # forward may raise anything at all, and torch.export raises it again.
-    except Exception as error:
+    except KeyboardInterrupt:  # a person's, or the system's; never the model's
+        raise
+    # forward may raise anything at all (GeneratorExit too), and torch.export raises it again.
+    except BaseException as error:
         if (own := _own_error(error)) is not None:
             raise own from None
         decides = "DataDependent" in type(error).__name__ or "SymInt" in str(error)
@@ -110,7 +112,7 @@ def _own_error(error: BaseException | None) -> ConvertError | None:
     return error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     if "DataDependent" in type(error).__name__:
         return (
             "forward decides by the value of a tensor, which a program of fixed shapes cannot "

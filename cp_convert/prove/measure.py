@@ -36,6 +36,7 @@ class Truth:
         is_wide: whether the job's precision is float32.
         spread: its errors under other roundings that are as valid, see :mod:`.roundings`.
         unit: what rounding an output once may lose, relative to it; 0 for float32 outputs.
+        rounded: what it returns in the job's precision; nothing for float32.
     """
 
     reference: tuple[Tensor, ...]
@@ -43,6 +44,7 @@ class Truth:
     is_wide: bool
     spread: tuple[Error, ...] = ()
     unit: float = 0.0
+    rounded: tuple[Tensor, ...] = ()
 
     @property
     def worst(self) -> Error:
@@ -88,7 +90,8 @@ def measure(
         if not rounded:
             return truth
         outputs = dense_outputs(module, inputs)
-        truth = replace(truth, loss=worst(outputs, truth.reference), unit=unit(outputs))
+        loss = worst(outputs, truth.reference)
+        truth = replace(truth, loss=loss, unit=unit(outputs), rounded=tuple(outputs))
         _check_finite(truth, module, inputs)
         size = sum(p.nbytes for p in module.parameters())
         others = spread(lambda: _outputs(module, inputs), truth.reference, size)
@@ -146,7 +149,7 @@ def _rounded(truth: Truth, program: Executable, flat: Mapping[str, Tensor], worl
     outputs = run(program, flat, world)
     losses = [worst(one, reference) for one in outputs]
     loss = Error(max(e.max for e in losses), max(e.rms for e in losses))
-    truth = replace(truth, loss=loss, unit=unit(outputs[0]))
+    truth = replace(truth, loss=loss, unit=unit(outputs[0]), rounded=tuple(outputs[0]))
     if not _is_finite(truth):
         raise _not_finite("the job's precision", first_not_finite_in(program, flat, world))
     size = sum(p.nbytes for p in program.state.values())

@@ -51,7 +51,7 @@ def prove_networks(
     if not all(error.within(proof.algebra_bound) for error in algebra):
         _check_against_program(wide, inputs, proof, lowered)
     outputs = replay(networks, inputs)
-    ranks = tuple(worst(of_rank, proof.reference) for of_rank in outputs)
+    ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(
             f"the networks go astray: {deviation(ranks, proof.bound)}.", hint=ROUNDING
@@ -81,8 +81,8 @@ def _check_against_program(
             hint="a converter and PyTorch disagree on what an operator means; please report it.",
         )
     folded = [worst(of_rank, proof.reference) for of_rank in program]
-    if not all(error.within(proof.bound) for error in folded):
+    if not all(error.within(proof.lost) for error in folded):
         raise ProofFailed(
-            f"lowering changed what the program computes: {deviation(folded, proof.bound)}.",
+            f"lowering changed what the program computes: {deviation(folded, proof.lost)}.",
             hint="a lowering pass and PyTorch disagree on an operator; please report it.",
         )

@@ -17,7 +17,6 @@ would have been proven.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
 from .blame import Place
+from .bounds import bound_of, judged_by, nothing_shown
 from .device import Mover
 from .errors import ROUNDING, deviation, error_of, worst
 from .lockstep import PerRank, reduces_over, run
@@ -42,10 +42,6 @@ from .measure import CPU, Truth, flat_inputs
 from .roundings import spread
 from .vanish import where_attention_vanishes
 
-MARGIN: Final = 2.0
-"""How many times the dense model's own loss the ranks may lose."""
-FEW: Final = 4
-"""The margin is doubled for an output of so many numbers: the fewer, the luckier a loss can be."""
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
 
@@ -110,20 +106,22 @@ def prove(
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, is_wide = truth.reference, truth.is_wide
-    bound = bound_of(truth, rtol)
+    lost, (against, bound) = bound_of(truth, rtol), judged_by(truth, rtol)
     begun = time.perf_counter()
     wide = run(
         stages.rewritten, flat_inputs(stages.rewritten, inputs), stages.world, widen=not is_wide
     )
     algebra = tuple(worst(of_rank, reference) for of_rank in wide)
     seconds_a_run = time.perf_counter() - begun
-    ranks = _errors(stages.lowered, inputs, stages.world, reference)
+    ranks = _errors(stages.lowered, inputs, stages.world, against)
     limit = bound if is_wide else Error(FLOOR, FLOOR)
     if not is_wide and not all(error.within(limit) for error in algebra):
-        algebra = _against_program(wide, inputs, bound, algebra, truth, stages)
+        algebra = _against_program(wide, inputs, lost, algebra, truth, stages)
     if not all(error.within(limit) for error in algebra):
-        raise _failure(algebra, limit, bound, inputs, reference, stages)
+        raise _failure(algebra, limit, lost, inputs, reference, stages)
     if not all(error.within(bound) for error in ranks):
+        if against is not reference:
+            raise nothing_shown(truth, max(error.max for error in ranks))
         raise ProofFailed(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
         )
@@ -138,6 +136,8 @@ def prove(
         time.perf_counter() - start,
         seconds_a_run,
         truth.spread,
+        lost,
+        None if against is reference else tuple(against),
     )
 
 
@@ -189,19 +189,6 @@ def _against_program(
         return algebra
     whole = run(dense, flat, stages.world, widen=True)[0]
     return tuple(worst(of_rank, whole) for of_rank in wide)
-
-
-def bound_of(truth: Truth, rtol: float | None) -> Error:
-    """Of every rank's error in the job's precision; ``rtol`` replaces it. See docs/adr/0004."""
-    if rtol is not None:
-        return Error(rtol, rtol)
-    lost = truth.worst
-    # Two values that are equal but for a rounding may be rounded to two neighbours: twice a unit.
-    # Over many outputs such errors are spread evenly, hence the root of three.
-    last = Error(2 * truth.unit, 2 * truth.unit / math.sqrt(3))
-    numbers = min((t.numel() for t in truth.reference if t.numel()), default=1)
-    margin = MARGIN * (1 + FEW / numbers)
-    return Error(max(FLOOR, last.max, margin * lost.max), max(FLOOR, last.rms, margin * lost.rms))
 
 
 def _control(

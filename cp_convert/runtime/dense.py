@@ -17,9 +17,9 @@ from ..files import sha256
 from ..ir.tensors import mapped
 from ..job import Job
 from ..model.load import load, surroundings
+from ..prove.bounds import judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
-from ..prove.program import bound_of
 from .session import Request, given_inputs
 
 
@@ -52,7 +52,8 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
         truth = measure(source.module, inputs)
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
-    error, bound = worst(outputs, truth.reference), bound_of(truth, None)
+    against, bound = judged_by(truth, None)
+    error = worst(outputs, against)
     if not error.within(bound):
         raise RunFailed(
             f"the ranks together return something else than the dense model: relative error "

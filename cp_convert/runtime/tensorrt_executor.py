@@ -21,6 +21,7 @@ from torch import Tensor
 from ..backends import BACKENDS
 from ..bundle.manifest import Manifest
 from ..errors import BackendMissing, DamagedBundle, RunFailed
+from ..releases import NCCL
 from .arguments import flattened
 from .gpu import Gpu, capsule
 from .torch_executor import device_of
@@ -28,10 +29,6 @@ from .weights import bound_weights
 
 Told = Callable[[str], None]
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-FIRST_RTX: Final = "1.7.1"
-"""TensorRT-RTX before it was shipped without what runs several devices."""
-NCCL: Final = (2, 28, 3)
-"""The first with ``ncclAlltoAll``, which TensorRT looks up when it is given a communicator."""
 ALIGNMENT: Final = 256
 """Bytes, of every binding's address (``NvInferRuntime.h``)."""
 _log = logging.getLogger(__name__)
@@ -50,9 +47,8 @@ def why_not(manifest: Manifest, device: str | None, gpu: Gpu | None = None) -> s
             f"the engines belong to {backend.name} {backend.version}, which built them, and "
             f"{installed} is installed"
         )
-    is_rtx = backend.name == "tensorrt-rtx"
-    if manifest.world > 1 and is_rtx and Version(installed) < Version(FIRST_RTX):
-        return f"{backend.name} {installed} runs no several devices; {FIRST_RTX} is the first"
+    if manifest.runs_on.doubt is not None:
+        return manifest.runs_on.doubt
     gpu = gpu or Gpu(device_of(0, device))
     return _gpu_refusal(manifest, gpu)
 
@@ -64,8 +60,9 @@ def _gpu_refusal(manifest: Manifest, gpu: Gpu) -> str | None:
             f"TensorRT-RTX has no kernels for compute capability {major}.{minor}; Hopper and "
             "data-centre Blackwell need --backend tensorrt"
         )
-    if manifest.world > 1 and gpu.nccl() < NCCL:
-        return f"NCCL {'.'.join(map(str, gpu.nccl()))} is loaded, and TensorRT needs 2.28.3"
+    nccl = ".".join(map(str, gpu.nccl()))
+    if manifest.world > 1 and Version(nccl) < Version(NCCL):
+        return f"NCCL {nccl} is loaded, and TensorRT needs {NCCL}"
     engine = manifest.engines[0]
     weights = sum(weight.bytes for weight in manifest.weights)
     needed = engine.bytes + (engine.activation_bytes or 0) + weights

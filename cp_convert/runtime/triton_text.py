@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 from ..bundle.manifest import Io, Manifest
+from ..releases import NCCL
 
 RELEASE: Final = "26.07"
 """The first release of Triton whose announcement names the multi-device path."""
@@ -67,7 +68,7 @@ Start Triton with the folder that holds this one:
 - Triton's TensorRT must be the one that built the engines: {manifest.backend.version}. A plan
   belongs to its release; the release notes of each Triton say which one it has.
 - The TensorRT backend must have multi-device support (`TRITON_ENABLE_TENSORRT_MULTI_DEVICE`, in the
-  source since 26.06, announced with {RELEASE}), and NCCL must be 2.28.3 or later.
+  source since 26.06, announced with {RELEASE}), and NCCL must be {NCCL} or later.
 - Rank r runs on the r-th GPU of `multi_device_gpus` in config.pbtxt: change the numbers there.
 {_groups(manifest)}\
 - A request holds all inputs, whole; the answer is rank 0's outputs. No CUDA graphs, one host.

@@ -43,6 +43,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
         ("built by", _backend_line(manifest)),
+        ("runs on", runs_on_line(manifest)),
         ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
     ):
         console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
@@ -55,6 +56,15 @@ def _notes(manifest: Manifest) -> Iterator[str]:
         yield (
             f"{', '.join(numbers)}: Python numbers among the inputs are part of the engines; give "
             "a tensor for what changes from call to call."
+        )
+    lost = manifest.proof.dense
+    if manifest.proof.against == "rounded" and lost is not None:
+        yield (
+            f"in {manifest.precision} the dense model itself loses {lost.max:.1e} of its output "
+            "with these example inputs and weights, so the ranks were compared with what it "
+            "returns in that precision. Often one number is lost: bf16 has 3504 for FLUX's "
+            "guidance of 3.5 * 1000, and 4000 for 4.0 * 1000. Example inputs that the precision "
+            "holds show more."
         )
     rows = Counter(
         (one.kind, one.tensor, starred(one.module) or "the model", one.reason)
@@ -123,6 +133,7 @@ def _facts(manifest: Manifest) -> Table:
         ),
         ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
+        ("runs on", runs_on_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
         (
             "created",
@@ -265,7 +276,7 @@ def _proof_line(proof: Proof) -> str:
     assert proof.bound is not None
     line = (
         f"passed ({_LEVELS[proof.level]}): relative error "
-        f"{max(e.max for e in proof.ranks):.1e} (bound {proof.bound.max:.1e}), "
+        f"{max(e.max for e in proof.ranks):.1e}{_of(proof)} (bound {proof.bound.max:.1e}), "
         f"in float32 arithmetic {max(e.max for e in proof.algebra):.1e}"
     )
     if proof.network is not None:
@@ -273,6 +284,13 @@ def _proof_line(proof: Proof) -> str:
     if proof.control is not None:
         line += f"; without communication {proof.control.max:.1e}"
     return line + ("; proven when this same job was run before" if proof.recalled else "")
+
+
+def _of(proof: Proof) -> str:
+    """What the relative error is relative to, where that is not the reference."""
+    if proof.against == "reference" or proof.dense is None:
+        return ""
+    return f" of the dense model's own output in this precision, which loses {proof.dense.max:.1e}"
 
 
 def _attention_line(sites: Sequence[Attention]) -> str:
@@ -284,6 +302,17 @@ def _attention_line(sites: Sequence[Attention]) -> str:
 def _collectives_line(manifest: Manifest) -> str:
     parts = [f"{c.count} {c.kind}, {size(c.bytes_sent)} sent" for c in manifest.collectives]
     return ("; ".join(parts) + " by each rank per forward") if parts else "none"
+
+
+def runs_on_line(manifest: Manifest) -> str:
+    """Which release, NCCL and GPUs the engines need."""
+    needed = manifest.runs_on
+    if needed.doubt is not None:
+        return f"may not run: {needed.doubt}"
+    release = "" if needed.release is None else f" {needed.release} or later"
+    nccl = "" if needed.nccl is None else f", NCCL {needed.nccl} or later"
+    gpus = ", ".join(needed.compute_capabilities) or "that of this machine's GPU"
+    return f"{manifest.backend.name}{release}{nccl}, compute capability {gpus}"
 
 
 def _backend_line(manifest: Manifest) -> str:

@@ -10,13 +10,15 @@ from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 from torch import nn
 
-from cp_convert.advise import hardware
+from cp_convert.advise import hardware, planning
 from cp_convert.advise.estimate import estimate
 from cp_convert.advise.forecast import Forecast, Option, best, recommend
 from cp_convert.advise.planning import forecast
@@ -327,3 +329,15 @@ def test_auto_refuses_what_fits_nowhere(tmp_path: Path) -> None:
     with pytest.raises(CannotShard, match="fits into the 0 GB of NVIDIA H200"):
         convert(wanted, select("auto", ()), Progress())
     assert not (tmp_path / "out").exists()
+
+
+def test_auto_names_no_groups_where_a_release_ignores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = (SimpleNamespace(seconds=s, activations=1) for s in (1.0, 2.0))
+    tried = [planning._Tried("usp", 2, fast), planning._Tried("ring", None, slow)]  # type: ignore[arg-type]
+    monkeypatch.setattr(planning, "_try_all", lambda *_: iter(tried))
+    gpu: Any = SimpleNamespace(memory_gb=80, title="a GPU")
+    nothing: Any = None
+    found = [
+        planning.cheapest(nothing, nothing, gpu, 0, {}, groups=groups) for groups in (True, False)
+    ]
+    assert found == [("usp", 2), ("ring", None)]

@@ -40,6 +40,9 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         backend=m.Backend(
             name="tensorrt-rtx", version="1", compute_capabilities=["8.9"], workarounds=["w: why"]
         ),
+        runs_on=m.RunsOn(
+            release="1.7.1", nccl="2.28.3", compute_capabilities=["8.9"], doubt=None
+        ),
         torch="2",
         torch_tensorrt="2",
         io=[m.Io(name="x", mode="input", dtype="float16", shape=[1, 2])],
@@ -79,7 +82,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
             for r, f in enumerate(files)
         ],
         proof=m.Proof(
-            status="passed", level="program", device="cpu", reference="dense",
+            status="passed", level="program", device="cpu", reference="dense", against="reference",
                 algebra=[error] * world,
             ranks=[error] * world, dense=error, spread=[], bound=error, control=error, network=None,
             seconds=1.0, recalled=False,
@@ -94,7 +97,7 @@ def written(out: Path, content: bytes = b"engine") -> Path:
     with bundle.staged(out) as folder:
         for rank in range(2):
             (folder / bundle.engine_name(rank)).write_bytes(content + bytes([rank]))
-        bundle.publish(folder, out, manifest(folder))
+        bundle.publish(folder, out, manifest(folder), force=True)
     return out
 
 
@@ -154,7 +157,7 @@ def test_what_a_killed_conversion_left_is_swept_away(tmp_path: Path) -> None:
         "    (folder / 'rank0.engine').write_bytes(b'half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script], check=False)
-    (left,) = tmp_path.iterdir()
+    (left,) = tmp_path.glob(".out.partial-*")
     assert left.name.startswith(".out.partial-")
     written(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -209,7 +212,7 @@ def test_ranks_must_be_complete(tmp_path: Path) -> None:
         ({"world": "2"}, r"Expected `int`, got `str` - at `\$.world`"),
         ({"world": 0}, ">= 1"),
         ({"surprise": 1}, "unknown field `surprise`"),
-        ({"schema_version": 1}, "Invalid enum value 1"),
+        ({"schema_version": 1}, "follows schema 1"),
         ({"engines": None}, "engines"),
     ],
 )
@@ -248,3 +251,17 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
     assert msgspec.json.decode(text)["schema_version"] == 6
+
+
+@pytest.mark.parametrize(
+    ("theirs", "way_out"), [(7, "a later one"), (5, "convert the model again")]
+)
+def test_another_schema_says_who_reads_it(tmp_path: Path, theirs: int, way_out: str) -> None:
+    path = written(tmp_path / "out") / "manifest.json"
+    text = path.read_text().replace('"schema_version": 6', f'"schema_version": {theirs}')
+    text = text.replace('"version": "0"', '"version": "9.8.7"', 1)
+    path.write_text(text.replace('"created"', '"renamed"'))
+    with pytest.raises(DamagedBundle, match=f"follows schema {theirs}.*reads schema 6") as caught:
+        bundle.read(path)
+    assert "cp-convert 9.8.7 wrote it" in str(caught.value.hint)
+    assert way_out in str(caught.value.hint)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cp_convert.bundle import external
 from cp_convert.bundle import manifest as m
 from cp_convert.bundle.describe import weight_entry
 from cp_convert.bundle.external import Placing, place
@@ -20,6 +21,7 @@ from cp_convert.errors import WeightsError
 from cp_convert.model.checkpoint import locate
 from cp_convert.model.meta import unallocated
 from cp_convert.model.weights import load_weights
+from cp_convert.prove.wide import in_float32
 from tests.bundle.test_external import convert, manifest_of, numbers_of
 
 
@@ -140,3 +142,25 @@ def test_wrong_weights_end_with_one_message(
         assert "qkv.weight" in told["message"] and "w.safetensors" in str(told)
         assert "Traceback" not in streams.err
         assert [p for p in tmp_path.iterdir() if "bundle" in p.name] == []
+
+
+def test_the_proof_lends_the_module_other_numbers_and_the_bundle_gets_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that writes is held until the module is in float32 for its reference."""
+    is_wide, real = Event(), external.save
+
+    def late(*args: Any) -> Any:
+        assert is_wide.wait(60)
+        return real(*args)
+
+    monkeypatch.setattr(external, "save", late)
+    module = torch.nn.Linear(2, 3, bias=False).half()
+    expected = module.weight.detach().clone()
+    parameters, cache = dict(module.named_parameters()), Cache(None)
+    placing = Placing(parameters, {}, tmp_path, copy=False, cache=cache)
+    with placing, in_float32(module):
+        is_wide.set()
+        weight = weight_entry(placing.weights["weight"])
+    assert torch.equal(numbers_of(weight, tmp_path), expected)
+    assert weight.sha256 == hashlib.sha256(expected.numpy().tobytes()).hexdigest()

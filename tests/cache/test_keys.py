@@ -19,7 +19,7 @@ from cp_convert.ir.identity import identity
 from cp_convert.ir.program import Program
 from cp_convert.ir.source import Source
 from cp_convert.job import Job
-from cp_convert.model.load import load
+from cp_convert.model.load import load, surroundings
 from cp_convert.pipeline import convert
 from cp_convert.progress import Clock, Progress
 from cp_convert.recall import job_key, values_key
@@ -289,11 +289,13 @@ def test_settings_of_torch_count(folder: Path) -> None:
 
 def test_the_code_of_a_neighbour_counts(folder: Path) -> None:
     """For the proof: what the model does when it is called stands in no trace."""
-    load(job_of(folder))
-    first = code_key()
-    assert code_key() == first
-    (folder / "neighbour_of_keys.py").write_text("NUMBER = 1.0  # and more\n")
-    assert code_key() != first
+    job = job_of(folder)
+    with surroundings(job):
+        load(job)
+        first = code_key()
+        assert code_key() == first
+        (folder / "neighbour_of_keys.py").write_text("NUMBER = 1.0  # and more\n")
+        assert code_key() != first
 
 
 def test_versions_follow_requirements() -> None:

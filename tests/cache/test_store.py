@@ -226,3 +226,17 @@ def test_cache_info_and_clear(tmp_path: Path) -> None:
     assert told("info")["kinds"]["engines"]["entries"] == 1
     assert told("clear")["bytes"] > 0
     assert told("info")["kinds"]["engines"]["entries"] == 0
+
+
+def test_an_entry_may_hold_folders(tmp_path: Path) -> None:
+    """A bundle's program stands in one; an entry that could not be kept was lost in silence."""
+    cache = Cache(tmp_path / "cache")
+    with cache.store("bundles", "key") as folder:
+        (folder / "program").mkdir()
+        (folder / "program" / "graph").write_bytes(b"12345")
+    entry = cache.find("bundles", "key")
+    assert entry is not None
+    held = {one.kind: one.entries for one in cache.held()}
+    assert held["bundles"] == 1
+    (entry / "program" / "graph").write_bytes(b"54321")
+    assert cache.find("bundles", "key") is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cp_convert.backends import BACKENDS
@@ -32,6 +33,11 @@ MALFORMED = 1 << 5
 """TensorRT's diagnostic bit for bytes that are no engine (documentation, EngineValidity)."""
 
 
+IS_OLD = Version(BACKENDS["tensorrt-rtx"].version) < Version("1.7")
+"""Whether the TensorRT-RTX that is installed is 1.6, which gathers by another layer."""
+GATHER = "ALL_TO_ALL" if IS_OLD else "ALL_GATHER"
+
+
 def program(name: str, world: int, dtype: torch.dtype = torch.float16) -> Lowered:
     prepare(BACKENDS["tensorrt-rtx"])
     module = tiny()
@@ -49,7 +55,7 @@ def layers(network: Any) -> Counter[str]:
     ("name", "expected"),
     [
         ("ulysses", lambda w: [("all_to_all", "ALL_TO_ALL", -1)] * 2),
-        ("allgather-kv", lambda w: [("all_gather", "ALL_TO_ALL", -1)]),
+        ("allgather-kv", lambda w: [("all_gather", GATHER, -1)]),
         ("ring", lambda w: [("broadcast", "BROADCAST", root) for root in range(w)]),
     ],
 )
@@ -202,22 +208,59 @@ def test_all_eight_collectives_build_and_mean_what_the_program_means(
 
 
 def test_the_table_applies_to_the_releases_that_have_the_defect() -> None:
-    (row,) = WORKAROUNDS
-    assert active("tensorrt-rtx", "1.6.1.120") == {"all_gather": row}
-    assert active("tensorrt-rtx", "1.7.1") == {}
+    gathering, *others = WORKAROUNDS
+    assert active("tensorrt-rtx", "1.6.1.120") == {"all_gather": gathering}
+    assert list(active("tensorrt-rtx", "1.7.1.116").values()) == others
+    assert {row.operator for row in others} == {"broadcast", "reduce", "gather", "scatter"}
     assert active("tensorrt", "11.1.0.106") == {}
 
 
 def test_the_all_gather_defect_is_worked_around(tmp_path: Path) -> None:
     prepare(BACKENDS["tensorrt-rtx"])
     engine = build(bare_gather_and_attention(), 0, tmp_path / "x.engine", [])
-    assert [(c.operator, c.kind) for c in engine.collectives] == [("all_gather", "ALL_TO_ALL")]
+    (gathered,) = engine.collectives
+    assert (gathered.operator, gathered.kind) == ("all_gather", GATHER)
+    assert gathered.instead == ("all_gather_by_all_to_all" if IS_OLD else None)
+
+
+def bare_roots(dtype: torch.dtype) -> tuple[Lowered, torch.Tensor]:
+    """Every collective that has a root, and an input for it, of numbers that add up exactly."""
+    axis = axis_of(2)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = ops.broadcast(ops.reduce(x, "sum", 0, axis), 0, axis)
+        return ops.broadcast(ops.gather(ops.scatter(x, 1, axis), 0, axis), 0, axis) * 2
+
+    given = torch.arange(48.0).reshape(16, 3).to(dtype)
+    return bare(forward, x=given), given
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_collectives_with_a_root_are_built_in_half_precision(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """1.7.1 refuses bfloat16: it goes as float32, to the bit the same."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    told, given = bare_roots(dtype)
+    engine = build(specialise(told, 0), 0, tmp_path / "x.engine", [])
+    assert {c.operator for c in engine.collectives} == {"broadcast", "reduce", "gather", "scatter"}
+    is_lent = dtype == torch.bfloat16 and not IS_OLD
+    assert {c.instead for c in engine.collectives} == (
+        {f"{c.operator}_in_float32" for c in engine.collectives} if is_lent else {None}
+    )
+    first = engine.collectives[0]
+    assert first.payload == given.numel() * (4 if is_lent else 2)
+    held = [network_of(specialise(told, rank)) for rank in range(2)]
+    networks = [read_network(one.ctx.net) for one in held]
+    assert torch.equal(replay(networks, {"x": given})[0][0], run(told, {"x": given}, 2)[0][0])
 
 
 @pytest.mark.usefixtures("without_workarounds")
 def test_without_the_workaround_this_release_refuses_and_is_quoted(tmp_path: Path) -> None:
-    with pytest.raises(BuildFailed, match=r"(?s)TensorRT said: .*requires world_size"):
-        build(bare_gather_and_attention(), 0, tmp_path / "x.engine", [])
+    defect = "requires world_size" if IS_OLD else "does not support BF16 asymmetric"
+    refused = bare_gather_and_attention() if IS_OLD else bare_roots(torch.bfloat16)[0]
+    with pytest.raises(BuildFailed, match=rf"(?s)TensorRT said: .*{defect}"):
+        build(specialise(refused, 0), 0, tmp_path / "x.engine", [])
     assert list(tmp_path.iterdir()) == []
 
 

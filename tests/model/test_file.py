@@ -59,6 +59,8 @@ def job(model: Path, module: str | None = None) -> Job:
         (BUILD, "    return torch.jit.script(nn.Linear(8, 8))", "TorchScript"),
         (BUILD, "    with torch.device('meta'):\n        return Model()", "6 tensors without numb"),
         (BUILD, "    import sys; sys.exit('gone')", r"SystemExit\('gone'\)"),
+        (BUILD, "    raise GeneratorExit", "failed with GeneratorExit"),
+        (TOP, "raise BaseException('odd')\nclass Model", "failed with BaseException: odd"),
         (BUILD, "    input('path? ')", "nobody answers"),
         (BUILD, "    return build_model()", "RecursionError"),
         (
@@ -107,6 +109,7 @@ def test_mistakes_exit_2_and_name_the_file(
         ("        return [x, object()]\n", "returns an object as 1"),
         ("        return (t for t in x)\n", "returns a generator"),
         ("        raise SystemExit(3)\n", r"SystemExit\(3\)"),
+        ("        raise GeneratorExit\n", "GeneratorExit"),
         ("        return self.forward(x)\n", "RecursionError"),
         ("        import absent_module\n", "No module named 'absent_module'"),
     ],
@@ -116,6 +119,14 @@ def test_what_forward_does_wrong_exits_3(model_file: Write, new: str, message: s
     source = load(job(path))
     with pytest.raises(CannotTrace, match=message):
         measure(source.module, source.inputs)
+
+
+@pytest.mark.parametrize("place", [BUILD, FORWARD])
+def test_an_interruption_is_nobodys_mistake(model_file: Write, place: str) -> None:
+    source = 8 * " " if place == FORWARD else 4 * " "
+    path = model_file((place, f"{source}raise KeyboardInterrupt\n{place}"))
+    with pytest.raises(KeyboardInterrupt):
+        measure((found := load(job(path))).module, found.inputs)
 
 
 @pytest.mark.parametrize(

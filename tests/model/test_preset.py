@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from cp_convert import instantiate as older_instantiate
+from cp_convert import preset as older_preset
 from cp_convert.backends import BACKENDS
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
@@ -214,3 +216,10 @@ def test_an_input_that_is_made_in_no_way() -> None:
     assert told.name == "flux.1-dev-tiny"
     with pytest.raises(UsageError, match="does not say how the input x is made"):
         instantiate._input(preset.Input(), {}, "x")
+
+
+def test_the_older_paths_of_model_files_go_on() -> None:
+    """``from cp_convert.instantiate import randomised`` stands in model files of others."""
+    for older, own in ((older_instantiate, instantiate), (older_preset, preset)):
+        assert older.__all__
+        assert all(getattr(older, name) is getattr(own, name) for name in older.__all__)

@@ -4,6 +4,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor, fx, nn
 
 from cp_convert import ContextParallelInput, ContextParallelOutput
 from cp_convert.errors import ProofFailed
+from cp_convert.ir.program import copied, module_of
 from cp_convert.ir.proof import FLOOR
 from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Proof, measure, prove
+from cp_convert.prove.bounds import LARGEST, bound_of
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.roundings import DRAWS
 from cp_convert.strategies import STRATEGIES
@@ -301,3 +304,50 @@ def test_what_all_ranks_have_in_common_is_computed_once() -> None:
     assert parts
     assert not any(common[name] for name in parts)
     assert common["linear_3"], "the text's projection does not depend on the rank"
+
+
+class Scaled(nn.Module):
+    """FLUX's guidance: a number that bfloat16 does not hold decides what is added to all tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, text: Tensor, guidance: Tensor) -> Tensor:
+        """``[B, S, 8]``, ``[B, T, 8]`` and ``[1]`` to ``[B, S, 8]``."""
+        angle = guidance.to(x.dtype) * 1000
+        return self.inner(x, text) + 8 * torch.sin(angle.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize(("guidance", "is_held"), [(3.5, False), (4.0, True)])
+def test_a_bound_that_shows_nothing_is_not_used(guidance: float, is_held: bool) -> None:
+    """bfloat16 has 3504 for 3.5 * 1000: the dense model is elsewhere, and so are the ranks."""
+    module = Scaled(tiny())
+    cast_module(module, torch.bfloat16)
+    given = {**tiny_inputs(), "guidance": torch.tensor([guidance])}
+    inputs = cast_inputs(given, torch.bfloat16)
+    proof = proven(module, inputs, plan={})
+    assert (proof.dense.max < LARGEST / 4) == is_held
+    assert (proof.rounded is None) == is_held
+    assert proof.bound.max <= LARGEST
+    assert max(error.max for error in proof.ranks) < 0.05
+    assert max(error.max for error in proof.algebra) < FLOOR
+
+
+def test_a_fault_of_half_precision_is_seen_beside_a_large_loss_of_the_dense_model() -> None:
+    """A third too much, in the lowered program alone: within twice what the dense model loses."""
+    module = Scaled(tiny())
+    cast_module(module, torch.bfloat16)
+    inputs = cast_inputs({**tiny_inputs(), "guidance": torch.tensor([3.5])}, torch.bfloat16)
+    stages, truth = rewritten(module, inputs, "ulysses", 2, {}), measure(module, inputs)
+    right = stages.lowered
+    graph = copied(right.graph_module.graph)
+    result = graph.output_node().all_input_nodes[0].all_input_nodes[0]
+    with graph.inserting_after(result):
+        wrong = graph.call_function(torch.ops.aten.mul.Tensor, (result, 4 / 3))
+    result.replace_all_uses_with(wrong, lambda user: user is not wrong)
+    faulty = replace(right, graph_module=module_of(right.graph_module, graph))
+    assert bound_of(truth, None).max > 2 * LARGEST
+    with pytest.raises(ProofFailed, match="nothing can be proven in this precision"):
+        prove(truth, inputs, replace(stages, lowered=faulty))
+    assert prove(truth, inputs, stages).bound.max == LARGEST

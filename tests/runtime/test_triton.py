@@ -44,7 +44,7 @@ def written(out: Path, world: int = 2, *, backend: str = "tensorrt", **changes: 
         told = manifest(folder, world)
         made_by = msgspec.structs.replace(told.backend, name=backend)
         changes = {"io": IO, "command": COMMAND, "backend": made_by, **changes}
-        bundle.publish(folder, out, msgspec.structs.replace(told, **changes))
+        bundle.publish(folder, out, msgspec.structs.replace(told, **changes), force=True)
     return out
 
 
@@ -175,8 +175,9 @@ def test_bad_targets_are_refused_before_anything_is_written(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(tmp_path / "b")
     monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root
-    assert "is not writable" in refused(written(tmp_path / "b"), tmp_path / "models").message
+    assert "is not writable" in refused(source, tmp_path / "models").message
 
 
 def test_a_damaged_bundle_and_a_failure_leave_nothing(
