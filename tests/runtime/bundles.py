@@ -1,12 +1,11 @@
 """Bundles for the run-time's tests: all stages but TensorRT's build, whose engines nobody opens."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cp_convert.stages as stages
+from cp_convert import stages
 from cp_convert.backends import select
 from cp_convert.bundle import engine_name, sha256
 from cp_convert.bundle.manifest import Manifest
@@ -23,9 +22,8 @@ def _stand_ins(loaded: Any, *_: Any) -> Built:
         path = loaded.folder / engine_name(rank)
         path.write_bytes(b"engine of rank %d" % rank)
         engines.append(
-            Engine(rank=rank, path=path, size=path.stat().st_size, sha256=sha256(path),
-                   activations=1024, seconds=0.0, collectives={}, network=None)
-        )  # fmt: skip
+            Engine(rank, path, path.stat().st_size, sha256(path), (), 0.0, activations=1024)
+        )
     return Built(tuple(engines), (), {})
 
 
@@ -37,4 +35,57 @@ def converted(model: Path, out: Path, strategy: str, world: int, **options: Any)
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_built", _stand_ins)
-        return convert(replace(job), select("auto"), Progress())
+        return convert(job, select("auto"), Progress())
+
+
+FLUX = """
+import torch
+from diffusers import FluxTransformer2DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1,
+        attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+
+def example_inputs():
+    torch.manual_seed(1)
+    ids = torch.stack((torch.zeros(48), torch.arange(48) // 8, torch.arange(48) % 8), -1)
+    return {"hidden_states": torch.randn(1, 48, 16),
+        "encoder_hidden_states": torch.randn(1, 12, 32),
+        "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]),
+        "img_ids": ids.float(), "txt_ids": torch.zeros(12, 3), "guidance": torch.tensor([3.5])}
+"""
+WAN = """
+import torch
+from diffusers import WanTransformer3DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=4,
+        attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64,
+        num_layers=1, rope_max_seq_len=16)
+
+def example_inputs():
+    torch.manual_seed(1)
+    return {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 7, 16)}
+"""
+QWEN = """
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=1,
+        attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6))
+
+def example_inputs():
+    torch.manual_seed(1)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    return {"hidden_states": torch.randn(1, 48, 16),
+        "encoder_hidden_states": torch.randn(1, 12, 32),
+        "timestep": torch.tensor([0.5]), "img_shapes": [(1, 6, 8)],
+        "encoder_hidden_states_mask": mask}
+"""
