@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml Makefile
 demo: $(STAMP)
 	$(BIN)/cp-convert examples/flux.py --strategy ulysses --world 8 --force
 	$(BIN)/cp-convert inspect flux-ulysses-w8
+	$(BIN)/cp-convert run flux-ulysses-w8 --executor torch --devices cpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
+import msgspec
 import torch
 
 from ..ir.attention import Outcome
@@ -15,7 +17,7 @@ from ..ir.program import Binding
 from ..ir.proof import Error, NetworkProof, Proof
 from ..ir.records import Made, StoredProgram
 from ..ir.sharded import Move
-from ..ir.signature import Applied
+from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
 from ..job import Job
@@ -50,6 +52,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
         frozen=[m.Frozen(name=n, value=v) for n, v in signature.frozen.items()],
+        forward=_forward(source, signature),
         plan_source=_plan_source(axis, signature.applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in signature.applied],
         sharding=[_sharding(move) for move in made.rewritten.sharded.moves],
@@ -64,6 +67,14 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         timings=dict(timings),
         command=job.command,
     )
+
+
+def _forward(source: Source, signature: Signature) -> m.Forward:
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(source.module.forward).parameters
+    names = [name for name, one in parameters.items() if one.kind in positional]
+    tree = msgspec.convert(msgspec.to_builtins(signature.returned), m.Returned)
+    return m.Forward(arguments=names, returned=tree)
 
 
 def _backend(made: Made) -> m.Backend:

@@ -13,19 +13,21 @@ from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
+from .call import Count as Count
+from .call import Forward as Forward
+from .call import Frozen as Frozen
+from .call import Io as Io
+from .call import Returned as Returned
+from .call import Struct as _Struct
+
 SCHEMA_VERSION: Final = 6
 SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
-
-
-class _Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """Common options of every part of the manifest."""
 
 
 class Tool(_Struct, frozen=True):
@@ -90,22 +92,6 @@ class RunsOn(_Struct, frozen=True):
     nccl: str | None
     compute_capabilities: list[str]
     doubt: str | None
-
-
-class Io(_Struct, frozen=True):
-    """One binding of every engine; all ranks have the same."""
-
-    name: str
-    mode: Literal["input", "output"]
-    dtype: str
-    shape: list[Count]
-
-
-class Frozen(_Struct, frozen=True):
-    """An argument of ``forward`` that is no tensor and is therefore part of the engine."""
-
-    name: str
-    value: str
 
 
 class PlanEntry(_Struct, frozen=True):
@@ -305,6 +291,7 @@ class Manifest(_Struct, frozen=True):
     torch_tensorrt: str
     io: list[Io]
     frozen: list[Frozen]
+    forward: Forward
     plan_source: Literal["none", "model", "inferred"]
     plan: list[PlanEntry]
     sharding: list[Sharding]

@@ -23,7 +23,8 @@ from ..ir.program import Lowered
 from ..ir.records import StoredFile
 from ..ir.serialize import Packed, pack, unpack
 from ..ir.tensors import mapped, save
-from .folder import PROGRAM
+from .folder import PROGRAM, file_problem
+from .manifest import Manifest
 
 DOCUMENT: Final = f"{PROGRAM}/program.json"
 TENSORS: Final = f"{PROGRAM}/tensors.safetensors"
@@ -68,12 +69,26 @@ def write_program(
     return _file(folder, DOCUMENT), _file(folder, TENSORS)
 
 
-def read_program(folder: Path) -> Stored:
-    """The program of the bundle at ``folder``; its constants are mapped, not read.
+def read_program(manifest: Manifest, folder: Path, *, verify: bool = True) -> Stored:
+    """The program of the bundle at ``folder``; its constants are mapped.
+
+    Args:
+        manifest: of the bundle, which has a program.
+        folder: where it is.
+        verify: whether the files are compared with the manifest's SHA-256.
 
     Raises:
         DamagedBundle: a file is missing, or is not what it should be.
     """
+    assert manifest.program is not None
+    for file in (manifest.program.document, manifest.program.tensors):
+        problem = file_problem(folder / file.file, file, digest=verify)
+        if problem is not None:
+            raise DamagedBundle(
+                f"{folder / file.file}: {problem}.",
+                hint="copy the bundle again, or convert again with --force."
+                + ("" if "SHA" not in problem else " --no-verify runs it as it is."),
+            )
     try:
         document = _from_json(json.loads((folder / DOCUMENT).read_bytes()))
         names = document.pop("names")

@@ -68,7 +68,8 @@ def capture(
     with clock.stage("decompose"):
         dense = decompose(trace.program, table)
     frozen = {constant.name: repr(constant.value) for constant in trace.program.frozen}
-    signature = Signature(dict(trace.program.parameters), frozen, trace.applied)
+    program = trace.program
+    signature = Signature(dict(program.parameters), frozen, trace.applied, program.returned)
     if key is not None:
         # What has no name to be found by again is decomposed every time.
         with clock.stage("keep"), suppress(CannotLower), cache.store("traces", key) as folder:

@@ -24,6 +24,7 @@ from .c10d import own_collectives
 from .frozen import fold_frozen, frozen
 from .planned import planned
 from .recognise import recognise
+from .returned import returned
 
 
 def trace(
@@ -209,14 +210,16 @@ def _program(exported: torch.export.ExportedProgram, given: Mapping[str, Any]) -
         else:
             value = nodes[node].meta["val"] if isinstance(node, str) and node in nodes else node
             frozen.append(Constant(name, given.get(name, value)))
-    outputs = [
-        _binding(name, nodes[node])
-        for name, node in zip(
-            _names(exported.call_spec.out_spec), signature.user_outputs, strict=True
+    names = {
+        leaf: (name, node)
+        for leaf, (name, node) in enumerate(
+            zip(_names(exported.call_spec.out_spec), signature.user_outputs, strict=True)
         )
         if isinstance(node, str)
-    ]
-    return Program(exported, tuple(inputs), tuple(outputs), tuple(frozen))
+    }
+    outputs = [_binding(name, nodes[node]) for name, node in names.values()]
+    tree = returned(exported.call_spec.out_spec, {leaf: name for leaf, (name, _) in names.items()})
+    return Program(exported, tuple(inputs), tuple(outputs), tuple(frozen), tree)
 
 
 def _binding(name: str, node: torch.fx.Node) -> Binding:

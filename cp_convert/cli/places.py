@@ -29,8 +29,10 @@ _LAUNCHERS: Final = (
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("mpiexec", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Launchers, and the variables in which they tell a process its place."""
+"""Launchers, and the variables in which they tell a process its place: torch's, Open MPI's,
+Slurm's, and MPICH's (Intel MPI's)."""
 
 
 def place_of(world: int) -> Place | None:
@@ -45,24 +47,34 @@ def place_of(world: int) -> Place | None:
     """
     for name, rank, size, local, local_size in _LAUNCHERS:
         if rank in os.environ and size in os.environ:
-            found = Place(
-                int(os.environ[rank]),
-                int(os.environ[size]),
-                int(os.environ.get(local, 0)),
-                int(os.environ.get(local_size, os.environ[size]).split("(")[0]),
-            )
-            if found.world == 1 and world > 1:
-                return None  # a shell within an allocation
-            if found.world != world:
-                raise UsageError(
-                    f"{name} started {found.world} ranks; the bundle has {world}.",
-                    hint=f"start {world}, or run it without {name}: it starts its own.",
-                )
-            if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-                raise UsageError(
-                    f"{name} does not say where rank 0 is.",
-                    hint="export MASTER_ADDR=HOST MASTER_PORT=29500 first, the same everywhere.",
-                )
-            os.environ.update(RANK=str(found.rank), WORLD_SIZE=str(found.world))
-            return found
+            found = int(os.environ[size])
+            if found == 1:
+                return None  # a shell within an allocation, or nothing to meet
+            _check(name, found, world)
+            own = int(os.environ[rank])
+            os.environ.update(RANK=str(own), WORLD_SIZE=str(found))
+            here = os.environ.get(local_size, str(found))
+            return Place(own, found, int(os.environ.get(local, own)), _tasks(here))
     return None
+
+
+def _check(name: str, found: int, world: int) -> None:
+    if found != world:
+        raise UsageError(
+            f"{name} started {found} ranks; the bundle has {world}.",
+            hint=f"start {world}, or run it without {name}: it starts its own.",
+        )
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise UsageError(
+            f"{name} does not say where rank 0 is.",
+            hint="export MASTER_ADDR=HOST MASTER_PORT=29500 first, the same everywhere.",
+        )
+
+
+def _tasks(told: str) -> int:
+    """How many ranks are on this machine: ``4``, or Slurm's ``4(x2),3`` for all of its nodes."""
+    nodes: list[int] = []
+    for part in told.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        nodes += [int(count)] * int(times or 1)
+    return nodes[min(int(os.environ.get("SLURM_NODEID", 0)), len(nodes) - 1)]

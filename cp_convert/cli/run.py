@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import click
 
 from .. import bundle as bundles
+from ..bundle.folder import output_error
 from ..bundle.manifest import Manifest
 from ..errors import UsageError
 from . import options
@@ -26,8 +29,8 @@ EXECUTORS = ("auto", "tensorrt", "torch")
 )  # fmt: skip
 @click.option(
     "--devices", metavar="LIST",
-    help="Such as 0,1,2,3 for GPUs, one a rank, or cpu.  [default: GPUs where there are as many "
-    "as ranks, else cpu]",
+    help="Such as 0,1,2,3 for GPUs, one a rank, or cpu.  [default: GPU 0, 1, ...; cpu where there "
+    "is none]",
 )  # fmt: skip
 @click.option(
     "--inputs", type=click.Path(path_type=Path),
@@ -39,22 +42,26 @@ EXECUTORS = ("auto", "tensorrt", "torch")
 )
 @click.option(
     "--check/--no-check", default=True, show_default=True,
-    help="Outputs must be finite, the same on all ranks, and the dense model's, where that can be "
-    "built again.",
+    help="Outputs must be finite, the same on all ranks, TensorRT's those of torch, and the dense "
+    "model's, where that can be built again.",
 )  # fmt: skip
 @click.option(
     "--repeat", type=click.IntRange(0), default=0, show_default=True,
     help="Time this many forwards after the first.",
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="torch: through torch.compile.")
+@click.option(
+    "--cuda-graph", "graph", is_flag=True, help="TensorRT: replay forwards as a CUDA graph."
+)
 @click.option("--profile", is_flag=True, help="Measure the share of collectives.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True,
-    help="Compare weights outside the engines with the manifest's SHA-256.",
+    help="Compare what is read with the manifest's SHA-256.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(1), default=60.0, show_default=True, metavar="SECONDS",
-    help="All ranks are ended when one says nothing for so long.",
+    "--timeout", type=click.FloatRange(1), metavar="SECONDS",
+    help="All ranks are ended when one says nothing for so long.  [default: 60; 600 with "
+    "--compile, as the first forward compiles]",
 )  # fmt: skip
 @options.common
 def command(
@@ -63,6 +70,7 @@ def command(
     devices: str | None,
     inputs: Path | None,
     outputs: Path | None,
+    timeout: float | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -91,6 +99,8 @@ def command(
             "devices": _devices(devices, manifest.world, place),
             "inputs": None if inputs is None else str(inputs.resolve()),
             "outputs": str(Path(scratch, "outputs.safetensors")),
+            "timeout": timeout or (600.0 if rest["compiled"] else 60.0),
+            "local_world": manifest.world if place is None else place.local_world,
             **rest,
         }
         with options.others_aside(screen):
@@ -99,9 +109,11 @@ def command(
                 return
             checked = None
             if rest["check"]:
-                checked = _against_dense(manifest, request, screen)
+                from ..runtime.dense import compare  # late: torch
+
+                checked = compare(manifest, request)
         if outputs is not None:
-            Path(str(request["outputs"])).replace(outputs)
+            _keep(Path(str(request["outputs"])), outputs)
         ran(screen, manifest, reports, checked, outputs)
 
 
@@ -111,6 +123,8 @@ def _check_files(inputs: Path | None, outputs: Path | None) -> None:
         raise UsageError(f"--inputs: there is no file {inputs}.")
     if outputs is not None and not outputs.absolute().parent.is_dir():
         raise UsageError(f"--outputs: there is no folder {outputs.absolute().parent}.")
+    if outputs is not None and outputs.is_dir():
+        raise UsageError(f"--outputs: {outputs} is a folder.", hint="name a file in it.")
 
 
 def _devices(given: str | None, world: int, place: Place | None) -> list[str]:
@@ -153,8 +167,12 @@ def _run(
         return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
 
 
-def _against_dense(manifest: Manifest, request: dict[str, Any], screen: Any) -> Any:
-    """The outputs against the dense model's, or why they cannot be compared."""
-    from ..runtime.dense import compare  # late: torch
-
-    return compare(manifest, request)
+def _keep(written: Path, outputs: Path) -> None:
+    """Put the outputs where they were asked for, whole or not at all."""
+    beside = outputs.with_name(f".{outputs.name}.partial-{os.getpid()}")
+    try:
+        shutil.copyfile(written, beside)
+        beside.replace(outputs)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise output_error(error, outputs) from error

@@ -66,6 +66,7 @@ def _packed(program: Program, applied: Sequence[Applied]) -> Packed:
         "inputs": [_binding(one) for one in program.inputs],
         "outputs": [_binding(one) for one in program.outputs],
         "frozen": [(one.name, _frozen(one.name, one.value, tensors)) for one in program.frozen],
+        "returned": program.returned,
         "applied": list(applied),
     }
     for node, tensor in state.items():

@@ -16,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
+from .signature import Returned
+
 HALF: Final = (torch.float16, torch.bfloat16)
 PROVENANCE: Final = ("nn_module_stack", "stack_trace", "source_fn_stack")
 """What a node's ``meta`` tells about the model's code that made it."""
@@ -80,6 +82,7 @@ class Program:
         exported: the program; its graph may contain ``cp::*`` operators.
         inputs, outputs: the tensors of its signature.
         frozen: arguments that are no tensors.
+        returned: what ``forward`` returns, in which ``outputs`` stand.
         peers: the parameters of rank 1, 2, ..., where ranks do not share rank 0's.
     """
 
@@ -87,6 +90,7 @@ class Program:
     inputs: tuple[Binding, ...]
     outputs: tuple[Binding, ...]
     frozen: tuple[Constant, ...]
+    returned: Returned
     peers: tuple[Mapping[str, Tensor], ...] = ()
 
     @property

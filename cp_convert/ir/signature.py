@@ -53,10 +53,28 @@ class Applied:
     reason: str | None
 
 
+class Returned(msgspec.Struct, frozen=True):
+    """What forward returns: one node of the tree.
+
+    Attributes:
+        kind: ``tensor``, ``none`` (nothing that changes), ``tuple``, ``list``, ``mapping``, or
+            ``fields`` for an object with named fields, such as a dataclass.
+        name: of a tensor's binding, or of an object's class.
+        keys: of a mapping's or an object's items.
+        items: what is within, in order.
+    """
+
+    kind: str
+    name: str | None = None
+    keys: tuple[str, ...] = ()
+    items: tuple[Returned, ...] = ()
+
+
 class Signature(msgspec.Struct, frozen=True):
     """What a trace tells besides the program.
 
     Attributes:
+        returned: what forward returns.
         parameters: the model's own names of its parameters, by placeholder.
         frozen: arguments that are no tensors, and are frozen into the program, as ``repr``.
         applied: what became of the plan's lines.
@@ -65,3 +83,4 @@ class Signature(msgspec.Struct, frozen=True):
     parameters: dict[str, str]
     frozen: dict[str, str]
     applied: tuple[Applied, ...]
+    returned: Returned

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..bundle.manifest import Manifest
 from ..errors import RunFailed
 from ..prove.errors import error_of
 
@@ -51,6 +52,28 @@ def apart(outputs: Mapping[str, Tensor], device: torch.device) -> list[float]:
     told: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(told, worst)
     return told
+
+
+def against_torch(
+    outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], manifest: Manifest
+) -> float:
+    """How far an engine's outputs are from what torch makes of the stored program.
+
+    The bound is the proof's, where there was one: twice what a rounding may cost covers two.
+
+    Raises:
+        RunFailed: they are further apart than that.
+    """
+    error = max((error_of(outputs[name], reference[name]).max for name in outputs), default=0.0)
+    bound = manifest.proof.bound
+    if bound is not None and not error <= bound.max:
+        raise RunFailed(
+            f"the engines return something else than the stored program: relative error "
+            f"{error:.1e} (bound {bound.max:.1e}).",
+            hint="the run-time computes them differently than they were proven; is it the release "
+            "that the manifest names?",
+        )
+    return error
 
 
 def check_alike(errors: Sequence[float]) -> None:

@@ -12,12 +12,12 @@ from dataclasses import replace
 from typing import Any, Final
 
 import torch
-import torch.distributed as dist
 from torch import fx
 
 from ..ir import ops
 from ..ir.program import Lowered, copied, module_of, tensor_of
 from ..mesh import split_groups
+from .groups import members
 
 Group = tuple[int, ...]
 Names = Mapping[Group, str]
@@ -36,16 +36,13 @@ def groups_of(program: Lowered) -> list[Group]:
     return sorted(found)
 
 
-def make_groups(groups: Iterable[Group], world: int) -> dict[Group, str]:
-    """Process groups for ``groups``; collective: every rank of the world calls it alike."""
-    names: dict[Group, str] = {}
-    for ranks in groups:
-        group: Any = dist.group.WORLD
-        if ranks != tuple(range(world)):
-            group = dist.new_group(list(ranks), sort_ranks=False)
-        if isinstance(group, dist.ProcessGroup):  # not for ranks outside
-            names[ranks] = group.group_name
-    return names
+def make_groups(groups: Iterable[Group], rank: int, world: Any) -> dict[Group, str]:
+    """Process groups for those of ``groups`` that ``rank`` is in.
+
+    Collective: every rank of the process group ``world`` calls it alike.
+    """
+    made = {ranks: members(world, ranks) for ranks in groups}
+    return {ranks: group.group_name for ranks, group in made.items() if rank in ranks}
 
 
 def over_the_wire(program: Lowered, rank: int, names: Names) -> Lowered:

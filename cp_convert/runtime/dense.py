@@ -20,7 +20,8 @@ from ..model.load import load, surroundings
 from ..prove.bounds import judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
-from .session import Request, given_inputs
+from .given import given_inputs
+from .session import Request
 
 
 def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     if reason is not None:
         return {"reason": reason, "error": None, "bound": None}
     job, asked = _job(manifest), msgspec.convert(dict(request), Request)
-    given = given_inputs(manifest, asked)
+    given = given_inputs(manifest, asked.inputs, asked.seed)
     with surroundings(job):
         try:
             source = load(job)

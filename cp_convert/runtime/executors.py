@@ -51,28 +51,29 @@ def open_rank(
     device: str | None = None,
     communicator: Any = None,
     compiled: bool = False,
+    graph: bool = False,
     verify: bool = True,
     told: Told = lambda _: None,
 ) -> Executor:
     """Open the bundle at ``path`` for ``rank``; collective: every rank of the world does it.
 
-    ``torch.distributed`` must have been initialised with the bundle's world, unless that is 1 or a
-    ``communicator`` is given.
-
     Args:
         path: the bundle.
         rank: 0 to world - 1.
-        executor: one of :data:`EXECUTORS`; ``auto`` takes TensorRT where it can run the engines.
+        executor: one of :data:`EXECUTORS`; ``auto`` takes TensorRT where it can run the engines,
+            on all ranks.
         device: such as ``cuda:1`` or ``cpu``; ``None``: a GPU where there is one, rank by rank.
-        communicator: for TensorRT, the address of an ``ncclComm_t`` of all ranks; ``None`` takes
-            that of torch's process group.
+        communicator: a process group of ``torch.distributed`` with the bundle's world, or, for
+            TensorRT, the address of an ``ncclComm_t``; ``None``: torch's default group.
         compiled: whether torch's program goes through ``torch.compile``.
-        verify: whether weights outside the engines are compared with the manifest's SHA-256.
+        graph: whether TensorRT's forwards after the first are replayed as a CUDA graph.
+        verify: whether the program, and weights outside the engines, are compared with the
+            manifest's SHA-256.
         told: is called with every step that was taken, so that a watcher sees progress.
 
     Raises:
         DamagedBundle: a file is missing or altered.
-        UsageError: there is no such rank.
+        UsageError: there is no such rank, or another world was started.
         BackendMissing: the executor cannot run this bundle here.
     """
     manifest, folder = bundles.read(path)
@@ -81,12 +82,12 @@ def open_rank(
             f"rank {rank}: the bundle has ranks 0 to {manifest.world - 1}.",
             hint=f"start {manifest.world} ranks.",
         )
-    name, why_not = choose(manifest, executor, device)
+    name, why_not = choose(manifest, executor, rank, device, communicator)
     if name == "tensorrt":
         from .tensorrt_executor import TensorRTExecutor
 
         return TensorRTExecutor(
-            manifest, folder, rank, device, communicator, verify=verify, told=told
+            manifest, folder, rank, device, communicator, graph=graph, verify=verify, told=told
         )
     if manifest.program is None:
         raise BackendMissing(
@@ -97,21 +98,31 @@ def open_rank(
     from .torch_executor import TorchExecutor
 
     return TorchExecutor(
-        manifest, folder, rank, device, compiled=compiled, verify=verify, told=told
+        manifest, folder, rank, device, communicator, compiled=compiled, verify=verify, told=told
     )
 
 
-def choose(manifest: Manifest, executor: str, device: str | None) -> tuple[str, str | None]:
+def choose(
+    manifest: Manifest, executor: str, rank: int, device: str | None, communicator: Any
+) -> tuple[str, str | None]:
     """Which executor runs this bundle, and why TensorRT does not, if it does not.
+
+    Collective, unless torch is asked for: what one rank cannot do, none does.
 
     Raises:
         BackendMissing: TensorRT is asked for and cannot.
     """
     if executor == "torch":
         return executor, None
+    from .groups import checked_world, everyone
     from .tensorrt_executor import why_not
 
-    reason = why_not(manifest, device)
+    checked_world(manifest.world, communicator)
+    reasons = everyone(why_not(manifest, rank, device), communicator)
+    odd = [number for number, one in enumerate(reasons) if one is not None]
+    reason = reasons[odd[0]] if odd else None
+    if reason is not None and len(odd) < len(reasons):
+        reason += f" (rank {', '.join(map(str, odd))})"
     if executor == "tensorrt" and reason is not None:
         raise BackendMissing(
             f"TensorRT cannot run these engines here: {reason}.",

@@ -21,6 +21,10 @@ class Gpu:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
 
+    def use(self) -> None:
+        """Make it CUDA's current device, on which TensorRT puts what it makes."""
+        torch.cuda.set_device(self.device)
+
     @staticmethod
     def count() -> int:
         """How many GPUs torch sees."""
@@ -56,12 +60,11 @@ class Gpu:
         assert self._stream is not None
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
-    def communicator(self) -> int:
-        """Address of the ``ncclComm_t`` of all ranks; there is none before a first collective."""
-        dist.all_reduce(torch.zeros(1, device=self.device))
+    def communicator(self, group: Any) -> int:
+        """Address of the group's ``ncclComm_t``; there is none before a first collective."""
+        dist.all_reduce(torch.zeros(1, device=self.device), group=group)
         torch.cuda.synchronize(self.device)
-        assert dist.group.WORLD is not None
-        backend: Any = dist.group.WORLD._get_backend(self.device)
+        backend: Any = group._get_backend(self.device)
         return int(backend._comm_ptr())
 
     def empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -73,11 +76,19 @@ class Gpu:
         torch.cuda.synchronize(self.device)
 
     def captured(self, work: Any) -> Any:
-        """``work`` as a CUDA graph, and what replays it."""
+        """``work``, which puts something on our stream, as a CUDA graph that can be replayed.
+
+        Other threads go on: NCCL's watchdog asks for events while the graph is captured.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             work()
         return graph
+
+    def replay(self, graph: Any) -> None:
+        """A captured graph again, on our stream."""
+        with torch.cuda.stream(self._stream):
+            graph.replay()
 
 
 def capsule(address: int) -> object:

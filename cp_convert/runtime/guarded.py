@@ -2,69 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
-import torch.distributed as dist
 
 from ..errors import ConvertError, RunFailed
 from .session import Request, run_rank
-
-_PERIOD: Final = 0.25
-
-
-class _Watch:
-    """Ends the process from a thread of its own after silence."""
-
-    def __init__(self, rank: int, timeout: float) -> None:
-        self.rank, self.timeout = rank, timeout
-        self.doing, self.heard = "starting", time.monotonic()
-        self.over = threading.Event()
-
-    def told(self, doing: str) -> None:
-        """A step was begun."""
-        self.doing, self.heard = doing, time.monotonic()
-
-    def run(self) -> None:
-        while not self.over.wait(_PERIOD):
-            if time.monotonic() - self.heard > self.timeout:
-                self._end()
-
-    def _end(self) -> None:
-        error = RunFailed(
-            f"rank {self.rank} said nothing for {self.timeout:.0f} s while {self.doing}."
-        )
-        sys.stderr.write(f"{error.title}: {error.message}\n")
-        sys.stderr.flush()
-        abort()
-        os._exit(RunFailed.exit_code)  # the main thread may hang in a collective for ever
-
-
-def abort() -> None:
-    """End NCCL's communicators under the hands of whoever waits in them."""
-    if dist.is_initialized() and dist.is_nccl_available():
-        backend: Any = dist.group.WORLD
-        if dist.get_backend(backend) == "nccl":
-            dist.distributed_c10d._abort_process_group()
-
-
-@contextmanager
-def watched(rank: int, timeout: float) -> Iterator[_Watch]:
-    """A watch over the block."""
-    watch = _Watch(rank, timeout)
-    thread = threading.Thread(target=watch.run, daemon=True)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        watch.over.set()
-        thread.join()
+from .watch import SHARE, Silence, watched
 
 
 def run_guarded(
@@ -76,14 +22,26 @@ def run_guarded(
         ConvertError: see :func:`.session.run_rank`.
     """
     asked = msgspec.convert({**request, "store": None}, Request)
-    with watched(rank, asked.timeout) as watch:
+
+    def ended(silence: Silence) -> None:
+        message = f"rank {rank} failed while {silence.doing}: {silence.message}."
+        sys.stderr.write(f"{RunFailed.title}: {message}\n")
+        sys.stderr.flush()
+
+    with watched(SHARE * asked.timeout, ended) as watch:
         try:
             reports = run_rank(asked, rank, world, local, watch.told, gather=True)
         except ConvertError:
             raise
         except RuntimeError as error:  # what torch.distributed raises when a peer is gone
             raise RunFailed(
-                f"rank {rank} failed while {watch.doing}: {str(error).splitlines()[0]}",
+                f"rank {rank} failed while {watch.doing}: {first_line(error)}",
                 hint="look at what the other ranks said.",
             ) from error
     return [msgspec.to_builtins(one) for one in reports]
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an exception says, its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,13 +1,14 @@
 """Ranks as processes of this machine, watched: when one dies or hangs, all are ended.
 
-No torch here. A rank tells what it is doing on a pipe, one JSON document a line; silence for
-longer than the timeout, or an end without a farewell, ends every rank. What is left then is what a
-rank said last.
+No torch here. A rank tells what it is doing on a pipe, one JSON document a line; an error, silence
+for longer than the timeout, or an end without a farewell ends every rank. :mod:`.blame` finds the
+one that is the cause.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import signal
@@ -17,45 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from ..errors import RunFailed
+from .blame import Rank, failure, silence
 
 MODULE: Final = "cp_convert.runtime.rank"
-_SAID: Final = 20
-"""How many lines of a rank's own words are shown."""
 _GRACE: Final = 2.0
-"""Seconds between asking a process to end and ending it."""
-
-
-@dataclass
-class Rank:
-    """One process.
-
-    Attributes:
-        number: the rank.
-        process: the process.
-        said: file of its stdout and stderr.
-        doing: what it told last.
-        heard: when, by the monotonic clock.
-        result: what it told at its end.
-        error: why it cannot go on; ``peer`` in it says that another rank is the cause.
-    """
-
-    number: int
-    process: subprocess.Popen[bytes]
-    said: Path
-    doing: str = "starting"
-    heard: float = field(default_factory=time.monotonic)
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-
-    def words(self) -> str:
-        """The end of what it said, without noise."""
-        text = self.said.read_text(errors="replace") if self.said.exists() else ""
-        return "\n".join([x for x in text.splitlines() if x.strip()][-_SAID:])
+"""Seconds between asking a process to end and ending it, or for others to say why they fail."""
 
 
 def launch(
@@ -77,6 +47,7 @@ def launch(
 
     Raises:
         RunFailed: a rank died, hung, or said that it failed; the others were ended.
+        ConvertError: what all ranks refuse alike, such as inputs of other shapes.
     """
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as name:
         folder = Path(name)
@@ -115,6 +86,7 @@ def _start(folder: Path, number: int, world: int, own: Mapping[str, str]) -> tup
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
         "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(world))),
         **own,
     }
     command = [sys.executable, "-m", MODULE, str(folder), str(writing)]
@@ -132,6 +104,11 @@ def _start(folder: Path, number: int, world: int, own: Mapping[str, str]) -> tup
     return Rank(number, process, said), os.fdopen(reading, "rb")
 
 
+def _threads(world: int) -> int:
+    """For each of the ranks: together they have the cores, and no more."""
+    return max(1, len(os.sched_getaffinity(0)) // world)
+
+
 def _watch(
     ranks: Sequence[Rank],
     pipes: Sequence[IO[bytes]],
@@ -139,34 +116,42 @@ def _watch(
     told: Callable[[int, str], None],
 ) -> None:
     """Until all have said farewell, or one has failed and the others had time to say why."""
-    verdict: float | None = None
+    verdict = math.inf
     with selectors.DefaultSelector() as selector:
         for rank, pipe in zip(ranks, pipes, strict=True):
             os.set_blocking(pipe.fileno(), False)
             selector.register(pipe, selectors.EVENT_READ, (rank, bytearray()))
-        while selector.get_map() and (verdict is None or time.monotonic() < verdict):
-            for key, _ in selector.select(timeout=min(timeout / 4, 0.5)):
+        while selector.get_map() and time.monotonic() < verdict:
+            ended = {rank.number for rank in ranks if rank.process.poll() is not None}
+            for key, _ in selector.select(timeout=min(timeout / 20, 0.25)):
                 rank, unread = key.data
-                data = os.read(key.fd, 1 << 16)
-                if not data:
+                ended.discard(rank.number)  # what it said before is heard first
+                if not _read(rank, unread, key.fd, told):
                     selector.unregister(key.fileobj)
-                    if rank.result is None and verdict is None:
-                        verdict = time.monotonic() + _GRACE
-                    continue
-                _read(rank, unread, data, told)
-            if verdict is None:
-                _check_silence([key.data[0] for key in selector.get_map().values()], timeout)
-    if verdict is not None:
-        raise failure(min((r for r in ranks if r.result is None), key=_blame))
+            if any(rank.error or (rank.number in ended and not rank.result) for rank in ranks):
+                verdict = min(verdict, time.monotonic() + min(_GRACE, timeout / 10))
+            if verdict == math.inf:
+                _check_silence(ranks, timeout)
+    if verdict < math.inf:
+        raise failure(ranks)
 
 
-def _read(rank: Rank, unread: bytearray, data: bytes, told: Callable[[int, str], None]) -> None:
-    """Documents, one a line; what is left of the last one waits for the rest."""
+def _check_silence(ranks: Sequence[Rank], timeout: float) -> None:
+    now = time.monotonic()
+    silent = [rank for rank in ranks if rank.result is None and now - rank.heard > timeout]
+    if silent:
+        raise silence(silent, ranks)
+
+
+def _read(rank: Rank, unread: bytearray, file: int, told: Callable[[int, str], None]) -> bool:
+    """Documents, one a line; what is left of the last one waits for the rest. False at the end."""
+    data = os.read(file, 1 << 16)
     unread += data
     *lines, rest = bytes(unread).split(b"\n")
     unread[:] = rest
     for line in lines:
         _hear(rank, json.loads(line), told)
+    return bool(data)
 
 
 def _hear(rank: Rank, message: Mapping[str, Any], told: Callable[[int, str], None]) -> None:
@@ -178,47 +163,6 @@ def _hear(rank: Rank, message: Mapping[str, Any], told: Callable[[int, str], Non
     else:
         rank.doing = str(message["doing"])
         told(rank.number, rank.doing)
-
-
-def _blame(rank: Rank) -> tuple[int, int]:
-    """Collectives of the others fail because of one: who died without a word comes first."""
-    if rank.error is not None:
-        return (2 if rank.error.get("peer") else 1), rank.number
-    return (3 if rank.process.poll() is None else 0), rank.number
-
-
-def failure(rank: Rank) -> RunFailed:
-    """What a rank that ended without a result has to say."""
-    if rank.error is not None:
-        return RunFailed(
-            f"rank {rank.number} failed while {rank.doing}: {rank.error['message']}",
-            where=rank.error.get("where"),
-            hint=rank.error.get("hint"),
-        )
-    code = rank.process.poll()
-    how = "closed its report" if code is None else f"ended with exit code {code}"
-    if code is not None and code < 0:
-        how = f"was ended by {signal.Signals(-code).name}"
-    words = rank.words()
-    return RunFailed(
-        f"rank {rank.number} {how} while {rank.doing}; the other ranks were ended."
-        + (f"\n{words}" if words else " It said nothing."),
-        hint="run it again with -v, or with --executor torch --devices cpu.",
-    )
-
-
-def _check_silence(ranks: Sequence[Rank], timeout: float) -> None:
-    now = time.monotonic()
-    silent = [rank for rank in ranks if now - rank.heard > timeout]
-    if not silent:
-        return
-    doing = "; ".join(f"rank {r.number} was {r.doing}" for r in ranks)
-    words = silent[0].words()
-    raise RunFailed(
-        f"rank {silent[0].number} said nothing for {timeout:.0f} s, and all ranks were ended: "
-        f"{doing}." + (f"\n{words}" if words else ""),
-        hint="--timeout allows more; a rank that waits for one that is not there hangs like this.",
-    )
 
 
 def _end(ranks: Sequence[Rank]) -> None:

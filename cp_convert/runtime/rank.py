@@ -6,44 +6,70 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import msgspec
 
 from ..errors import ConvertError
 
+Tell = Callable[..., None]
+
 
 def main(folder: Path, pipe: int) -> int:
     """Do what ``request.json`` says and tell the parent; returns the exit code."""
-
-    def tell(**message: Any) -> None:
-        os.write(pipe, json.dumps(message).encode() + b"\n")
-
+    tell = _teller(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
     tell(doing="importing torch")
     import torch.distributed as dist
 
     from .session import Request, run_rank
+    from .watch import SHARE, Silence, watched
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     request = msgspec.json.decode((folder / "request.json").read_bytes(), type=Request)
-    try:
-        (report,) = run_rank(request, rank, world, rank, lambda what: tell(doing=what))
-    except ConvertError as error:
-        tell(error={**error.as_dict(), "exit_code": error.exit_code})
-        return error.exit_code
-    except dist.DistError as error:
-        tell(error={"message": str(error).splitlines()[0], "peer": True})
-        return 1
-    except RuntimeError as error:
-        # gloo has no error class of its own for a peer that is gone.
-        peer = "gloo" in str(error)
-        tell(error={"message": f"{type(error).__name__}: {error}"[:2000], "peer": peer})
-        return 1
+
+    def ended(silence: Silence) -> None:
+        tell(error={"message": f"{silence.message}.", "peer": silence.waits})
+
+    with watched(SHARE * request.timeout, ended) as watch:
+
+        def told(what: str) -> None:
+            watch.told(what)
+            tell(doing=what)
+
+        try:
+            (report,) = run_rank(request, rank, world, rank, told)
+        except ConvertError as error:
+            tell(error={**error.as_dict(), "peer": False})
+            return error.exit_code
+        except RuntimeError as error:
+            # gloo has no error class of its own for a peer that is gone.
+            peer = isinstance(error, dist.DistError) or "gloo" in str(error)
+            tell(error={"message": f"{type(error).__name__}: {error}"[:2000], "peer": peer})
+            return 1
     tell(result=msgspec.to_builtins(report))
     return 0
 
 
+def _teller(pipe: int) -> Tell:
+    """Writes documents, one a line; from any thread."""
+    os.set_inheritable(pipe, False)
+    lock = Lock()
+
+    def tell(**message: Any) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        with lock:
+            while data:
+                data = data[os.write(pipe, data) :]
+
+    return tell
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    code = main(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # what is left has no say: NCCL has been seen to hang in its destructors

@@ -19,11 +19,13 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..backends import BACKENDS
+from ..bundle.folder import file_problem
 from ..bundle.manifest import Manifest
-from ..errors import BackendMissing, DamagedBundle, RunFailed
+from ..errors import BackendMissing, ConvertError, DamagedBundle, RunFailed
 from ..releases import NCCL
 from .arguments import flattened
 from .gpu import Gpu, capsule
+from .groups import checked_world, group_of
 from .torch_executor import device_of
 from .weights import bound_weights
 
@@ -34,11 +36,13 @@ ALIGNMENT: Final = 256
 _log = logging.getLogger(__name__)
 
 
-def why_not(manifest: Manifest, device: str | None, gpu: Gpu | None = None) -> str | None:
-    """Why TensorRT cannot run the bundle on ``device``, or ``None``; touches no GPU memory."""
+def why_not(
+    manifest: Manifest, rank: int, device: str | None, gpu: Gpu | None = None
+) -> str | None:
+    """Why TensorRT cannot run a rank's engine on ``device``, or ``None``; takes no GPU memory."""
     backend = manifest.backend
     module, installed = MODULES[backend.name], BACKENDS[backend.name].version
-    if device == "cpu" or not Gpu.count():
+    if device == "cpu" or not (gpu or Gpu).count():
         return "there is no GPU"
     if util.find_spec(module) is None:
         return f"{module} is not installed"
@@ -49,23 +53,17 @@ def why_not(manifest: Manifest, device: str | None, gpu: Gpu | None = None) -> s
         )
     if manifest.runs_on.doubt is not None:
         return manifest.runs_on.doubt
-    gpu = gpu or Gpu(device_of(0, device))
-    return _gpu_refusal(manifest, gpu)
+    return _gpu_refusal(manifest, rank, gpu or Gpu(device_of(rank, device)))
 
 
-def _gpu_refusal(manifest: Manifest, gpu: Gpu) -> str | None:
-    major, minor = gpu.capability()
-    if manifest.backend.name == "tensorrt-rtx" and major in (9, 10):
-        return (
-            f"TensorRT-RTX has no kernels for compute capability {major}.{minor}; Hopper and "
-            "data-centre Blackwell need --backend tensorrt"
-        )
+def _gpu_refusal(manifest: Manifest, rank: int, gpu: Gpu) -> str | None:
+    refusal = _generation(manifest, gpu.capability())
+    if refusal is not None:
+        return refusal
     nccl = ".".join(map(str, gpu.nccl()))
     if manifest.world > 1 and Version(nccl) < Version(NCCL):
         return f"NCCL {nccl} is loaded, and TensorRT needs {NCCL}"
-    engine = manifest.engines[0]
-    weights = sum(weight.bytes for weight in manifest.weights)
-    needed = engine.bytes + (engine.activation_bytes or 0) + weights
+    needed = bytes_needed(manifest, rank)
     if gpu.free() < needed:
         return (
             f"the engine, its weights and activations need {needed / 1e9:.1f} GB, and "
@@ -74,12 +72,44 @@ def _gpu_refusal(manifest: Manifest, gpu: Gpu) -> str | None:
     return None
 
 
+def _generation(manifest: Manifest, capability: tuple[int, int]) -> str | None:
+    here = ".".join(map(str, capability))
+    if manifest.backend.name == "tensorrt-rtx" and capability[0] in (9, 10):
+        return (
+            f"TensorRT-RTX has no kernels for compute capability {here}; Hopper and data-centre "
+            "Blackwell need --backend tensorrt"
+        )
+    targets = manifest.runs_on.compute_capabilities
+    if targets and not any(_is_for(target, capability) for target in targets):
+        return (
+            f"the engines are for compute capability {', '.join(targets)}, and this GPU has {here}"
+        )
+    return None
+
+
+def _is_for(target: str, capability: tuple[int, int]) -> bool:
+    """Whether ``8.9``, or ``12.0+`` for that and all that come later, names a capability."""
+    major, minor = map(int, target.removesuffix("+").split("."))
+    return capability >= (major, minor) if target.endswith("+") else capability == (major, minor)
+
+
+def bytes_needed(manifest: Manifest, rank: int) -> int:
+    """What a rank's engine, weights and activations take on a GPU; tied weights count once."""
+    engine = manifest.engines[rank]
+    weights = {(one.file, one.offset): one.bytes for one in manifest.weights}
+    return engine.bytes + (engine.activation_bytes or 0) + sum(weights.values())
+
+
 class TensorRTExecutor:
     """See :class:`.executors.Executor`.
+
+    What a rank can find out alone comes first: no other waits in the communicator for one whose
+    files are missing.
 
     Raises:
         BackendMissing: the run-time cannot be loaded, or does not take the engine.
         DamagedBundle: the engine or a weight is missing or altered.
+        UsageError: another world was started.
         RunFailed: the communicator was refused; without it results would be wrong, silently.
     """
 
@@ -99,43 +129,64 @@ class TensorRTExecutor:
         gpu: Gpu | None = None,
     ) -> None:
         self.manifest, self.rank = manifest, rank
+        checked_world(manifest.world, communicator)
         self.gpu = gpu or Gpu(device_of(rank, device))
-        self._wants_graph, self._graph = graph, None
+        self._wants_graph = graph
+        self._graph: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._weights: dict[str, Tensor] = {}
+        self._given: dict[str, Tensor] = {}
+        self._copies: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
         self._trt: Any = importlib.import_module(MODULES[manifest.backend.name])
-        told("the engine")
         self._logger = _logger(self._trt)
-        self._runtime: Any = self._trt.Runtime(self._logger)
-        self._engine = self._deserialized(folder / manifest.engines[rank].file)
-        self._context: Any = self._engine.create_execution_context()
+        self._runtime: Any = None
+        try:
+            self._open(folder, communicator, verify=verify, told=told)
+        except ConvertError:
+            self.close()
+            raise
+
+    def _open(self, folder: Path, communicator: Any, *, verify: bool, told: Told) -> None:
+        self.gpu.use()
+        told("the engine")
+        self._runtime = self._trt.Runtime(self._logger)
+        self._engine = self._deserialized(folder, verify=verify)
+        self._context = self._engine.create_execution_context()
         if self._context is None:
             raise BackendMissing(
                 f"TensorRT made no execution context.{self._quoted()}",
                 hint="mostly memory: free some, or take a GPU with more.",
             )
-        if manifest.world > 1:
-            told("the communicator")
-            self._bind(communicator or self.gpu.communicator())
         self._weights = bound_weights(
-            manifest.weights, folder, self.gpu.device, verify=verify, told=told
+            self.manifest.weights, folder, self.gpu.device, verify=verify, told=told
         )
-        for name, tensor in self._weights.items():
-            self._address(name, tensor)
-        self._given: dict[str, Tensor] = {}
         self._outputs = {
             io.name: self.gpu.empty(io.shape, getattr(torch, io.dtype))
-            for io in manifest.io
+            for io in self.manifest.io
             if io.mode == "output"
         }
-        for name, tensor in self._outputs.items():
+        for name, tensor in {**self._weights, **self._outputs}.items():
             self._address(name, tensor)
+        if self.manifest.world > 1:
+            told("the communicator")
+            self._bind(communicator)
 
-    def _deserialized(self, file: Path) -> Any:
-        try:
-            with file.open("rb") as opened:
-                pages = mmap(opened.fileno(), 0, access=ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DamagedBundle(f"the engine {file} cannot be read: {error}.") from error
-        engine = self._runtime.deserialize_cuda_engine(memoryview(pages))
+    def _deserialized(self, folder: Path, *, verify: bool) -> Any:
+        told = self.manifest.engines[self.rank]
+        file = folder / told.file
+        problem = file_problem(file, told, digest=verify)
+        if problem is not None:
+            raise DamagedBundle(
+                f"the engine {file}: {problem}.", hint="copy the bundle again, or convert again."
+            )
+        with (
+            file.open("rb") as opened,
+            mmap(opened.fileno(), 0, access=ACCESS_READ) as pages,
+            memoryview(pages) as whole,
+        ):
+            engine = self._runtime.deserialize_cuda_engine(whole)
         if engine is None:
             raise BackendMissing(
                 f"TensorRT does not take {file.name}.{self._quoted()}",
@@ -144,9 +195,12 @@ class TensorRTExecutor:
             )
         return engine
 
-    def _bind(self, communicator: int) -> None:
+    def _bind(self, communicator: Any) -> None:
         """Collective: returns when every rank has bound its own. Once a context."""
-        if not self._context.set_communicator(capsule(communicator)):
+        address = communicator
+        if not isinstance(communicator, int):
+            address = self.gpu.communicator(group_of(communicator))
+        if not self._context.set_communicator(capsule(address)):
             raise RunFailed(
                 f"rank {self.rank}: TensorRT refused the communicator.{self._quoted()} It would "
                 "go on without and compute something else.",
@@ -155,35 +209,43 @@ class TensorRTExecutor:
             )
 
     def _address(self, name: str, tensor: Tensor) -> None:
+        assert tensor.data_ptr() % ALIGNMENT == 0, name
         if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise RunFailed(f"rank {self.rank}: TensorRT refused the binding {name}.")
+            raise RunFailed(
+                f"rank {self.rank}: TensorRT refused the binding {name}.{self._quoted()}",
+                hint="does the engine belong to this manifest? `cp-convert verify` tells.",
+            )
 
+    @torch.no_grad()
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
+        self.gpu.use()
         for name, tensor in flattened(self.manifest, arguments).items():
             self._give(name, tensor.to(self.gpu.device))
         stream = self.gpu.stream()
         self.gpu.before()
         if self._graph is not None:
-            self._graph.replay()
-        elif not self._context.execute_async_v3(stream):
-            raise RunFailed(f"rank {self.rank}: TensorRT could not run.{self._quoted()}")
-        elif self._wants_graph:
-            self._graph = self.gpu.captured(lambda: self._context.execute_async_v3(stream))
+            self.gpu.replay(self._graph)
+        else:
+            self._run(stream)
+            if self._wants_graph:  # only now: the first forward allocates, which a graph must not
+                self._graph = self.gpu.captured(lambda: self._run(stream))
         self.gpu.after()
         return dict(self._outputs)
 
+    def _run(self, stream: int) -> None:
+        if not self._context.execute_async_v3(stream):
+            raise RunFailed(f"rank {self.rank}: TensorRT could not run.{self._quoted()}")
+
     def _give(self, name: str, tensor: Tensor) -> None:
         """In place where it may be; a captured graph reads the same memory for ever."""
-        fits = tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0
-        if self._wants_graph or not fits:
-            if name not in self._given:
-                self._given[name] = self.gpu.empty(list(tensor.shape), tensor.dtype)
-                self._address(name, self._given[name])
-            self._given[name].copy_(tensor)
-            return
-        self._given[name] = tensor  # kept alive until the next call
-        self._address(name, tensor)
+        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not self._wants_graph:
+            self._given[name] = tensor  # kept alive until the next call
+        else:
+            if name not in self._copies:
+                self._copies[name] = self.gpu.empty(list(tensor.shape), tensor.dtype)
+            self._given[name] = self._copies[name].copy_(tensor)
+        self._address(name, self._given[name])
 
     def _quoted(self) -> str:
         said = getattr(self._logger, "said", [])
@@ -191,14 +253,14 @@ class TensorRTExecutor:
 
     def close(self) -> None:
         """Graph, context, engine, run-time, in that order; the communicator is its owner's."""
-        if self._context is None:
+        if self._runtime is None:
             return
         self.gpu.synchronize()
         self._graph = None
         self._context = None
         self._engine = None
         self._runtime = None
-        self._weights, self._given, self._outputs = {}, {}, {}
+        self._weights, self._given, self._copies, self._outputs = {}, {}, {}, {}
 
     def __enter__(self) -> TensorRTExecutor:
         return self

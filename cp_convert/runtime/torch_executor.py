@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 
 from ..bundle.manifest import Manifest
 from ..bundle.program import read_program
 from ..engine.specialise import specialise
-from ..errors import BackendMissing, UsageError
+from ..errors import BackendMissing
 from ..ir.program import Lowered
 from ..prove.device import Mover
 from .arguments import flattened
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
+from .groups import checked_world, group_of
 from .weights import bound_weights
 
 Told = Callable[[str], None]
@@ -43,6 +43,7 @@ class TorchExecutor:
         folder: Path,
         rank: int,
         device: str | None,
+        communicator: Any = None,
         *,
         compiled: bool = False,
         verify: bool = True,
@@ -50,12 +51,12 @@ class TorchExecutor:
     ) -> None:
         self.manifest, self.rank = manifest, rank
         self.device = device_of(rank, device)
-        _check_world(manifest.world)
-        stored = read_program(folder)
+        checked_world(manifest.world, communicator)
+        stored = read_program(manifest, folder, verify=verify)
         for reason in unsupported(stored.program):
             raise BackendMissing(f"torch cannot run this program: {reason}.")
         told("program")
-        names = make_groups(groups_of(stored.program), manifest.world)
+        names = make_groups(groups_of(stored.program), rank, group_of(communicator))
         told("groups")
         program = over_the_wire(specialise(stored.program, rank), rank, names)
         self._program = on_device(program, self.device, stored.names)
@@ -111,11 +112,21 @@ def device_of(rank: int, device: str | None) -> torch.device:
     """The device of a rank: the one that is named, else a GPU if there is any.
 
     Raises:
-        BackendMissing: there are fewer GPUs than that.
+        BackendMissing: there is none of that name.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
         device = f"cuda:{rank % count}" if count else "cpu"
+    return checked_device(device, rank)
+
+
+def checked_device(device: str, rank: int) -> torch.device:
+    """The device of this name, for ``rank``.
+
+    Raises:
+        BackendMissing: there is none.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= count:
         raise BackendMissing(
@@ -124,15 +135,6 @@ def device_of(rank: int, device: str | None) -> torch.device:
             "without.",
         )
     return found
-
-
-def _check_world(world: int) -> None:
-    there = dist.get_world_size() if dist.is_initialized() else 1
-    if there != world:
-        raise UsageError(
-            f"the bundle is for {world} ranks, and {there} were started.",
-            hint="`cp-convert run BUNDLE` starts them; under torchrun: --nproc-per-node.",
-        )
 
 
 def on_device(program: Lowered, device: torch.device, elsewhere: Mapping[str, str]) -> Lowered:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_COPY, mmap
 from pathlib import Path
 from typing import Final
 
@@ -61,7 +61,7 @@ def bound_weights(
 def _pages(file: Path) -> mmap:
     try:
         with file.open("rb") as opened:
-            return mmap(opened.fileno(), 0, access=ACCESS_READ)
+            return mmap(opened.fileno(), 0, access=ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise DamagedBundle(
             f"the weights {file} cannot be read: {getattr(error, 'strerror', None) or error}.",

@@ -28,7 +28,7 @@ def ran(
             {
                 "status": "ok",
                 "ranks": list(reports),
-                "forward_seconds": times,
+                "forward": _statistics(times),
                 "check": checked,
                 "outputs": None if outputs is None else str(outputs),
             }
@@ -46,6 +46,7 @@ def ran(
     print_(_ranks(reports))
     for name, line in (
         ("ranks", _alike(reports)),
+        ("torch", _torch(reports)),
         ("dense", _dense(checked)),
         ("forward", _times(times)),
     ):
@@ -90,11 +91,28 @@ def _dense(checked: Mapping[str, Any] | None) -> str:
     return f"relative error {checked['error']:.1e} (bound {checked['bound']:.1e})"
 
 
-def _times(times: Sequence[float]) -> str:
+def _statistics(times: Sequence[float]) -> dict[str, Any] | None:
+    """In seconds; the spread is that of the slowest over the fastest, less one."""
     if not times:
+        return None
+    return {
+        "seconds": list(times),
+        "median": statistics.median(times),
+        "minimum": min(times),
+        "spread": max(times) / min(times) - 1,
+    }
+
+
+def _times(times: Sequence[float]) -> str:
+    told = _statistics(times)
+    if told is None:
         return ""
-    middle, least, most = statistics.median(times), min(times), max(times)
     return (
-        f"median {middle * 1e3:.1f} ms, least {least * 1e3:.1f}, most {most * 1e3:.1f}, of "
-        f"{len(times)}; each is that of the slowest rank"
+        f"median {told['median'] * 1e3:.1f} ms, minimum {told['minimum'] * 1e3:.1f} ms, spread "
+        f"{told['spread']:.0%}, of {len(times)}; each is that of the slowest rank"
     )
+
+
+def _torch(reports: Sequence[Mapping[str, Any]]) -> str:
+    errors = [one["torch"] for one in reports if one["torch"] is not None]
+    return f"the engines are within {max(errors):.1e} of the stored program" if errors else ""

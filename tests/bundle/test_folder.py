@@ -47,6 +47,9 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         torch_tensorrt="2",
         io=[m.Io(name="x", mode="input", dtype="float16", shape=[1, 2])],
         frozen=[m.Frozen(name="flag", value="True")],
+        forward=m.Forward(
+            arguments=["x"], returned=m.Returned(kind="none", name=None, keys=[], items=[])
+        ),
         plan_source="model",
         sharding=[
             m.Sharding(

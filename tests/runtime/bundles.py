@@ -1,0 +1,91 @@
+"""Bundles for the run-time's tests: all stages but TensorRT's build, whose engines nobody opens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cp_convert import stages
+from cp_convert.backends import select
+from cp_convert.bundle import engine_name, sha256
+from cp_convert.bundle.manifest import Manifest
+from cp_convert.ir.engine import Engine
+from cp_convert.ir.records import Built
+from cp_convert.job import Job
+from cp_convert.pipeline import convert
+from cp_convert.progress import Progress
+
+
+def _stand_ins(loaded: Any, *_: Any) -> Built:
+    engines = []
+    for rank in range(loaded.job.world):
+        path = loaded.folder / engine_name(rank)
+        path.write_bytes(b"engine of rank %d" % rank)
+        engines.append(
+            Engine(rank, path, path.stat().st_size, sha256(path), (), 0.0, activations=1024)
+        )
+    return Built(tuple(engines), (), {})
+
+
+def converted(model: Path, out: Path, strategy: str, world: int, **options: Any) -> Manifest:
+    """A bundle of ``model`` in float32 at ``out``."""
+    job = Job(
+        model=model, out=out, strategy=strategy, world=world, precision="fp32", proof="none",
+        program="yes", command="cp-convert", **options,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_built", _stand_ins)
+        return convert(job, select("auto"), Progress())
+
+
+FLUX = """
+import torch
+from diffusers import FluxTransformer2DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1,
+        attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
+
+def example_inputs():
+    torch.manual_seed(1)
+    ids = torch.stack((torch.zeros(48), torch.arange(48) // 8, torch.arange(48) % 8), -1)
+    return {"hidden_states": torch.randn(1, 48, 16),
+        "encoder_hidden_states": torch.randn(1, 12, 32),
+        "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]),
+        "img_ids": ids.float(), "txt_ids": torch.zeros(12, 3), "guidance": torch.tensor([3.5])}
+"""
+WAN = """
+import torch
+from diffusers import WanTransformer3DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=4,
+        attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64,
+        num_layers=1, rope_max_seq_len=16)
+
+def example_inputs():
+    torch.manual_seed(1)
+    return {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 7, 16)}
+"""
+QWEN = """
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+def build_model():
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=1,
+        attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6))
+
+def example_inputs():
+    torch.manual_seed(1)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    return {"hidden_states": torch.randn(1, 48, 16),
+        "encoder_hidden_states": torch.randn(1, 12, 32),
+        "timestep": torch.tensor([0.5]), "img_shapes": [(1, 6, 8)],
+        "encoder_hidden_states_mask": mask}
+"""

@@ -1,0 +1,287 @@
+"""The TensorRT executor on a TensorRT and a GPU that stand in for the real: order and refusals."""
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cp_convert import bundle as bundles
+from cp_convert.backends import Backend
+from cp_convert.bundle import manifest as m
+from cp_convert.errors import BackendMissing, DamagedBundle, RunFailed
+from cp_convert.runtime.gpu import Gpu
+from cp_convert.runtime.tensorrt_executor import TensorRTExecutor, bytes_needed, why_not
+from tests.bundle.test_folder import written
+
+Log = list[str]
+
+
+class StandInGpu(Gpu):
+    """Memory of this machine, at addresses as CUDA gives them."""
+
+    def __init__(self, log: Log, **answers: Any) -> None:
+        super().__init__(torch.device("cpu"))
+        self.log = log
+        self.answers = {"capability": (8, 9), "free": 1 << 30, "nccl": (2, 28, 3)} | answers
+
+    def use(self) -> None:
+        self.log.append("use")
+
+    def count(self) -> int:  # type: ignore[override]
+        return int(self.answers.get("count", 1))
+
+    def capability(self) -> tuple[int, int]:
+        return self.answers["capability"]  # type: ignore[no-any-return]
+
+    def free(self) -> int:
+        return int(self.answers["free"])
+
+    def nccl(self) -> tuple[int, ...]:
+        return self.answers["nccl"]  # type: ignore[no-any-return]
+
+    def stream(self) -> int:
+        return 7
+
+    def before(self) -> None:
+        self.log.append("before")
+
+    def after(self) -> None:
+        self.log.append("after")
+
+    def communicator(self, group: Any) -> int:
+        raise AssertionError("one was given")
+
+    def empty(self, shape: list[int], dtype: torch.dtype) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        whole = torch.empty(size + 256, dtype=torch.uint8)
+        start = -whole.data_ptr() % 256
+        return whole[start : start + size].view(dtype).view(shape)
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+
+    def captured(self, work: Callable[[], None]) -> Any:
+        self.log.append("capture")
+        work()
+        return "graph"
+
+    def replay(self, graph: Any) -> None:
+        self.log.append(f"replay {graph}")
+
+
+def stand_in(log: Log, *, communicates: bool = True, takes: bool = True) -> Any:
+    """A module with the names of TensorRT's that are used."""
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __del__(self) -> None:
+            log.append(f"end {self.name}")
+
+    class Context(Named):
+        bound: ClassVar[dict[str, int]] = {}
+
+        def set_communicator(self, capsule: object) -> bool:
+            get = ctypes.pythonapi.PyCapsule_GetPointer
+            get.restype, get.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+            log.append(f"communicator {get(capsule, None)}")
+            return communicates
+
+        def set_tensor_address(self, name: str, memory: int) -> bool:
+            log.append(f"address {name}")
+            self.bound[name] = memory
+            return True
+
+        def execute_async_v3(self, stream_handle: int) -> bool:
+            log.append(f"execute {stream_handle}")
+            read = ctypes.c_float.from_address
+            value = read(self.bound["x"]).value * read(self.bound["w"]).value
+            read(self.bound["y"]).value = value * read(self.bound["tied"]).value
+            return True
+
+    class Engine(Named):
+        def create_execution_context(self) -> Context:
+            log.append("context")
+            return Context("context")
+
+    class Runtime(Named):
+        def __init__(self, logger: Any) -> None:
+            super().__init__("runtime")
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, data: memoryview) -> Engine | None:
+            log.append(f"engine {bytes(data).decode()!r}")
+            self.logger.log("error", "what TensorRT says")
+            return Engine("engine") if takes else None
+
+    severity = SimpleNamespace(ERROR="error", INTERNAL_ERROR="internal")
+    logger = type("ILogger", (), {"Severity": severity})
+    return SimpleNamespace(Runtime=Runtime, ILogger=logger)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two ranks, with external weights of which two names are one tensor."""
+    out = written(tmp_path / "out", b"engine ")
+    save_file({"w": torch.full((64,), 3.0)}, out / "weights.safetensors")
+    file = out / "weights.safetensors"
+    offset = file.stat().st_size - 256
+    sha = bundles.sha256(file, offset, 256)
+    weights = [
+        m.Weight(name=name, dtype="float32", shape=[64], file="weights.safetensors",
+                 offset=offset, bytes=256, sha256=sha)
+        for name in ("w", "tied")
+    ]  # fmt: skip
+    manifest = msgspec.structs.replace(
+        bundles.read(out)[0], weights_mode="external", weights=weights, frozen=[],
+        io=[m.Io(name=n, mode=mode, dtype="float32", shape=[64])  # type: ignore[arg-type]
+            for n, mode in (("x", "input"), ("y", "output"))],
+        backend=m.Backend(
+            name="tensorrt-rtx", version="1.7.1", compute_capabilities=["8.9", "12.0+"],
+            workarounds=[],
+        ),
+    )  # fmt: skip
+    (out / "manifest.json").write_bytes(m.encode(manifest))
+    monkeypatch.setattr(Backend, "version", "1.7.1")
+    monkeypatch.setattr("cp_convert.runtime.tensorrt_executor.ALIGNMENT", 8)  # of mapped weights
+    return out
+
+
+def opened(bundle: Path, log: Log, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
+    options = {name: more.pop(name) for name in ("communicates", "takes") if name in more}
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in(log, **options))
+    manifest, folder = bundles.read(bundle)
+    return TensorRTExecutor(manifest, folder, 1, None, 4711, gpu=StandInGpu(log), **more)
+
+
+def test_everything_in_its_order(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Log = []
+    with opened(bundle, log, monkeypatch) as executor:
+        assert log == [
+            "use", r"engine 'engine \x01'", "context", "address w", "address tied", "address y",
+            "communicator 4711",
+        ]  # fmt: skip
+        assert executor._weights["w"].data_ptr() == executor._weights["tied"].data_ptr()
+        log.clear()
+        x = executor.gpu.empty([64], torch.float32).fill_(2)
+        assert executor(x=x)["y"][0] == 18
+        assert log == ["use", "address x", "before", "execute 7", "after"]
+        log.clear()
+    assert log == ["synchronize", "end context", "end engine", "end runtime"]
+    executor.close()
+    assert log[4:] == []
+
+
+def test_an_input_that_cannot_be_read_in_place_is_copied(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(bundle, [], monkeypatch) as executor:
+        first = executor.gpu.empty([64], torch.float32).fill_(2)
+        executor(x=first)
+        strided = torch.full((64, 2), 5.0)[:, 0]
+        assert executor(x=strided)["y"][0] == 45
+        assert first[0] == 2  # what the caller gave before is not written to
+
+
+def test_a_graph_is_captured_after_the_first_forward(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: Log = []
+    with opened(bundle, log, monkeypatch, graph=True) as executor:
+        log.clear()
+        x = executor.gpu.empty([64], torch.float32).fill_(2)
+        executor(x=x)
+        assert log == [
+            "use", "address x", "before", "execute 7", "capture", "execute 7", "after",
+        ]  # fmt: skip
+        log.clear()
+        executor(x=x)
+        assert log[-3:] == ["before", "replay graph", "after"]
+
+
+def test_a_refused_communicator_is_fatal(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Log = []
+    with pytest.raises(RunFailed, match=r"refused the communicator\. TensorRT said"):
+        opened(bundle, log, monkeypatch, communicates=False)
+    assert log[-4:] == ["synchronize", "end context", "end engine", "end runtime"]
+
+
+def test_files_are_looked_at_before_others_are_met(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: Log = []
+    with pytest.raises(BackendMissing, match=r"does not take rank1.engine. TensorRT said: .what"):
+        opened(bundle, log, monkeypatch, takes=False)
+    (bundle / "weights.safetensors").unlink()
+    with pytest.raises(DamagedBundle, match=r"weights\.safetensors cannot be read"):
+        opened(bundle, log, monkeypatch)
+    (bundle / "rank1.engine").write_bytes(b"engine 2")
+    with pytest.raises(DamagedBundle, match=r"rank1\.engine: SHA-256"):
+        opened(bundle, log, monkeypatch)
+    assert not [line for line in log if line.startswith("communicator")]
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"count": 0}, "there is no GPU"),
+        ({"capability": (9, 0)}, "this GPU has 9.0; Hopper"),
+        ({"capability": (8, 6)}, r"are for compute capability 8.9, 12.0\+, and this GPU has 8.6"),
+        ({"nccl": (2, 27, 7)}, "NCCL 2.27.7 is loaded, and TensorRT needs 2.28.3"),
+        ({"free": 1000}, "0.0 GB are free"),
+    ],
+)
+def test_why_a_gpu_cannot(answers: dict[str, Any], words: str, bundle: Path) -> None:
+    manifest = bundles.read(bundle)[0]
+    reason = why_not(manifest, 0, "cuda:0", StandInGpu([], **answers))
+    assert reason is not None
+    assert re.search(words, reason), reason
+    assert why_not(manifest, 0, "cuda:0", StandInGpu([], capability=(12, 1))) is None
+    assert bytes_needed(manifest, 0) == 8 + 2**20 + 256  # the tied weight once
+
+
+@pytest.mark.parametrize(
+    ("installed", "built", "words"),
+    [
+        ("1.8.0", "1.7.1", "1.7.1, which built them, and 1.8.0 is installed"),
+        ("1.6.1", "1.6.1", "runs no several devices; 1.7.1 is the first"),
+    ],
+)
+def test_why_a_release_cannot(
+    installed: str, built: str, words: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backend, "version", installed)
+    manifest = bundles.read(bundle)[0]
+    backend = msgspec.structs.replace(manifest.backend, version=built)
+    manifest = msgspec.structs.replace(manifest, backend=backend)
+    reason = why_not(manifest, 0, "cuda:0", StandInGpu([]))
+    assert reason is not None
+    assert words in reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "arguments"),
+    [
+        ("Runtime", "deserialize_cuda_engine", "serialized_engine: "),
+        ("ICudaEngine", "create_execution_context", "strategy: "),
+        ("IExecutionContext", "set_communicator", "communicator: "),
+        ("IExecutionContext", "set_tensor_address", "name: str, memory: "),
+        ("IExecutionContext", "execute_async_v3", "stream_handle: "),
+        ("ILogger", "log", "severity: "),
+    ],
+)
+def test_the_real_module_has_what_is_used(kind: str, name: str, arguments: str) -> None:
+    real = pytest.importorskip("tensorrt_rtx")
+    assert arguments in getattr(getattr(real, kind), name).__doc__
+    assert real.ILogger.Severity.ERROR
+    assert real.ILogger.Severity.INTERNAL_ERROR
