@@ -42,7 +42,8 @@ def cli() -> None:
 
     \b
     Exit codes: 0 done, 1 two bundles differ (diff), 2 usage, 3 the model or strategy cannot be
-    converted, 4 the proof failed, 5 TensorRT could not build, 6 a bundle is damaged, 7 a run failed.
+    converted, 4 the proof failed, 5 TensorRT could not build, 6 a bundle is damaged, 7 a run
+    failed.
     """
 
 
