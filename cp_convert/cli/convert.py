@@ -33,6 +33,8 @@ from ..job import (
 from ..model.preset import read as read_preset
 from ..words import near
 from . import options
+from .summary import option as summary_option
+from .summary import summarised
 
 
 def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
@@ -204,6 +206,7 @@ def _fits(option: click.Parameter, value: Any) -> bool:
     "--config", type=click.Path(path_type=Path), callback=_read_config, is_eager=True,
     expose_value=False, help="A TOML file with any of these options; flags win.",
 )  # fmt: skip
+@summary_option
 @options.common
 def command(
     *,
@@ -214,6 +217,7 @@ def command(
     cache: Path | None,
     model: Path,
     no_cache: bool,
+    summary: Path | None,
     **rest: Any,
 ) -> None:
     """Convert MODEL, a Python file or a preset, into one TensorRT engine per rank.
@@ -228,26 +232,35 @@ def command(
     """
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..show.bundle import converted  # late: rich
+    from ..show.summary import cases_of
 
+    with summarised(summary, f"convert {model}") as cases:
+        job = _job(model, out, None if no_cache else cache or default_folder(), rest)
+        manifest = _run(job, screen)
+        cases += cases_of(manifest)
+    converted(screen, manifest, job.out)
+
+
+def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]) -> Job:
+    """What was asked for; ``rest`` are the options by name."""
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
     found = options.found(model, _commands())
-    model = found.path
-    rest |= _chosen(model, rest)
+    rest |= _chosen(found.path, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
     rest["ulysses"] = _factor(rest["ulysses"], ring, rest["world"])
     if no_proof:
         rest["proof"] = "none"
     job = Job(
-        model=model,
+        model=found.path,
         module=found.module,
         out=out or Path(),
-        cache=None if no_cache else cache or default_folder(),
+        cache=cache,
         command=shlex.join(["cp-convert", *sys.argv[1:]]),
         **rest,
     )
     if out is None:
         job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}"))
-    converted(screen, _run(job, screen), job.out)
+    return job
 
 
 def _commands() -> list[str]:

@@ -7,16 +7,28 @@ from pathlib import Path
 import click
 
 from .. import bundle as bundles
+from ..errors import UsageError
 from . import options
 
 
 @click.command("inspect", context_settings=options.SETTINGS)
 @options.bundle
+@click.option(
+    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write it as a page with charts to this file as well.",
+)  # fmt: skip
 @options.common
-def command(*, bundle: Path, as_json: bool, quiet: bool, verbose: int) -> None:
+def command(*, bundle: Path, html: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
     """Show what a BUNDLE (its folder or its manifest.json) holds and how it was made."""
     manifest, folder = bundles.read(bundle)
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..show.bundle import inspected  # late: rich
 
+    if html is not None:
+        from ..show.bundle_page import bundle_page
+
+        try:
+            html.write_text(bundle_page(manifest), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--html {html}: {error.strerror}.") from error
     inspected(screen, manifest, folder)

@@ -10,7 +10,7 @@ from ..version import __version__
 from .options import SETTINGS
 
 _DEFAULT = "convert"
-_COMMANDS = ("cache", "convert", "export", "inspect", "plan", "presets", "run", "verify")
+_COMMANDS = ("cache", "convert", "diff", "export", "inspect", "plan", "presets", "run", "verify")
 """Modules of this package, each with a ``command``."""
 
 
@@ -35,13 +35,15 @@ def cli() -> None:
       cp-convert flux.1-dev --tiny
       cp-convert inspect model-ulysses-w8
       cp-convert verify model-ulysses-w8
+      cp-convert diff model-ulysses-w8 model-ring-w8
       cp-convert run model-ulysses-w8
 
     The first form is short for `cp-convert convert`; see `cp-convert convert --help`.
 
     \b
-    Exit codes: 0 done, 2 usage, 3 the model or strategy cannot be converted, 4 the proof failed,
-    5 TensorRT could not build, 6 a bundle is damaged, 7 a run failed.
+    Exit codes: 0 done, 1 two bundles differ (diff), 2 usage, 3 the model or strategy cannot be
+    converted, 4 the proof failed, 5 TensorRT could not build, 6 a bundle is damaged, 7 a run
+    failed.
     """
 
 

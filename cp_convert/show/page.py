@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import Final
 
 from ..advise.forecast import Forecast, Option
 from ..version import __version__
@@ -25,6 +26,7 @@ def page(found: Forecast) -> str:
         for o in refused
     )
     return _PAGE.format(
+        style=STYLE,
         title=escape(f"{found.model}: context parallelism"),
         model=escape(found.model),
         facts=escape(_facts(found)),
@@ -203,28 +205,31 @@ def _row(option: Option) -> str:
     return f"<tr>{head}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
+STYLE: Final = """:root { color-scheme: light dark;
+  --ink: #1d2430; --pale: #6b7380; --back: #fff; --card: #f5f7fa; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ee; --pale: #9aa3af; --back: #14181f; --card: #1d232c; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
+  max-width: 820px; margin: 2rem auto; padding: 0 1rem; }
+h1 { margin-bottom: 0; } .pale { color: var(--pale); fill: var(--pale); }
+.answer { font-size: 1.15rem; background: var(--card); border-left: 5px solid #2f7ed8;
+  padding: .8rem 1rem; border-radius: 4px; }
+figure { margin: 1.6rem 0; padding: 1rem; background: var(--card); border-radius: 6px; }
+figcaption { font-weight: 600; margin-bottom: .4rem; }
+svg { width: 100%; height: auto; } svg text { font-size: 13px; }
+svg text:not([fill]) { fill: var(--ink); } svg text.pale { fill: var(--pale); }
+.axis { stroke: var(--pale); } .ideal { stroke: var(--pale); stroke-dasharray: 5 5; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884;
+  white-space: nowrap; } th { text-align: left; }"""
+"""What both pages look like."""
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-:root {{ color-scheme: light dark;
-  --ink: #1d2430; --pale: #6b7380; --back: #fff; --card: #f5f7fa; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e9ee; --pale: #9aa3af; --back: #14181f; --card: #1d232c; }}
-}}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back);
-  max-width: 820px; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ margin-bottom: 0; }} .pale {{ color: var(--pale); fill: var(--pale); }}
-.answer {{ font-size: 1.15rem; background: var(--card); border-left: 5px solid #2f7ed8;
-  padding: .8rem 1rem; border-radius: 4px; }}
-figure {{ margin: 1.6rem 0; padding: 1rem; background: var(--card); border-radius: 6px; }}
-figcaption {{ font-weight: 600; margin-bottom: .4rem; }}
-svg {{ width: 100%; height: auto; }} svg text {{ font-size: 13px; }}
-svg text:not([fill]) {{ fill: var(--ink); }} svg text.pale {{ fill: var(--pale); }}
-.axis {{ stroke: var(--pale); }} .ideal {{ stroke: var(--pale); stroke-dasharray: 5 5; }}
-.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: .85rem; }}
-th, td {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8884;
-  white-space: nowrap; }} th {{ text-align: left; }}
+{style}
 </style></head><body>
 <h1>{model}</h1>
 <p class="pale">{facts}</p>

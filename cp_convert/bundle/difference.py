@@ -1,0 +1,187 @@
+"""What two bundles differ in, from their manifests alone. No torch, no tensorrt.
+
+What says when and how long a conversion ran (``created``, ``command``, ``timings``, what came from
+the cache) is no difference between bundles, nor is the path of a file that holds the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .manifest import Attention, Manifest, Proof, Weight
+
+Facts = Mapping[str, str | None]
+
+
+class Difference(NamedTuple):
+    """One fact that is not the same in both; ``None`` where a bundle does not have it."""
+
+    part: str
+    name: str
+    before: str | None
+    after: str | None
+
+
+def differences(before: Manifest, after: Manifest) -> list[Difference]:
+    """All that differs, part by part: model, weights, strategy, release and so on."""
+    first, second = _parts(before), _parts(after)
+    return [
+        Difference(part, name, old.get(name), second[part].get(name))
+        for part, old in first.items()
+        for name in dict.fromkeys((*old, *second[part]))
+        if old.get(name) != second[part].get(name)
+    ]
+
+
+def _parts(manifest: Manifest) -> dict[str, Facts]:
+    return {
+        "model": _model(manifest),
+        "inputs": _inputs(manifest),
+        "weights": _weights(manifest),
+        "strategy": _strategy(manifest),
+        "release": _release(manifest),
+        "collectives": _collectives(manifest),
+        "proof": _proof(manifest.proof),
+        "sizes": _sizes(manifest),
+        "files": _files(manifest),
+    }
+
+
+def _model(manifest: Manifest) -> Facts:
+    model, request = manifest.model, manifest.request
+    config = {f"config.{k}": repr(v) for k, v in sorted((model.config or {}).items())}
+    return {
+        "name": model.name,
+        "class": model.kind,
+        "parameters": str(model.parameters),
+        "source": model.source_sha256,
+        "tiny": str(request.tiny),
+        "resolution": request.resolution,
+        "precision": manifest.precision,
+        "float32": _joined(manifest.float32),
+        **config,
+    }
+
+
+def _inputs(manifest: Manifest) -> Facts:
+    shapes = {f"{io.mode} {io.name}": f"{io.dtype} {io.shape}" for io in manifest.io}
+    frozen = {f"frozen {one.name}": one.value for one in manifest.frozen}
+    return {**shapes, **frozen, "freeze": _joined(sorted(manifest.request.freeze))}
+
+
+def _weights(manifest: Manifest) -> Facts:
+    """Every weight by what it is, not by where it lies."""
+    casts = [f"{c.tensors} {c.stored} as {c.computed}" for c in manifest.model.casts]
+    own = {w.name: _content(w) for w in _all_weights(manifest)}
+    return {"mode": manifest.weights_mode, "casts": _joined(casts), **own}
+
+
+def _all_weights(manifest: Manifest) -> Iterator[Weight]:
+    if manifest.program is not None:
+        yield from manifest.program.weights
+    yield from manifest.weights
+
+
+def _content(weight: Weight) -> str:
+    return f"{weight.dtype} {weight.shape} {weight.sha256}"
+
+
+def _strategy(manifest: Manifest) -> Facts:
+    plan = [
+        f"{p.kind} {p.tensor} of {p.module or 'the model'}, {p.dim}: "
+        f"{p.global_size if p.applied else p.reason}"
+        for p in manifest.plan
+    ]
+    moves = [
+        f"{s.kind} {s.operator} ({s.module}), dimension {s.dim}: {s.local} of {s.segments}"
+        for s in manifest.sharding
+    ]
+    return {
+        "name": manifest.strategy,
+        "world": str(manifest.world),
+        "axes": repr(manifest.axes),
+        "groups": repr(manifest.groups),
+        "layout": manifest.layout,
+        "plan from": manifest.plan_source,
+        **_numbered("plan", plan),
+        **_numbered("sharding", moves),
+        **_numbered("attention", [_attention(one) for one in manifest.attention]),
+    }
+
+
+def _attention(one: Attention) -> str:
+    done = "rewritten" if one.rewritten else f"left alone: {one.reason}"
+    return (
+        f"{one.module}: {one.batch} x {one.heads} ({one.kv_heads}) x {one.head_dim}, queries "
+        f"{one.local_query} of {one.global_query}, keys {one.local_key} of {one.global_key}, "
+        f"mask {one.mask}, causal {one.causal}, padded heads {one.padded_heads}, queries "
+        f"{one.padded_queries}, keys {one.padded_keys}, {done}"
+    )
+
+
+def _release(manifest: Manifest) -> Facts:
+    backend = manifest.backend
+    return {
+        "tool": manifest.tool.version,
+        "torch": manifest.torch,
+        "torch_tensorrt": manifest.torch_tensorrt,
+        "backend": f"{backend.name} {backend.version}",
+        "compute capabilities": _joined(backend.compute_capabilities),
+        "workarounds": _joined(backend.workarounds),
+    }
+
+
+def _collectives(manifest: Manifest) -> Facts:
+    return {
+        f"{c.kind} by {c.layer}": f"{c.count}, {c.bytes_sent} bytes sent"
+        for c in manifest.collectives
+    }
+
+
+def _proof(proof: Proof) -> Facts:
+    """Errors to two digits: the order in which threads add changes the others."""
+    network = proof.network
+    return {
+        "status": proof.status,
+        "level": proof.level,
+        "device": proof.device,
+        "reference": proof.reference,
+        "algebra": _worst(proof.algebra),
+        "ranks": _worst(proof.ranks),
+        "bound": _worst([proof.bound] if proof.bound else []),
+        "control": _worst([proof.control] if proof.control else []),
+        "networks": _worst(network.algebra if network else []),
+        "networks' ranks": _worst(network.ranks if network else []),
+    }
+
+
+def _sizes(manifest: Manifest) -> Facts:
+    total = sum({(w.file, w.offset): w.bytes for w in manifest.weights}.values())
+    engines = {f"rank {e.rank}": f"{e.bytes} bytes" for e in manifest.engines}
+    needs = {
+        f"rank {e.rank} activations": f"{e.activation_bytes} bytes"
+        for e in manifest.engines
+        if e.activation_bytes is not None
+    }
+    return {"weights": f"{total} bytes", **engines, **needs}
+
+
+def _files(manifest: Manifest) -> Facts:
+    own = {engine.file: engine.sha256 for engine in manifest.engines}
+    if manifest.program is not None:
+        for file in (manifest.program.document, manifest.program.tensors):
+            own[file.file] = file.sha256
+    return own
+
+
+def _worst(errors: Sequence[Any]) -> str | None:
+    return f"{max(error.max for error in errors):.1e}" if errors else None
+
+
+def _joined(words: Sequence[str]) -> str | None:
+    return ", ".join(words) or None
+
+
+def _numbered(name: str, lines: Sequence[str]) -> dict[str, str]:
+    return {f"{name} {i}": line for i, line in enumerate(lines)}
