@@ -12,7 +12,7 @@ import psutil
 
 from .errors import UsageError
 
-STRATEGY_NAMES: Final = ("allgather-kv", "ring", "ulysses", "usp")
+STRATEGY_NAMES: Final = ("allgather-kv", "ring", "stream-kv", "ulysses", "usp")
 FUSED: Final = "fused"
 """TensorRT's own multi-device attention, which few GPUs and only one backend have."""
 PRECISIONS: Final = ("fp16", "bf16", "fp32")

@@ -11,7 +11,7 @@ from ..version import __version__
 
 _COLOURS = {
     "one GPU": "#8a8f98", "ulysses": "#2f7ed8", "allgather-kv": "#e08a1e", "ring": "#3a9d5d",
-    "usp": "#9b59b6",
+    "stream-kv": "#c0504d", "usp": "#9b59b6",
 }  # fmt: skip
 _WIDTH, _LEFT, _BAR = 760, 150, 22
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
-from . import allgather_kv, alone, fused, ring, ulysses
+from . import allgather_kv, alone, fused, ring, stream_kv, ulysses
 from .usp import Usp
 
 
@@ -48,6 +48,7 @@ class Strategy(Protocol):
 STRATEGIES: Final[dict[str, Strategy]] = {
     "allgather-kv": allgather_kv,
     "ring": ring,
+    "stream-kv": stream_kv,
     "ulysses": ulysses,
 }
 

@@ -53,6 +53,13 @@ def mask_columns(mask: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return mask if mask.shape[-1] == 1 else picked(mask, mask.dim() - 1, ranges)
 
 
+def mask_part(mask: Tensor, dim: int, start: int, length: int) -> Tensor:
+    """A range of the mask along ``dim``, counted from the end; all of it where one is for all."""
+    if mask.dim() < -dim or mask.shape[dim] == 1:
+        return mask
+    return mask.narrow(dim, start, length)
+
+
 def mask_rows(mask: Tensor, layout: Layout, axis: Axis) -> Tensor:
     """The mask's rows for this rank's own queries; rows of padding hide nothing."""
     if mask.dim() < 2 or mask.shape[-2] == 1:

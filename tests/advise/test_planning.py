@@ -145,8 +145,9 @@ def test_every_strategy_at_every_world() -> None:
     found = of_plain_dit()
     assert [(o.world, o.title) for o in found.options] == [
         (1, "one GPU"),
-        (2, "allgather-kv"), (2, "ring"), (2, "ulysses"),
-        (4, "allgather-kv"), (4, "ring"), (4, "ulysses"), (4, "usp 2x2"),
+        (2, "allgather-kv"), (2, "ring"), (2, "stream-kv"), (2, "ulysses"),
+        (4, "allgather-kv"), (4, "ring"), (4, "stream-kv"), (4, "ulysses"),
+        (4, "usp 2x2"),
     ]  # fmt: skip
     assert (found.attentions, found.tokens) == (3, 512)
     assert all(o.efficiency == pytest.approx(o.speedup / o.world) for o in found.options)

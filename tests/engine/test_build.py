@@ -57,6 +57,7 @@ def layers(network: Any) -> Counter[str]:
         ("ulysses", lambda w: [("all_to_all", "ALL_TO_ALL", -1)] * 2),
         ("allgather-kv", lambda w: [("all_gather", GATHER, -1)]),
         ("ring", lambda w: [("broadcast", "BROADCAST", root) for root in range(w)]),
+        ("stream-kv", lambda w: [("all_gather", "ALL_TO_ALL", -1)] * 4),
     ],
 )
 def test_each_collective_is_one_layer_with_the_operators_group(  # type: ignore[no-untyped-def]
@@ -71,7 +72,9 @@ def test_each_collective_is_one_layer_with_the_operators_group(  # type: ignore[
     assert all(c.group == tuple(range(world)) for c in found)
 
 
-@pytest.mark.parametrize(("name", "count"), [("ulysses", 2), ("allgather-kv", 2), ("ring", 1)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("ulysses", 2), ("allgather-kv", 2), ("stream-kv", 5), ("ring", 1)]
+)
 def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
     """Ring has one: of the attention it splits TensorRT's layer has no log-sum-exp."""
     network = network_of(specialise(program(name, 2), 0)).ctx.net
@@ -83,6 +86,7 @@ def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
     [
         ("ulysses", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
         ("allgather-kv", ["K and V arrive"]),
+        ("stream-kv", ["a group's K and V arrive"] * 4),
         ("ring", []),
         ("usp", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
     ],

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cp_convert import bundle as bundles
+from cp_convert import releases
 from cp_convert.backends import Backend
 from cp_convert.bundle import manifest as m
 from cp_convert.errors import BackendMissing, DamagedBundle, RunFailed
@@ -150,6 +151,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             name="tensorrt-rtx", version="1.7.1", compute_capabilities=["8.9", "12.0+"],
             workarounds=[],
         ),
+        runs_on=m.RunsOn(
+            release="1.7.1", nccl="2.28.3", compute_capabilities=["8.9", "12.0+"], doubt=None
+        ),
     )  # fmt: skip
     (out / "manifest.json").write_bytes(m.encode(manifest))
     monkeypatch.setattr(Backend, "version", "1.7.1")
@@ -235,7 +239,7 @@ def test_files_are_looked_at_before_others_are_met(
     ("answers", "words"),
     [
         ({"count": 0}, "there is no GPU"),
-        ({"capability": (9, 0)}, "this GPU has 9.0; Hopper"),
+        ({"capability": (9, 0)}, "no kernels for compute capability 9.0; Hopper"),
         ({"capability": (8, 6)}, r"are for compute capability 8.9, 12.0\+, and this GPU has 8.6"),
         ({"nccl": (2, 27, 7)}, "NCCL 2.27.7 is loaded, and TensorRT needs 2.28.3"),
         ({"free": 1000}, "0.0 GB are free"),
@@ -254,7 +258,7 @@ def test_why_a_gpu_cannot(answers: dict[str, Any], words: str, bundle: Path) -> 
     ("installed", "built", "words"),
     [
         ("1.8.0", "1.7.1", "1.7.1, which built them, and 1.8.0 is installed"),
-        ("1.6.1", "1.6.1", "runs no several devices; 1.7.1 is the first"),
+        ("1.6.1", "1.6.1", "is not known to run them: 1.7.1 is the first"),
     ],
 )
 def test_why_a_release_cannot(
@@ -263,7 +267,9 @@ def test_why_a_release_cannot(
     monkeypatch.setattr(Backend, "version", installed)
     manifest = bundles.read(bundle)[0]
     backend = msgspec.structs.replace(manifest.backend, version=built)
-    manifest = msgspec.structs.replace(manifest, backend=backend)
+    doubt = releases.doubt("tensorrt-rtx", built, devices=True, groups=False)
+    runs_on = msgspec.structs.replace(manifest.runs_on, doubt=doubt)
+    manifest = msgspec.structs.replace(manifest, backend=backend, runs_on=runs_on)
     reason = why_not(manifest, 0, "cuda:0", StandInGpu([]))
     assert reason is not None
     assert words in reason

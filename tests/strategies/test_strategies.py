@@ -108,6 +108,7 @@ def test_every_rank_sees_every_other_ranks_keys_and_values(
         ("ulysses", lambda w: 2, lambda w: 4 * (w - 1) / w**2),
         ("allgather-kv", lambda w: 1, lambda w: 2 * (w - 1) / w),
         ("ring", lambda w: w, lambda w: 2 * (w - 1) / w),
+        ("stream-kv", lambda w: 4, lambda w: 2 * (w - 1) / w),
     ],
 )
 def test_collectives_are_at_the_lower_bound(name, count, sent, world: int) -> None:  # type: ignore[no-untyped-def]
@@ -254,6 +255,7 @@ def max_scores(lowered: Lowered) -> int:
         # heads of K (and of V) that a rank sends a token's worth of, to how many others
         ("allgather-kv", lambda kv, w: kv * (w - 1)),
         ("ring", lambda kv, w: kv * (w - 1)),
+        ("stream-kv", lambda kv, w: kv * (w - 1)),
         ("ulysses", lambda kv, w: math.lcm(kv, w) * (w - 1) / w),
     ],
 )
