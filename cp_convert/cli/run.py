@@ -14,10 +14,9 @@ from .. import bundle as bundles
 from ..bundle.folder import output_error
 from ..bundle.manifest import Manifest
 from ..errors import UsageError
+from ..runtime.executors import EXECUTORS
 from . import options
 from .places import Place, place_of
-
-EXECUTORS = ("auto", "tensorrt", "torch")
 
 
 @click.command("run", context_settings=options.SETTINGS)

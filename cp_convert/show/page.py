@@ -78,8 +78,8 @@ def _name(option: Option) -> str:
     return "one GPU" if option.world == 1 else f"{option.title}, {option.world} GPUs"
 
 
-def _colour(option: Option) -> str:
-    return _COLOURS.get(option.strategy, "#555")
+def _colour(strategy: str) -> str:
+    return _COLOURS.get(strategy, "#555")
 
 
 def _bars(
@@ -102,7 +102,7 @@ def _bars(
             width = number * scale
             rows.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" '
-                f'fill="{_colour(option)}" opacity="{1 if part == 0 else 0.45}">'
+                f'fill="{_colour(option.strategy)}" opacity="{1 if part == 0 else 0.45}">'
                 f"<title>{_name(option)}: {name} {_number(number)} {unit}</title></rect>"
             )
             x += width
@@ -148,7 +148,7 @@ def _lines(found: Forecast) -> str:
             continue
         path = " ".join(f"{x(w):.1f},{y(s):.1f}" for w, s in points)
         dots = "".join(
-            f'<circle cx="{x(w):.1f}" cy="{y(s):.1f}" r="4" fill="{_COLOURS[strategy]}">'
+            f'<circle cx="{x(w):.1f}" cy="{y(s):.1f}" r="4" fill="{_colour(strategy)}">'
             f"<title>{strategy}, {w} GPUs: {s:.2f}x</title></circle>"
             for w, s in points
         )
@@ -157,9 +157,9 @@ def _lines(found: Forecast) -> str:
             place += 5
         taken.append(place)
         marks.append(
-            f'<polyline points="{path}" fill="none" stroke="{_COLOURS[strategy]}" '
+            f'<polyline points="{path}" fill="none" stroke="{_colour(strategy)}" '
             f'stroke-width="2.5"/>{dots}'
-            f'<text x="{x(points[-1][0]) + 10:.1f}" y="{place:.1f}" fill="{_COLOURS[strategy]}">'
+            f'<text x="{x(points[-1][0]) + 10:.1f}" y="{place:.1f}" fill="{_colour(strategy)}">'
             f"{strategy}</text>"
         )
     return (
