@@ -38,7 +38,7 @@ WORKAROUNDS: Final = (
         versions=">=1.6,<1.7",
         operator="all_gather",
         instead="all_gather_by_all_to_all",
-        # Seen in some networks and not in others (tests/test_network.py has a minimal one that
+        # Seen in some networks and not in others (tests/engine/test_build.py has a minimal one that
         # fails; the examples happen to build either way), so all of them take the equivalent.
         reason="an ALL_GATHER whose output reaches an attention layer can fail at build "
         "('AllGather requires world_size (> 1) to be set for shape inference'); sending the same "

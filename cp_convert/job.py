@@ -47,7 +47,7 @@ class Job:
         out: directory of the bundle.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
-        hardware: what ``auto`` estimates for, see :mod:`.hardware`.
+        hardware: what ``auto`` estimates for, see :mod:`cp_convert.advise.hardware`.
         precision: floating-point type of parameters and floating inputs; ``None`` is decided when
             the model has been loaded (docs/adr/0015).
         float32: patterns of module paths that compute in float32 all the same; :data:`RESIDUAL`

@@ -1,4 +1,4 @@
-"""What a long conversion tells about itself. No rich here: ``render`` draws it."""
+"""What a long conversion tells about itself. No rich here: ``show`` draws it."""
 
 from __future__ import annotations
 

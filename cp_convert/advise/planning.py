@@ -167,7 +167,7 @@ def cheapest(
         axis: the ranks that share the sequence.
         hardware: what it will run on.
         weights: bytes of them that a rank holds.
-        table: see :func:`.rewrite.rewrite`.
+        table: see :func:`cp_convert.strategies.rewrite.rewrite`.
         groups: whether a strategy may name groups of ranks, which some releases ignore.
 
     Raises:

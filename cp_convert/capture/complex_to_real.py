@@ -6,7 +6,7 @@ written as ``view_as_real(view_as_complex(x) * freqs)`` become::
     (a + ib)(c + id)  ->  [a c - b d, a d + b c]
 
 Tables of frequencies that are computed from constants have been evaluated before
-(:func:`.passes.fold_constants`).
+(:func:`cp_convert.ir.passes.fold_constants`).
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Pool:
         known: Mapping[str, Tensor],
         progress: Progress,
     ) -> Iterator[tuple[Engine, bytes]]:
-        """Build all, yielding each as it is done, with the worker's answer (:func:`.answered`).
+        """Build all, yielding each as it is done, with its answer (:func:`.worker.answered`).
 
         Args:
             tasks: one for each engine.

@@ -43,8 +43,8 @@ def identity(program: Program, applied: Sequence[Applied] = ()) -> str | None:
     """SHA-256 of a traced program; ``None`` for one that holds something without a name.
 
     Args:
-        program: as :func:`.trace.trace` returns it; of one whose ranks hold parameters of their
-            own, nothing is told here of those of the others.
+        program: as :func:`cp_convert.capture.trace.trace` returns it; of one whose ranks hold
+            parameters of their own, nothing is told here of those of the others.
         applied: what became of the plan.
     """
     try:

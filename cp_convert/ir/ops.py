@@ -1,8 +1,8 @@
 """The ``cp::*`` custom operators: signatures, shapes, and their meaning on all ranks at once.
 
 A program that contains them is the same for every rank (SPMD). They cannot be run on one rank
-alone; :data:`MEANINGS` computes each from the list of all ranks' values, which is what the proof
-does, and ``cp_convert.converters`` lowers each to TensorRT.
+alone; :func:`on_all_ranks` computes each from the list of all ranks' values, which is what the
+proof does, and ``cp_convert.converters`` lowers each to TensorRT.
 
 Every collective carries its groups: ``groups`` lists all ranks, ``size`` to a group
 (:attr:`cp_convert.mesh.Axis.flat`). As in TensorRT's ``IDistCollectiveLayer``, collectives act on

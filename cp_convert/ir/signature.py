@@ -18,7 +18,7 @@ class Cut:
         argument: the ``forward`` argument's name, or the output's index.
         element: the index inside a list or tuple argument, or ``None``.
         dim: the tensor dimension that holds the sequence.
-        expected_dims: see :class:`ContextParallelInput`.
+        expected_dims: see :class:`cp_convert.ContextParallelInput`.
         line: where in the plan it stands, such as ``cp_plan['blocks.*']['x']``; not compared.
     """
 

@@ -77,7 +77,7 @@ def model_class(preset: Preset) -> type[nn.Module]:
 def build(
     preset: Preset, config: Mapping[str, Any], *, tiny: bool, random: bool, bytes_each: int = 4
 ) -> nn.Module:
-    """The model on the CPU, in float32, or without memory within :func:`.unallocated`.
+    """The model on the CPU, in float32, or without memory within :func:`.meta.unallocated`.
 
     Args:
         preset: which model.

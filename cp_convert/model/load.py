@@ -40,7 +40,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
 
     Args:
         job: which model, precision and weights.
-        allocate: whether parameters have values; without, they take no memory (:mod:`.unallocated`)
+        allocate: whether parameters have values; without, they take no memory (:mod:`.meta`)
             and weights are not read.
 
     Raises:

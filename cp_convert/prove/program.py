@@ -93,7 +93,7 @@ def prove(
     """Compare all ranks with the dense model.
 
     Args:
-        truth: what the dense model does, see :func:`measure`.
+        truth: what the dense model does, see :func:`.measure`.
         inputs: keyword arguments of its forward, in the job's precision.
         stages: what is to be proven.
         rtol: replaces the derived bound of the job's precision.

@@ -558,7 +558,7 @@ def _of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
 def _blocks(node: fx.Node) -> list[Rule]:
     """A collective of the model's own, which moves blocks of dimension 0.
 
-    Its peers hold the same part of the sequence (:func:`cp_convert.mesh.across`).
+    Its peers hold the same part of the sequence (:meth:`cp_convert.mesh.Mesh.free`).
     """
     return _same(node, range(1, len(shape(node))))
 

@@ -75,7 +75,7 @@ def decompositions() -> dict[Any, Any]:
     """Torch-TensorRT's decompositions, those that allocate on ``cuda:0`` replaced.
 
     Uninitialised memory becomes zeros on the tensor's own device, so that a program means the
-    same wherever it is run; what is fully overwritten disappears in :mod:`.passes`.
+    same wherever it is run; what is fully overwritten disappears in :mod:`cp_convert.ir.passes`.
     """
     table = dict(get_decompositions())
 
