@@ -10,7 +10,7 @@ from ..capture.decompose import decompose
 from ..capture.trace import trace
 from ..errors import CannotConvert, CannotShard
 from ..ir.attention import Outcome
-from ..ir.program import Lowered
+from ..ir.program import Lowered, Program
 from ..ir.sharded import Sharded
 from ..ir.source import Source
 from ..job import Job
@@ -40,18 +40,7 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
         ConvertError: the model cannot be loaded, traced or decomposed.
     """
     clock = Clock(progress)
-    with surroundings(job):
-        with clock.stage("load"):
-            source = load(job, allocate=False)
-            if source.groups or source.peers:
-                raise CannotConvert(
-                    "a model that communicates by itself is made for one world, and plan compares "
-                    "several.",
-                    where=str(job.model),
-                    hint="convert it; the manifest counts what is communicated.",
-                )
-        with clock.stage("trace"):
-            traced, _ = trace(source.module, source.inputs, source.plan, source.freeze)
+    source, traced = _traced(job, clock)
     with clock.stage("decompose"):
         table = decompositions()
         dense = decompose(traced, table)
@@ -79,6 +68,22 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
         options=options,
         recommendation=recommend(options),
     )
+
+
+def _traced(job: Job, clock: Clock) -> tuple[Source, Program]:
+    with surroundings(job):
+        with clock.stage("load"):
+            source = load(job, allocate=False)
+            if source.groups or source.peers:
+                raise CannotConvert(
+                    "a model that communicates by itself is made for one world, and plan compares "
+                    "several.",
+                    where=str(job.model),
+                    hint="convert it; the manifest counts what is communicated.",
+                )
+        with clock.stage("trace"):
+            program, _ = trace(source.module, source.inputs, source.plan, source.freeze)
+    return source, program
 
 
 def _worlds(largest: int) -> list[int]:

@@ -54,7 +54,7 @@ def _taken(path: Path, out: Path) -> int:
 def _lock(descriptor: int) -> None:
     if os.name != "posix":
         return
-    import fcntl  # bundles are read on other systems too
+    import fcntl  # late: other systems have none, and read bundles too
 
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

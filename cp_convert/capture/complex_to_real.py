@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotLower
-from ..ir.program import Writer, arguments, erase_dead, module_path, source_line, with_argument
+from ..ir.program import arguments, erase_dead, module_path, source_line, with_argument
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 

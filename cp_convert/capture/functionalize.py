@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..ir.program import Writer, fake_mode_of, fresh
+from ..ir.program import fake_mode_of, fresh
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _STEPS: Final = (

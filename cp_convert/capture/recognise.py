@@ -21,7 +21,8 @@ from torch import fx
 
 from ..errors import CannotTrace
 from ..ir.ops import ATTENTION
-from ..ir.program import Writer, arguments, module_path, shape, source_line
+from ..ir.program import arguments, module_path, shape, source_line
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _SDPA: Final = aten.scaled_dot_product_attention.default

@@ -24,16 +24,8 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CannotLower
 from ..ir import ops
-from ..ir.program import (
-    HALF,
-    Lowered,
-    Writer,
-    arguments,
-    copied,
-    erase_dead,
-    module_of,
-    with_dtypes,
-)
+from ..ir.program import HALF, Lowered, arguments, copied, erase_dead, module_of, with_dtypes
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _SUMS: Final = (aten.add.Tensor, aten.addcmul.default)

@@ -25,7 +25,7 @@ def command(*, bundle: Path, html: Path | None, as_json: bool, quiet: bool, verb
     from ..show.bundle import inspected  # late: rich
 
     if html is not None:
-        from ..show.bundle_page import bundle_page
+        from ..show.bundle_page import bundle_page  # late: rich
 
         try:
             html.write_text(bundle_page(manifest), encoding="utf-8")

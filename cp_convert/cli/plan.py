@@ -56,7 +56,7 @@ def command(
 
         forecasted = forecast(job, told, hardware, progress)
     if html is not None:
-        from ..show.page import page
+        from ..show.page import page  # late: not every plan has one
 
         try:
             html.write_text(page(forecasted))

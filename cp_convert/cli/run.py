@@ -106,11 +106,7 @@ def command(
             reports = _run(manifest, request, place, Path(scratch), screen)
             if place is not None and place.rank:
                 return
-            checked = None
-            if rest["check"]:
-                from ..runtime.dense import compare  # late: torch
-
-                checked = compare(manifest, request)
+            checked = _checked(manifest, request)
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
         ran(screen, manifest, reports, checked, outputs)
@@ -159,11 +155,20 @@ def _run(
         from ..runtime.guarded import run_guarded  # late: torch
 
         return run_guarded(request, place.rank, place.world, place.local)
-    from ..runtime.launch import launch
+    from ..runtime.launch import launch  # late: other commands start quickly
 
     request["store"] = str(scratch / "store")
     with running(screen) as told:
         return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
+
+
+def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
+    """The outputs against the dense model, where that is wanted."""
+    if not request["check"]:
+        return None
+    from ..runtime.dense import compare  # late: torch
+
+    return compare(manifest, request)
 
 
 def _keep(written: Path, outputs: Path) -> None:

@@ -44,7 +44,7 @@ def summarised(path: Path | None, suite: str) -> Iterator[list[Case]]:
 
 
 def _check(path: Path | None) -> None:
-    from ..show.summary import SUFFIXES
+    from ..show.summary import SUFFIXES  # late: not every run has one
 
     if path is None:
         return
@@ -58,7 +58,7 @@ def _check(path: Path | None) -> None:
 
 
 def _write(path: Path | None, suite: str, cases: list[Case]) -> None:
-    from ..show.summary import summary
+    from ..show.summary import summary  # late: not every run has one
 
     if path is None:
         return

@@ -16,7 +16,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from ..ir.program import Writer, arguments, erase_dead, tensor_of
+from ..ir.program import arguments, erase_dead, tensor_of
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _CAST: Final = aten._to_copy.default

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor, fx
 
 from ..bundle.folder import CONSTANTS
-from ..ir.program import HALF, Lowered, Writer, copied, erase_dead, evaluated, module_of, tensor_of
+from ..ir.program import HALF, Lowered, copied, erase_dead, evaluated, module_of, tensor_of
 from ..ir.tensors import Weight, save, weight_of
+from ..ir.writer import Writer
 from .in_float32 import MOVES, VIEWS, in_float32
 
 aten: Final = torch.ops.aten

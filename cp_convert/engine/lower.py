@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotLower
-from ..ir.program import (
-    Binding,
-    Lowered,
-    copied,
-    described,
-    module_of,
-    module_path,
-    source_line,
-    with_dtypes,
-)
+from ..ir.program import Binding, Lowered, copied, module_of, module_path, source_line, with_dtypes
+from ..ir.writer import described
 from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
 from .deconvolution import deconvolutions
 from .opmath import in_opmath

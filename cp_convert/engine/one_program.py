@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from ..ir import ops
-from ..ir.program import Lowered, Writer, copied, module_of, tensor_of
+from ..ir.program import Lowered, copied, module_of, tensor_of
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _SHARD: Final = torch.ops.cp.shard.default

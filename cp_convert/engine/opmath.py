@@ -48,7 +48,8 @@ import torch
 from torch import Tensor, fx
 
 from ..ir.numbers import Number, holds, rounded
-from ..ir.program import HALF, Writer, arguments, erase_dead
+from ..ir.program import HALF, arguments, erase_dead
+from ..ir.writer import Writer
 
 aten: Final = torch.ops.aten
 _CAST: Final = aten._to_copy.default

@@ -8,7 +8,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from .program import HALF, Writer, erase_dead, evaluated, tensor_of
+from .program import HALF, erase_dead, evaluated, tensor_of
+from .writer import Writer
 
 _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
 _COPY = torch.ops.aten.copy.default

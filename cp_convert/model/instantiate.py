@@ -62,7 +62,7 @@ def model_class(preset: Preset) -> type[nn.Module]:
         ModelFileError: diffusers is not installed, or has no such class.
     """
     try:
-        import diffusers
+        import diffusers  # late: it is not installed everywhere, and takes seconds
     except ModuleNotFoundError as error:
         raise ModelFileError(
             f"{preset.title} needs diffusers, which is not installed.",

@@ -53,46 +53,25 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: the model's process groups leave no equal share of the world.
     """
     located = _located(job) if allocate else {}
-    is_large = _is_external(job, sum(at.size for at in located.values()))
-    mapped = job.weights is not None and (job.is_preset or is_large)
-    with unallocated() if mapped or not allocate else nullcontext():
-        given = (
-            _from_preset(job, allocate, located)
-            if job.is_preset
-            else from_file(job.model, job.world, job.module)
-        )
-    module, ranks = given.module, (given.module, *given.peers)
-    precision = job.precision or _usual(job, ranks, located)
+    given = _given(job, allocate, located)
+    precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
-    ties = Ties.of(module)  # before casting takes views apart
-    for one in ranks:
-        check_no_step_cache(one, str(job.model))
-        cast_module(one.eval().requires_grad_(False), dtype, job.float32)
-    _check_peers(given)
-    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    ties = Ties.of(given.module)  # before casting takes views apart
+    _cast(given, job, dtype)
+    size = sum(p.numel() * p.element_size() for p in given.module.parameters())
     external = allocate and _is_external(job, size)
     filled = Filled({}, (), ())
-    if not allocate:
-        stand_in(module)
-    elif job.weights is not None:
-        filled = _filled(given, job, located, ties, lazily=external and not job.copy_weights)
-    if allocate and not job.is_preset:
-        check_has_numbers(module, job.model)
-    if allocate and job.weights is None:
-        for one in ranks:
-            check_finite(one)
-    if external and given.peers:
-        raise UsageError(
-            "--weights-mode external: every rank has parameters of its own here.",
-            hint="--weights-mode embedded.",
-        )
+    if allocate:
+        filled = _with_numbers(given, job, located, ties, external=external)
+    else:
+        stand_in(given.module)
     return Source(
-        module=module,
+        module=given.module,
         inputs=cast_inputs(given.inputs, dtype, keep=given.keep_float32),
         plan=_plan(given, job),
         freeze=(*given.freeze, *job.freeze),
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=sum(p.numel() for p in given.module.parameters()),
         bytes=size,
         external=external,
         located=filled.located,
@@ -102,6 +81,47 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         groups=given.groups,
         precision=precision,
     )
+
+
+def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
+    """The model as it is described; where its numbers come from files, it takes no memory yet."""
+    is_large = _is_external(job, sum(at.size for at in located.values()))
+    mapped = job.weights is not None and (job.is_preset or is_large)
+    with unallocated() if mapped or not allocate else nullcontext():
+        if job.is_preset:
+            return _from_preset(job, allocate, located)
+        return from_file(job.model, job.world, job.module)
+
+
+def _ranks(given: Given) -> tuple[nn.Module, ...]:
+    return given.module, *given.peers
+
+
+def _cast(given: Given, job: Job, dtype: torch.dtype) -> None:
+    for one in _ranks(given):
+        check_no_step_cache(one, str(job.model))
+        cast_module(one.eval().requires_grad_(False), dtype, job.float32)
+    _check_peers(given)
+
+
+def _with_numbers(
+    given: Given, job: Job, located: Mapping[str, Location], ties: Ties, *, external: bool
+) -> Filled:
+    """Every rank's parameters have their numbers, from files where ``--weights`` names some."""
+    filled = Filled({}, (), ())
+    if job.weights is not None:
+        filled = _filled(given, job, located, ties, lazily=external and not job.copy_weights)
+    if not job.is_preset:
+        check_has_numbers(given.module, job.model)
+    if job.weights is None:
+        for one in _ranks(given):
+            check_finite(one)
+    if external and given.peers:
+        raise UsageError(
+            "--weights-mode external: every rank has parameters of its own here.",
+            hint="--weights-mode embedded.",
+        )
+    return filled
 
 
 def _usual(job: Job, modules: Collection[nn.Module], located: Mapping[str, Location]) -> str:

@@ -25,6 +25,7 @@ def mapping_of(module: nn.Module) -> Renaming | None:
     """Diffusers' mapping for the model's class; ``None`` where it has none."""
     if not any(cls.__module__.startswith("diffusers.") for cls in type(module).__mro__):
         return None
+    # Late: diffusers takes seconds to import, and is only needed where the model is one of its own.
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES as KNOWN
 

@@ -128,13 +128,18 @@ def load_weights(
                 replace(module, own, value)
             else:
                 own.copy_(value)
+    casted = tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
+    return Filled(_places(module, found, ties), casted, told)
+
+
+def _places(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Location]:
+    """Where parameters stand as they are; of tied names, the first that is there tells it."""
     located = {}
     for name, _ in module.named_parameters(remove_duplicate=False):
-        # Tied names are one weight: the first that is there tells its place.
         own = next((n for n in ties.same.get(name, (name,)) if n in found), None)
         if own is not None and (at := found[own].at) is not None:
             located[name] = at
-    return Filled(located, tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items())), told)
+    return located
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -71,13 +71,9 @@ def run(
     results: list[list[Tensor]] = []
     with torch.no_grad(), exact(), HalfMatmulsInFloat32():
         for node in graph.nodes:
-            if node.op == "placeholder":
-                value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
-                values = program.own.get(node.name, (value,))
+            if node.op in ("placeholder", "get_attr"):
+                values = _given(program, node, bound)
                 env[node] = PerRank(tuple(widened(v) if widen else v for v in values))
-            elif node.op == "get_attr":
-                value = _attribute(program.graph_module, str(node.target))
-                env[node] = PerRank((widened(value) if widen else value,))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
             elif partial is not None and reduces_over(node, partial):
@@ -92,6 +88,14 @@ def run(
             for dead in dying.get(node, ()):
                 env.pop(dead, None)
     return results
+
+
+def _given(program: Executable, node: fx.Node, bound: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    """What an input, a parameter or a constant is; one value where all ranks hold the same."""
+    if node.op == "get_attr":
+        return (_attribute(program.graph_module, str(node.target)),)
+    value = bound.get(node.name, program.state.get(node.name, node.meta.get("val")))
+    return tuple(program.own.get(node.name, (value,)))
 
 
 def reduces_over(node: fx.Node, axis: Axis) -> bool:

@@ -107,18 +107,9 @@ def prove(
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, is_wide = truth.reference, truth.is_wide
     lost, (against, bound) = bound_of(truth, rtol), judged_by(truth, rtol)
-    begun = time.perf_counter()
-    wide = run(
-        stages.rewritten, flat_inputs(stages.rewritten, inputs), stages.world, widen=not is_wide
-    )
-    algebra = tuple(worst(of_rank, reference) for of_rank in wide)
-    seconds_a_run = time.perf_counter() - begun
-    ranks = _errors(stages.lowered, inputs, stages.world, against)
     limit = bound if is_wide else Error(FLOOR, FLOOR)
-    if not is_wide and not all(error.within(limit) for error in algebra):
-        algebra = _against_program(wide, inputs, lost, algebra, truth, stages)
-    if not all(error.within(limit) for error in algebra):
-        raise _failure(algebra, limit, lost, inputs, reference, stages)
+    algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, lost)
+    ranks = _errors(stages.lowered, inputs, stages.world, against)
     if not all(error.within(bound) for error in ranks):
         if against is not reference:
             raise nothing_shown(truth, max(error.max for error in ranks))
@@ -139,6 +130,23 @@ def prove(
         lost,
         None if against is reference else tuple(against),
     )
+
+
+def _algebra(
+    truth: Truth, inputs: Mapping[str, Any], stages: Stages, limit: Error, lost: Error
+) -> tuple[tuple[Error, ...], float]:
+    """Every rank's error in float32 arithmetic, within ``limit``; and how long all ranks took."""
+    begun, is_wide, reference = time.perf_counter(), truth.is_wide, truth.reference
+    wide = run(
+        stages.rewritten, flat_inputs(stages.rewritten, inputs), stages.world, widen=not is_wide
+    )
+    errors = tuple(worst(of_rank, reference) for of_rank in wide)
+    seconds = time.perf_counter() - begun
+    if not is_wide and not all(error.within(limit) for error in errors):
+        errors = _against_program(wide, inputs, lost, errors, truth, stages)
+    if not all(error.within(limit) for error in errors):
+        raise _failure(errors, limit, lost, inputs, reference, stages)
+    return errors, seconds
 
 
 def _with_own_rounding(

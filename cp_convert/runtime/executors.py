@@ -83,23 +83,24 @@ def open_rank(
             hint=f"start {manifest.world} ranks.",
         )
     name, why_not = choose(manifest, executor, rank, device, communicator)
+    given = (manifest, folder, rank, device, communicator)
     if name == "tensorrt":
-        from .tensorrt_executor import TensorRTExecutor
+        from .tensorrt_executor import TensorRTExecutor  # late: torch
 
-        return TensorRTExecutor(
-            manifest, folder, rank, device, communicator, graph=graph, verify=verify, told=told
-        )
+        return TensorRTExecutor(*given, graph=graph, verify=verify, told=told)
+    _check_program(manifest, why_not)
+    from .torch_executor import TorchExecutor  # late: torch
+
+    return TorchExecutor(*given, compiled=compiled, verify=verify, told=told)
+
+
+def _check_program(manifest: Manifest, why_not: str | None) -> None:
     if manifest.program is None:
         raise BackendMissing(
             "the bundle holds no program for torch"
             + (f", and TensorRT cannot run its engines here: {why_not}." if why_not else "."),
             hint="convert with --program yes.",
         )
-    from .torch_executor import TorchExecutor
-
-    return TorchExecutor(
-        manifest, folder, rank, device, communicator, compiled=compiled, verify=verify, told=told
-    )
 
 
 def choose(
@@ -114,8 +115,8 @@ def choose(
     """
     if executor == "torch":
         return executor, None
-    from .groups import checked_world, everyone
-    from .tensorrt_executor import why_not
+    from .groups import checked_world, everyone  # late: torch
+    from .tensorrt_executor import why_not  # late: torch
 
     checked_world(manifest.world, communicator)
     reasons = everyone(why_not(manifest, rank, device), communicator)

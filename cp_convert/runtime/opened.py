@@ -10,7 +10,7 @@ from ..bundle.manifest import Manifest, Returned
 from ..errors import UsageError
 from .executors import Executor, open_rank
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
 
 
@@ -92,7 +92,7 @@ def open(  # noqa: A001  named as what it does
         ConvertError: see :func:`.executors.open_rank`.
     """
     if rank is None:
-        from .groups import group_of
+        from .groups import group_of  # late: torch
 
         group = group_of(communicator)
         rank = 0 if group is None else group.rank()

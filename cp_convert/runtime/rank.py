@@ -23,6 +23,7 @@ def main(folder: Path, pipe: int) -> int:
     tell = _teller(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
     tell(doing="importing torch")
+    # Late: it takes seconds, and whoever started this rank knows by now that it lives.
     import torch.distributed as dist
 
     from .session import Request, run_rank

@@ -13,7 +13,8 @@ from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from ..ir.layout import Layout, Segment
-from ..ir.program import Writer, tensor_of
+from ..ir.program import tensor_of
+from ..ir.writer import Writer
 from ..mesh import Axis
 
 aten: Final = torch.ops.aten

@@ -143,29 +143,32 @@ def _lines(found: Forecast) -> str:
     )
     taken = [y(largest) + 10]
     for strategy in dict.fromkeys(o.strategy for o in found.options if o.world > 1):
-        points = _fastest(found, strategy)
+        points = [(w, x(w), s, y(s)) for w, s in _fastest(found, strategy)]
         if not points:
             continue
-        path = " ".join(f"{x(w):.1f},{y(s):.1f}" for w, s in points)
-        dots = "".join(
-            f'<circle cx="{x(w):.1f}" cy="{y(s):.1f}" r="4" fill="{_colour(strategy)}">'
-            f"<title>{strategy}, {w} GPUs: {s:.2f}x</title></circle>"
-            for w, s in points
-        )
-        place = y(points[-1][1]) + 4
+        place = points[-1][3] + 4
         while any(abs(place - other) < 15 for other in taken):
             place += 5
         taken.append(place)
-        marks.append(
-            f'<polyline points="{path}" fill="none" stroke="{_colour(strategy)}" '
-            f'stroke-width="2.5"/>{dots}'
-            f'<text x="{x(points[-1][0]) + 10:.1f}" y="{place:.1f}" fill="{_colour(strategy)}">'
-            f"{strategy}</text>"
-        )
+        marks.append(_line(strategy, points, place))
     return (
         "<figure><figcaption>Speed-up over one GPU, by number of GPUs</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="Speed-up by number of GPUs">'
         f"{''.join(marks)}</svg></figure>"
+    )
+
+
+def _line(strategy: str, points: Sequence[tuple[int, float, float, float]], place: float) -> str:
+    """One strategy's line: by world and speed-up, each with where it is drawn; named at its end."""
+    colour, path = _colour(strategy), " ".join(f"{x:.1f},{y:.1f}" for _, x, _, y in points)
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
+        f"<title>{strategy}, {world} GPUs: {speed:.2f}x</title></circle>"
+        for world, x, speed, y in points
+    )
+    return (
+        f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>{dots}'
+        f'<text x="{points[-1][1] + 10:.1f}" y="{place:.1f}" fill="{colour}">{strategy}</text>'
     )
 
 
