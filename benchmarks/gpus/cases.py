@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-STRATEGIES: Final = ("ulysses", "allgather-kv", "ring")
+STRATEGIES: Final = ("ulysses", "allgather-kv", "ring", "stream-kv")
 
 
 @dataclass(frozen=True)

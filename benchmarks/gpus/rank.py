@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cp_convert.bundle.manifest import Weight
-from cp_convert.bundle.program import read_program
+from cp_convert.bundle.program import stored_at
 from cp_convert.engine.specialise import specialise
 from cp_convert.model.cast import DTYPES, cast_inputs
 from cp_convert.model.checkpoint import locate
@@ -152,8 +152,8 @@ def dense(rank: Rank, weights: Path) -> None:
 
 def program(rank: Rank, strategy: str, weights: Path) -> None:
     """A program of ours; its weights come from the file, as a bundle's do."""
-    stored = read_program(rank.folder / strategy)
-    names = make_groups(groups_of(stored.program), rank.world)
+    stored = stored_at(rank.folder / strategy)
+    names = make_groups(groups_of(stored.program), rank.rank, dist.group.WORLD)
     wired = over_the_wire(specialise(stored.program, rank.rank), rank.rank, names)
     here = on_device(wired, rank.device, stored.names)
     begun = time.perf_counter()
@@ -161,7 +161,7 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
         _listed(weights, set(stored.names.values())), Path("/"), rank.device, verify=False
     )
     seconds, size = time.perf_counter() - begun, sum(t.nbytes for t in bound.values())
-    state = here.state | {node: bound[name] for node, name in stored.names.items()}
+    state = {**here.state} | {node: bound[name] for node, name in stored.names.items()}
     given = {b.node: rank.inputs[b.name] for b in here.inputs}
     held = [n.name for n in here.graph_module.graph.find_nodes(op="placeholder")]
     values = [state[n] if n in state else given[n] for n in held]
@@ -184,17 +184,26 @@ def _listed(file: Path, wanted: set[str]) -> Iterator[Weight]:
 
 
 def profile(rank: Rank, name: str, forward: Forward) -> None:
-    """Milliseconds of a forward by kind of kernel, on rank 0."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    """Milliseconds of a forward by kind of kernel, and by operator and shapes, on rank 0."""
+    kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, record_shapes=True) as seen:
         for _ in range(RUNS):
             forward()
         torch.cuda.synchronize()
-    spent = {
-        one.key[:90]: round(one.self_device_time_total / 1e3 / RUNS, 3)
-        for one in seen.key_averages()
-    }
-    largest = sorted(spent.items(), key=lambda item: -item[1])[:40]
-    rank.tell(what=f"profile of {name}", kernels=dict(largest), total=sum(spent.values()))
+    kernels: dict[str, float] = {}
+    operators: dict[str, float] = {}
+    for one in seen.key_averages(group_by_input_shape=True):
+        spent = one.self_device_time_total / 1e3 / RUNS
+        if str(one.device_type).endswith("CUDA"):
+            kernels[one.key[:90]] = kernels.get(one.key[:90], 0.0) + spent
+        elif spent:
+            operators[f"{one.key} {one.input_shapes} x{one.count / RUNS:g}"[:200]] = spent
+    rank.tell(what=f"profile of {name}", kernels=_largest(kernels), operators=_largest(operators))
+
+
+def _largest(spent: dict[str, float]) -> dict[str, float]:
+    ranked = sorted(spent.items(), key=lambda item: -item[1])[:40]
+    return {key: round(ms, 3) for key, ms in ranked}
 
 
 def peer(rank: Rank, kind: str) -> None:

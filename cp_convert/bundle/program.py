@@ -89,6 +89,15 @@ def read_program(manifest: Manifest, folder: Path, *, verify: bool = True) -> St
                 hint="copy the bundle again, or convert again with --force."
                 + ("" if "SHA" not in problem else " --no-verify runs it as it is."),
             )
+    return stored_at(folder)
+
+
+def stored_at(folder: Path) -> Stored:
+    """The program in ``folder``, which no manifest has to describe; its constants are mapped.
+
+    Raises:
+        DamagedBundle: it cannot be read.
+    """
     try:
         document = _from_json(json.loads((folder / DOCUMENT).read_bytes()))
         names = document.pop("names")
