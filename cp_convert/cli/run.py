@@ -14,8 +14,8 @@ from .. import bundle as bundles
 from ..bundle.folder import output_error
 from ..bundle.manifest import Manifest
 from ..errors import UsageError
+from ..runtime.places import Place, place_of
 from . import options
-from .places import Place, place_of
 
 EXECUTORS = ("auto", "tensorrt", "torch")
 
