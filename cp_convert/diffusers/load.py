@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -82,7 +81,8 @@ def load_transformer(
         ranks = Ranks(channel, check=check)
         told = {**(manifest.model.config or {}), **(config or {})}
         module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all())
-    _say_farewell_at_exit(ranks)
+    # Ranks that follow end when rank 0's script does, or drops the module, without close().
+    weakref.finalize(module, ranks.close, quick=True)
     return module
 
 
@@ -114,18 +114,6 @@ def _used(device: torch.device) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def _say_farewell_at_exit(ranks: Ranks) -> None:
-    """Ranks that follow end when rank 0's script does, if it forgets to close."""
-    known = weakref.ref(ranks)
-
-    def farewell() -> None:
-        left = known()
-        if left is not None:
-            left.close(quick=True)
-
-    atexit.register(farewell)
 
 
 def model_class() -> type[Transformer]:

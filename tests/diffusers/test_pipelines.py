@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cp_convert.diffusers import load_transformer
-from tests.diffusers.pipelines import CASES
+from tests.diffusers.pipelines import CASES, STEPS
 from tests.diffusers.ranks import run_ranks
 from tests.runtime.bundles import converted
 
@@ -65,3 +65,20 @@ def test_every_rank_runs_the_pipeline(
     out, latents = made(name, strategy, world)
     for found in run_ranks(by_seed, world, tmp_path, name, out):
         assert_same(found, latents)
+
+
+def followed(rank: int, name: str, out: Path) -> Tensor | int:
+    with load_transformer(out, timeout=20) as transformer:
+        if rank:
+            return transformer.follow()
+        return CASES[name].latents(transformer)
+
+
+@pytest.mark.parametrize(("name", "strategy", "world"), [("flux", "allgather-kv", 3)])
+def test_rank_0_runs_the_pipeline_and_the_others_follow(
+    made: Made, tmp_path: Path, name: str, strategy: str, world: int
+) -> None:
+    out, latents = made(name, strategy, world)
+    first, *others = run_ranks(followed, world, tmp_path, name, out)
+    assert_same(first, latents)
+    assert others == [2 * STEPS] * (world - 1), "guidance calls twice a step"
