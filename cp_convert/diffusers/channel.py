@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..bundle.manifest import Manifest
 from ..errors import RunFailed
+from ..ir.tensors import as_bytes
 from ..runtime.arguments import inputs_of
 from ..runtime.guarded import first_line
 from ..runtime.watch import Silence, watched
@@ -123,17 +124,13 @@ class Channel:
         return kind, words
 
     def _send(self, tensor: Tensor) -> None:
-        dist.broadcast(_bytes(tensor.contiguous()), group_src=0, group=self.group)
+        # Bytes go through every backend; gloo knows no booleans.
+        dist.broadcast(as_bytes(tensor.contiguous()), group_src=0, group=self.group)
 
     def _received(self, io: Any, device: torch.device) -> Tensor:
         tensor = torch.empty(io.shape, dtype=getattr(torch, io.dtype), device=device)
-        dist.broadcast(_bytes(tensor), group_src=0, group=self.group)
+        dist.broadcast(as_bytes(tensor), group_src=0, group=self.group)
         return tensor
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    """The same memory as bytes, which every backend sends; gloo knows no booleans."""
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 @contextmanager

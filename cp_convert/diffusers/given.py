@@ -45,9 +45,10 @@ class Arguments:
             UsageError: an argument that the bundle does not take, another value for one that is
                 part of the engines, or a tensor of another shape.
         """
-        left_out = {n: v for n, v in self.defaults.items() if n in self._frozen | self._tensors}
+        own = self._frozen | self._tensors
+        left_out = {n: v for n, v in self.defaults.items() if n in own and n not in arguments}
         found: dict[str, Tensor] = {}
-        for name, value in {**left_out, **arguments}.items():
+        for name, value in {**arguments, **left_out}.items():
             if name == "return_dict":
                 continue
             if name in self._tensors:

@@ -88,15 +88,16 @@ class Ranks:
             return False
         if _ENDS in kinds:
             raise RunFailed(f"rank {kinds.index(_ENDS)} ended without a call; others make calls.")
-        self._led = _FOLLOWS in kinds
-        if self._led and kinds != [_CALLS] + [_FOLLOWS] * (len(kinds) - 1):
+        led = _FOLLOWS in kinds
+        if led and kinds != [_CALLS] + [_FOLLOWS] * (len(kinds) - 1):
             both = ", ".join(f"rank {rank} {kind}" for rank, kind in enumerate(kinds))
             raise UsageError(
                 f"ranks run the pipeline and follow at once: {both}.",
                 hint="either every rank runs it with one seed, or rank 0 alone, and every other "
                 "calls follow().",
             )
-        if self._led:
+        self._led = led
+        if led:
             self.channel.lead()
         return True
 

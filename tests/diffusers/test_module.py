@@ -19,6 +19,7 @@ from cp_convert.diffusers.ranks import Ranks
 from cp_convert.diffusers.refused import REFUSED
 from cp_convert.errors import ConvertError, UsageError
 from cp_convert.ir.frozen_value import digest_of
+from cp_convert.ir.tensors import numbers
 from cp_convert.runtime import Opened
 from tests.bundle.test_folder import written
 
@@ -254,3 +255,9 @@ def test_a_closed_one_says_so(made: Callable[..., Transformer]) -> None:
         module(**arguments())
     with pytest.raises(UsageError, match="rank 0 runs the pipeline"):
         made().follow()
+
+
+@pytest.mark.parametrize("one", [torch.tensor(7).expand(1), torch.ones(2, 3).T, torch.ones(())])
+def test_every_tensor_has_its_bytes(one: Tensor) -> None:
+    assert bytes(numbers(one)) == one.contiguous().clone().numpy().tobytes()
+    assert digest_of(one) == digest_of(one.clone())
