@@ -31,13 +31,17 @@ def flattened(manifest: Manifest, arguments: Mapping[str, Any]) -> dict[str, Ten
     wanted = inputs_of(manifest)
     frozen = {one.name: one for one in manifest.frozen}
     found: dict[str, Tensor] = {}
-    for name, value in leaves(arguments):
-        if name in wanted and isinstance(value, Tensor):
-            found[name] = value
-        elif name in frozen:
-            check_frozen(name, value, [frozen[name]])
-        elif value is not None or name in wanted:
-            raise unknown(name, value, wanted)
+    for argument, whole in arguments.items():
+        if argument in frozen:
+            check_frozen(argument, whole, [frozen[argument]])
+            continue
+        for name, value in leaves(whole, argument):
+            if name in wanted and isinstance(value, Tensor):
+                found[name] = value
+            elif name in frozen:
+                check_frozen(name, value, [frozen[name]])
+            elif value is not None or name in wanted:
+                raise unknown(name, value, wanted)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UsageError(

@@ -21,6 +21,7 @@ from cp_convert.errors import ConvertError, UsageError
 from cp_convert.ir.frozen_value import digest_of
 from cp_convert.ir.tensors import numbers
 from cp_convert.runtime import Opened
+from cp_convert.runtime.arguments import flattened
 from tests.bundle.test_folder import written
 
 SAMPLE = m.Returned(kind="tensor", name="sample", keys=[], items=[])
@@ -261,3 +262,29 @@ def test_a_closed_one_says_so(made: Callable[..., Transformer]) -> None:
 def test_every_tensor_has_its_bytes(one: Tensor) -> None:
     assert bytes(numbers(one)) == one.contiguous().clone().numpy().tobytes()
     assert digest_of(one) == digest_of(one.clone())
+
+
+def test_integers_that_half_precision_does_not_count(made: Callable[..., Transformer]) -> None:
+    half = [_input("timestep", "bfloat16", 1), _input("x", "float32", 1, 4)]
+    module = made(io=[*half, m.Io(name="sample", mode="output", dtype="float32", shape=[1, 4])])
+    given = {name: arguments()[name] for name in ("x", "scale", "grid", "index")}
+    module(**given, timestep=torch.tensor([1000]))
+    with pytest.raises(UsageError, match="timestep is int64, the engines take bfloat16") as refusal:
+        module(**given, timestep=torch.tensor([999]))
+    assert 'keep_float32 = ["timestep"]' in str(refusal.value.hint)
+
+
+def test_an_opened_bundle_compares_frozen_values_too(tmp_path: Path) -> None:
+    opened = Opened(Flat(_manifest(tmp_path / "bundle")))  # type: ignore[arg-type]
+    given = arguments(grid=[(4, 6)], scale=2.0)
+    assert opened(**given).sample.sum() == 8
+    for name, value in (("index", [INDEX + 1]), ("scale", torch.tensor(2)), ("grid", [(4, 7)])):
+        with pytest.raises(UsageError, match="which is part of them"):
+            opened(**{**given, name: value})
+
+
+class Flat(StandIn):
+    """Takes the model's own arguments, as the executors do."""
+
+    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
+        return super().__call__(**flattened(self.manifest, arguments))
