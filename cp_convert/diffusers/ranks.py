@@ -67,9 +67,10 @@ class Ranks:
                 hint="if transformer.rank: transformer.follow()",
             )
         count = 0
-        with watched_follower(self.channel) as told, explained(self.channel.rank):
-            if not self._meet(_FOLLOWS):
+        with explained(self.channel.rank):
+            if not self._meet(_FOLLOWS):  # may take minutes: rank 0 loads the pipeline's parts
                 return 0
+        with watched_follower(self.channel) as told, explained(self.channel.rank):
             for given in self.channel.heard(manifest, device, told):
                 run(given)
                 count += 1

@@ -96,12 +96,13 @@ def stops(number: int, out: Path) -> Any:
 
 
 def thinks_long(number: int, out: Path) -> Any:
-    """Longer than the time-out, between calls."""
+    """Longer than the time-out, before calls and after."""
 
     def think(transformer: Any) -> int:
         for _ in range(2):
+            time.sleep(2.5)
             transformer(x=_x())
-            time.sleep(3)
+        time.sleep(2.5)
         return 2
 
     return _led(think)(number, out, 1.5)
