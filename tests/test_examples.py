@@ -58,7 +58,7 @@ def test_an_example_becomes_a_proven_bundle(
     assert max(e.max for e in manifest.proof.network.algebra) < 1e-5
     done = Counter(site.rewritten for site in manifest.attention)
     assert (done[True], done[False]) == (REWRITTEN[name], CROSS[name])
-    per_attention = {"ulysses": 2, "allgather-kv": 1, "ring": 2}[strategy]
+    per_attention = {"ulysses": 2, "allgather-kv": 1, "ring": 1, "stream-kv": 4}[strategy]
     total = sum(one.count for one in manifest.collectives)
     assert total == per_attention * REWRITTEN[name] + 1
     assert [io.name for io in manifest.io if io.mode == "input"] == list(

@@ -238,6 +238,7 @@ def _attention(outcome: Outcome) -> m.Attention:
         causal=site.causal,
         rewritten=outcome.kept is None,
         reason=outcome.kept,
+        way=outcome.way,
         padded_heads=heads - site.heads,
         padded_queries=slots - site.global_queries,
         padded_keys=0 if keys is None else keys.padding,

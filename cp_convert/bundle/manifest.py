@@ -132,7 +132,9 @@ class Attention(_Struct, frozen=True):
 
     ``padded_*`` are slots of all ranks that hold nothing real: queries are computed in vain, keys
     are cut away before the softmax, heads are dropped again. ``padding_percent`` is what that
-    adds to the attention's work.
+    adds to the attention's work. ``way`` says over which attentions the softmax is computed: one
+    fused attention (``one``), several whose results are merged (``fused``), or scores written out
+    in float32 (``explicit``).
     """
 
     module: str
@@ -149,6 +151,7 @@ class Attention(_Struct, frozen=True):
     causal: bool
     rewritten: bool
     reason: str | None
+    way: Literal["one", "fused", "explicit"]
     padded_heads: Count
     padded_queries: Count
     padded_keys: Count

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
 
 from .layout import Layout
+
+Way = Literal["one", "fused", "explicit"]
+"""Over which attentions a softmax is computed: one fused attention over all keys; several, whose
+results are merged; or scores that are written out in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Cost:
         heads: query heads that all ranks compute together, padding included.
         operations: floating-point operations of the two products, padding included.
         scores: scores that are held at once in float32; none where the attention is fused.
+        way: over which attentions the softmax is computed.
     """
 
     collectives: int
@@ -34,6 +42,7 @@ class Cost:
     heads: int
     operations: int
     scores: int = 0
+    way: Way = "one"
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,13 @@ class Site:
         source: ``file:line`` in the model's code, when known.
         batch, heads, kv_heads, head_dim: as on every rank before the rewrite.
         queries, keys: sequence lengths (slots, padding included) on one rank.
+        dtype: of queries, keys and values.
         query_layout, key_layout: how they are spread over the ranks when keys are sharded;
             ``None`` when every rank attends by itself.
         mask: the shape of the mask, whole and in the model's order.
         causal: whether query ``i`` sees keys up to ``i`` only.
         scale: what scores are multiplied with; ``None`` means ``1 / sqrt(head_dim)``.
+        mask_dtype: of the mask; a boolean one says what is seen, numbers are added to scores.
     """
 
     index: int
@@ -62,11 +73,13 @@ class Site:
     head_dim: int
     queries: int
     keys: int
+    dtype: torch.dtype
     query_layout: Layout | None = None
     key_layout: Layout | None = None
     mask: tuple[int, ...] | None = None
     causal: bool = False
     scale: float | None = None
+    mask_dtype: torch.dtype | None = None
 
     @property
     def where(self) -> str:
@@ -107,9 +120,11 @@ class Outcome:
         node: name of the node that holds its result in the rewritten program.
         kept: why it was left alone; ``None`` when it was rewritten.
         heads: query heads that all ranks compute together, padding included.
+        way: over which attentions the softmax is computed.
     """
 
     site: Site
     node: str
     kept: str | None
     heads: int
+    way: Way = "one"

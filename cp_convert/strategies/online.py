@@ -47,9 +47,14 @@ class OnlineAttention:
 
     def add(self, k_BHSD: Tensor, v_BHSD: Tensor, columns: list[tuple[int, int]]) -> None:
         """One more chunk; ``columns`` are its keys' ranges in the mask."""
+        k_BHSD, v_BHSD = k_BHSD.float(), v_BHSD.float()
         for block in self.blocks:
             block.add(k_BHSD, v_BHSD, columns, after=self.last)
             self.last = block.total
+
+    def done(self) -> Tensor | None:
+        """Something that is there when the last chunk was attended to."""
+        return self.last
 
     def result(self) -> Tensor:
         """``[B, H, S, D]``, in the queries' dtype."""

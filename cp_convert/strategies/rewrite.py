@@ -66,9 +66,11 @@ def rewrite(
         old = node.name
         new = writer.replace(node, site) if _changes(site) else node
         renamed[old] = new.name
-        kept = None if site.keys_sharded else _why_kept(axis)
-        heads = strategy.cost(site, axis).heads if site.keys_sharded else site.heads
-        outcomes.append(Outcome(site, new.name, kept, heads))
+        if site.keys_sharded:
+            cost = strategy.cost(site, axis)
+            outcomes.append(Outcome(site, new.name, None, cost.heads, cost.way))
+        else:
+            outcomes.append(Outcome(site, new.name, _why_kept(axis), site.heads))
     graph.lint()
     outputs = tuple(replace(b, node=renamed.get(b.node, b.node)) for b in program.outputs)
     module = module_of(program.graph_module, graph)
@@ -104,6 +106,8 @@ def _site(index: int, node: fx.Node, sharded: Sharded) -> Site:
         mask=None if mask is None else tuple(tensor_of(mask).shape),
         causal=bool(given["is_causal"]),
         scale=given["scale"],
+        dtype=q.dtype,
+        mask_dtype=None if mask is None else tensor_of(mask).dtype,
     )
 
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from ..ir import ops
 from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
+from .order import after
 from .tokens import mask_columns, mask_of, mask_part, mask_rows, real_keys, repeated
 
 GROUPS: Final = 4
@@ -81,7 +82,7 @@ def attend(
     for g, q in enumerate(q_groups):
         arrived = arriving
         if g + 1 < len(groups):
-            following = packed[g + 1] if g == 0 else _after(outs[g - 1], packed[g + 1])
+            following = after(outs[g - 1] if g else None, packed[g + 1])
             arriving = ops.all_gather(following, axis)
         k, v = _heads_tokens(arrived, site, axis)
         rows = None if mask is None else mask_part(mask, -3, ratio * sum(groups[:g]), q.shape[1])
@@ -97,9 +98,3 @@ def _heads_tokens(gathered: Tensor, site: Site, axis: Axis) -> list[Tensor]:
     kv_W2BhSD: Tensor = gathered.unflatten(0, (axis.size, 2))
     joined = kv_W2BhSD.permute(1, 2, 3, 0, 4, 5).flatten(3, 4)
     return [real_keys(x, site.key_layout) for x in joined.unbind(0)]
-
-
-def _after(done: Tensor, x: Tensor) -> Tensor:
-    """``x`` itself, which is not there before ``done`` is; no compiler knows that it always is."""
-    number = done[:1, :1, :1, :1].unsqueeze(0)
-    return torch.where(number <= number.abs(), x, 0.0)

@@ -3,14 +3,14 @@
 Algebra (W = U R ranks; rank ``g U + i`` is member i of group g)::
 
     [Q K V]_r : all heads, S tokens   --all-to-all in the group-->   H/U heads, U S tokens
-    O, m, l over the groups' K and V, one broadcast each             (online softmax, as in Ring)
+    A, l over the groups' K and V, one broadcast each                (merged as in Ring)
     O_r       : H/U heads, U S tokens --all-to-all in the group-->   all heads, S tokens
 
 Collectives: ``2 + R`` an attention: two exchanges among U ranks, R broadcasts among the R ranks
-that hold the same heads of other groups.
+that hold the same heads of other groups; with two groups one all-gather, and no merging.
 Bytes sent by a rank: ``4 (U-1)/(U W)`` of one full Q for the exchanges (a quarter each for Q, K, V
 and O) and ``2 (R-1)/W`` for the ring.
-Memory: K and V of its own group and of one other, ``4 U S`` tokens of ``H/U`` heads.
+Memory: K and V of its own group and of two others, ``6 U S`` tokens of ``H/U`` heads.
 Masks: the group's rows, the columns of the chunk, this rank's heads of a per-head mask.
 Limits: as many heads as U; heads that do not divide are padded with zeros and dropped again.
 Groups of ranks are known not to work in every TensorRT release.
@@ -19,7 +19,6 @@ Source: USP (Fang and Zhao, arXiv:2405.07719).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +29,9 @@ from ..ir.attention import Cost, Refusal, Site
 from ..ir.layout import Layout, merged
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
-from .online import OnlineAttention, blocks_for
-from .tokens import mask_all_rows, mask_heads, mask_of, picked, repeated
+from .online import blocks_for
+from .parts import ring_over, way_of, widened
+from .tokens import mask_all_rows, mask_heads, mask_of
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,15 @@ class Usp:
         chunk = 2 * numbers * keys * site.keys
         own_heads, rows = site.batch * heads // size, size * site.queries
         blocks = blocks_for(own_heads, rows, size * site.keys)
+        way = way_of(site, rings)
         return Cost(
-            collectives=2 + rings,
+            collectives=2 + (1 if way == "one" else rings),
             sent=numbers * travelling * (size - 1) // size + (rings - 1) * chunk,
-            key_values=2 * chunk,
+            key_values=min(3, rings) * chunk,
             heads=heads,
-            operations=site.operations(heads, site.queries),
-            scores=own_heads * -(-rows // blocks) * size * site.keys,
+            operations=widened(site.operations(heads, site.queries), site, way),
+            scores=own_heads * -(-rows // blocks) * size * site.keys if way == "explicit" else 0,
+            way=way,
         )
 
     def attend(
@@ -91,19 +93,17 @@ class Usp:
         assert site.query_layout is not None and site.key_layout is not None
         inner, outer = axis.inner(self.ulysses), axis.outer(self.ulysses)
         q, k, v = to_heads(q_BHSD, k_BHSD, v_BHSD, site, inner)
-        ratio = q.shape[1] // k.shape[1]
-        scale = 1 / math.sqrt(site.head_dim) if site.scale is None else site.scale
         rows = self._rows(mask_of(site, mask, q_BHSD), site, inner, outer)
-        attention = OnlineAttention(q, scale, rows, k.shape[2])
-        own_2BhTD = torch.stack((k, v))
-        for root in range(outer.size):
-            slots, tokens = _chunk(site.key_layout, root, self.ulysses)
-            if not slots:
-                continue  # nothing but padding there
-            arrived = ops.broadcast(own_2BhTD, root, outer).float().unbind(0)
-            k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived)
-            attention.add(k, v, tokens)
-        return to_tokens(attention.result(), site, inner)
+        layout = site.key_layout
+        attended = ring_over(
+            torch.stack((k, v)),
+            q,
+            rows,
+            site=site,
+            axis=outer,
+            chunk=lambda group: _chunk(layout, group, self.ulysses),
+        )
+        return to_tokens(attended, site, inner)
 
     def _rows(self, mask: Tensor | None, site: Site, inner: Axis, outer: Axis) -> Tensor | None:
         """The mask for this group's queries and this rank's heads, with all columns."""

@@ -70,7 +70,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
                 head_dim=8, mask=None, causal=False, padded_heads=0, padded_queries=0,
                 padded_keys=0, padding_percent=0.0,
                 local_query=2, global_query=4, local_key=2, global_key=4, rewritten=True,
-                reason=None,
+                reason=None, way="one",
             )
             for i in range(3)
         ],

@@ -50,14 +50,14 @@ def layers(network: Any) -> Counter[str]:
     return Counter(network.get_layer(i).type.name for i in range(network.num_layers))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [3, 4])
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("ulysses", lambda w: [("all_to_all", "ALL_TO_ALL", -1)] * 2),
         ("allgather-kv", lambda w: [("all_gather", GATHER, -1)]),
-        ("ring", lambda w: [("broadcast", "BROADCAST", root) for root in range(w)]),
-        ("stream-kv", lambda w: [("all_gather", "ALL_TO_ALL", -1)] * 4),
+        ("ring", lambda w: [("broadcast", "BROADCAST", r) for r in range(w)]),
+        ("stream-kv", lambda w: [("all_gather", GATHER, -1)] * 4),
     ],
 )
 def test_each_collective_is_one_layer_with_the_operators_group(  # type: ignore[no-untyped-def]
@@ -73,11 +73,17 @@ def test_each_collective_is_one_layer_with_the_operators_group(  # type: ignore[
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("ulysses", 2), ("allgather-kv", 2), ("stream-kv", 5), ("ring", 1)]
+    ("name", "world", "count"),
+    [
+        ("ulysses", 2, 2),
+        ("allgather-kv", 2, 2),
+        ("stream-kv", 2, 5),
+        ("ring", 2, 2),
+        ("ring", 4, 5),
+    ],
 )
-def test_attention_is_tensorrts_own_layer(name: str, count: int) -> None:
-    """Ring has one: of the attention it splits TensorRT's layer has no log-sum-exp."""
-    network = network_of(specialise(program(name, 2), 0)).ctx.net
+def test_attention_is_tensorrts_own_layer(name: str, world: int, count: int) -> None:
+    network = network_of(specialise(program(name, world, torch.bfloat16), 0)).ctx.net
     assert layers(network)["ATTENTION_OUTPUT"] == count
 
 

@@ -31,6 +31,7 @@ def site_of(
         index=0, module="attn", source=None, batch=batch, heads=heads, kv_heads=kv_heads,
         head_dim=dim, queries=layout.local, keys=layout.local, query_layout=layout,
         key_layout=layout, mask=None if mask is None else tuple(mask.shape), causal=causal,
+        dtype=tensors[0].dtype, mask_dtype=None if mask is None else mask.dtype,
     )  # fmt: skip
 
 

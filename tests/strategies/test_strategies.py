@@ -1,6 +1,7 @@
 """Every strategy by itself: numerics, dependence on other ranks, collectives, memory."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from cp_convert.ir.program import Binding, Lowered
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.prove.lockstep import PerRank, run
 from cp_convert.strategies import STRATEGIES, Site, Usp
+from cp_convert.strategies.parts import EXTRA
 from tests.conftest import axis_of, strategy
 
 WORLDS = (2, 3, 4)
@@ -31,7 +33,7 @@ def site_of(world: int, **changes: object) -> Site:
     values: dict[str, object] = {
         "index": 0, "module": "blocks.0.attn", "source": None, "batch": 2, "heads": HEADS,
         "kv_heads": HEADS, "head_dim": DIM, "queries": layout.local, "keys": layout.local,
-        "query_layout": layout, "key_layout": layout,
+        "query_layout": layout, "key_layout": layout, "dtype": torch.float32,
     }  # fmt: skip
     return Site(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -41,7 +43,7 @@ def program(
 ) -> Lowered:
     """The strategy alone: shards its three inputs, attends, gathers the output."""
     axis = axis_of(world)
-    site = site_of(world, scale=scale, kv_heads=like[1].shape[1])
+    site = site_of(world, scale=scale, kv_heads=like[1].shape[1], dtype=like[0].dtype)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = [ops.shard(x, 2, axis) for x in (q, k, v)]
@@ -107,7 +109,7 @@ def test_every_rank_sees_every_other_ranks_keys_and_values(
         # bytes that one rank sends, as a multiple of one full Q
         ("ulysses", lambda w: 2, lambda w: 4 * (w - 1) / w**2),
         ("allgather-kv", lambda w: 1, lambda w: 2 * (w - 1) / w),
-        ("ring", lambda w: w, lambda w: 2 * (w - 1) / w),
+        ("ring", lambda w: 1 if w == 2 else w, lambda w: 2 * (w - 1) / w),
         ("stream-kv", lambda w: 4, lambda w: 2 * (w - 1) / w),
     ],
 )
@@ -125,10 +127,11 @@ def test_collectives_are_at_the_lower_bound(name, count, sent, world: int) -> No
     assert total == pytest.approx(sent(world) * qkv[0].numel() * qkv[0].element_size())
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_ring_holds_its_own_and_one_other_ranks_keys(world: int) -> None:
-    """When the next chunk arrives, nothing of the chunks before it is alive any more."""
-    half = [x.half() for x in sdpa_inputs()]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("world", [3, 4, 8])
+def test_ring_holds_the_present_and_the_next_chunk(world: int, dtype: torch.dtype) -> None:
+    """When a chunk is sent for, nothing of those before the present one is alive any more."""
+    half = [x.to(dtype) for x in sdpa_inputs()]
     lowered = program("ring", world, half)
     arrived: list[StorageWeakRef] = []
     alive_at_arrival: list[int] = []
@@ -136,13 +139,27 @@ def test_ring_holds_its_own_and_one_other_ranks_keys(world: int) -> None:
     def watch(node: torch.fx.Node, values: PerRank) -> None:
         if node.target is torch.ops.cp.broadcast.default:
             alive_at_arrival.append(sum(not storage.expired() for storage in arrived))
-        elif any(n.target is torch.ops.cp.broadcast.default for n in node.all_input_nodes):
-            # In lockstep a broadcast is the root's own tensor; its float32 copy is the chunk.
+        elif any(n.target is torch.ops.aten.unbind.int for n in node.all_input_nodes[:1]):
+            pass
+        elif any(_is_of_a_chunk(n) for n in node.all_input_nodes):
+            # In lockstep a broadcast is the root's own tensor; what is made of it is the chunk.
             arrived.append(StorageWeakRef(values[0].untyped_storage()))
 
     run(lowered, dict(zip("qkv", half, strict=True)), world, watch=watch)
-    assert len(arrived) == world
+    assert len(arrived) >= 2 * world
     assert alive_at_arrival == [0] * world
+
+
+def _is_of_a_chunk(node: torch.fx.Node) -> bool:
+    """Whether this is K or V of a chunk, as it came."""
+    taken = node.target is operator.getitem and node.all_input_nodes[0]
+    return bool(taken) and taken.all_input_nodes[0].target is torch.ops.cp.broadcast.default
+
+
+def test_with_two_ranks_a_ring_is_one_gather_and_one_attention() -> None:
+    nodes = program("ring", 2, sdpa_inputs()).graph_module.graph.nodes
+    targets = [n.target for n in nodes if n.target in {*ops.COLLECTIVES, ops.ATTENTION}][:-1]
+    assert targets == [torch.ops.cp.all_gather.default, ops.ATTENTION]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -201,7 +218,7 @@ def test_usp_is_at_its_lower_bound(ulysses: int, ring: int) -> None:
     """Both exchanges of Ulysses among U ranks, and the ring's broadcasts of what U ranks share."""
     qkv, world = sdpa_inputs(), ulysses * ring
     lowered = program("usp", world, qkv, by=Usp(ulysses))
-    assert len(collectives(lowered)) == 2 + ring
+    assert len(collectives(lowered)) == 2 + (ring if ring > 2 else 1)
     of_q = 4 * (ulysses - 1) / (ulysses * world) + 2 * (ring - 1) / world
     assert sent_by_one(lowered) == pytest.approx(of_q * qkv[0].numel() * 4)
 
@@ -218,25 +235,27 @@ def test_the_arithmetic_of_cost_is_what_the_program_does(
     told = strategy(name, world).cost(site_of(world, kv_heads=kv_heads), axis_of(world))
     assert told.collectives == len(collectives(lowered))
     assert 4 * told.sent == pytest.approx(sent_by_one(lowered))
-    dense = 4 * 2 * HEADS * SEQUENCE**2 * DIM
+    dense = 4 * 2 * HEADS * SEQUENCE**2 * (DIM + (EXTRA if told.way == "fused" else 0))
     assert told.operations * world == dense * told.heads / HEADS
 
 
-@pytest.mark.parametrize("name", ["ring", "usp"])
-def test_long_chunks_are_worked_off_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "world"), [("ring", 4), ("usp", 3)])
+def test_long_chunks_are_worked_off_in_blocks(
+    name: str, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Scores are never larger than allowed, and the result is the same."""
     from cp_convert.strategies import online
 
-    qkv = sdpa_inputs()
-    dense = torch.nn.functional.scaled_dot_product_attention(*qkv)
-    whole = max_scores(program(name, 4, qkv))
-    monkeypatch.setattr(online, "SCORES", whole // 3)
-    lowered = program(name, 4, qkv)
-    assert max_scores(lowered) <= whole // 3
-    told = strategy(name, 4).cost(site_of(4), axis_of(4))
+    qkv = [x.half() for x in sdpa_inputs()]  # the scores are written out in float16
+    whole = program(name, world, qkv)
+    limit = max_scores(whole) // 2
+    monkeypatch.setattr(online, "SCORES", limit)
+    lowered = program(name, world, qkv)
+    assert max_scores(lowered) <= limit
+    told = strategy(name, world).cost(site_of(world, dtype=torch.float16), axis_of(world))
     assert told.scores == max_scores(lowered)
-    for out in outputs(lowered, 4, *qkv):
-        torch.testing.assert_close(out, dense, rtol=1e-5, atol=1e-5 * dense.abs().max().item())
+    for out, once in zip(outputs(lowered, world, *qkv), outputs(whole, world, *qkv), strict=True):
+        torch.testing.assert_close(out, once, rtol=1e-3, atol=1e-3)
 
 
 def max_scores(lowered: Lowered) -> int:
