@@ -107,6 +107,9 @@ class Transformer(Refusing, nn.Module):
         """Whether a step cache is on: never."""
         return False
 
+    def unload_lora(self) -> None:
+        """Nothing was loaded, and nothing is left to do."""
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Itself, where nothing has to change for that.
 

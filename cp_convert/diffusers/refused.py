@@ -28,7 +28,7 @@ REFUSED: Final = {
         (
             "load_lora_adapter", "save_lora_adapter", "add_adapter", "set_adapter", "set_adapters",
             "fuse_lora", "unfuse_lora", "enable_lora", "disable_lora", "enable_adapters",
-            "disable_adapters", "delete_adapters", "unload_lora", "enable_lora_hotswap",
+            "disable_adapters", "delete_adapters", "enable_lora_hotswap",
         ),
         _LORA,
     ),

@@ -225,6 +225,7 @@ def test_it_stays_where_and_what_it_is(made: Callable[..., Transformer]) -> None
             asked()
     with module.cache_context("cond", step_index=1, sigma=0.5):
         assert not module.is_cache_enabled
+    module.unload_lora()
 
 
 def test_the_configuration_is_the_model_s(made: Callable[..., Transformer]) -> None:
