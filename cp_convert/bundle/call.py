@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class Struct(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -23,10 +24,15 @@ class Io(Struct, frozen=True):
 
 
 class Frozen(Struct, frozen=True):
-    """An argument of ``forward`` that is no tensor and is therefore part of the engine."""
+    """An argument of ``forward`` whose value is part of the engine.
+
+    ``value`` is its ``repr``. ``sha256`` is there for tensors that were frozen by name, which
+    ``repr`` shortens; see :func:`cp_convert.ir.frozen_value.digest_of`.
+    """
 
     name: str
     value: str
+    sha256: Sha256 | None
 
 
 class Returned(Struct, frozen=True):
@@ -44,7 +50,11 @@ class Returned(Struct, frozen=True):
 
 
 class Forward(Struct, frozen=True):
-    """The model's own signature: its parameters in order, and what it returns."""
+    """The model's own signature: its parameters in order, and what it returns.
+
+    ``defaults`` are the values, as ``repr``, of those that may be left out.
+    """
 
     arguments: list[str]
+    defaults: dict[str, str]
     returned: Returned

@@ -51,7 +51,10 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         torch=str(torch.__version__),
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
         io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
-        frozen=[m.Frozen(name=n, value=v) for n, v in signature.frozen.items()],
+        frozen=[
+            m.Frozen(name=name, value=value, sha256=signature.digests.get(name))
+            for name, value in signature.frozen.items()
+        ],
         forward=_forward(source, signature),
         plan_source=_plan_source(axis, signature.applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in signature.applied],
@@ -73,8 +76,9 @@ def _forward(source: Source, signature: Signature) -> m.Forward:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(source.module.forward).parameters
     names = [name for name, one in parameters.items() if one.kind in positional]
+    defaults = {n: repr(p.default) for n, p in parameters.items() if p.default is not p.empty}
     tree = msgspec.convert(msgspec.to_builtins(signature.returned), m.Returned)
-    return m.Forward(arguments=names, returned=tree)
+    return m.Forward(arguments=names, defaults=defaults, returned=tree)
 
 
 def _backend(made: Made) -> m.Backend:

@@ -18,6 +18,7 @@ from .call import Forward as Forward
 from .call import Frozen as Frozen
 from .call import Io as Io
 from .call import Returned as Returned
+from .call import Sha256
 from .call import Struct as _Struct
 
 SCHEMA_VERSION: Final = 6
@@ -26,7 +27,6 @@ SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
 
 

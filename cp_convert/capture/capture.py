@@ -11,6 +11,7 @@ import msgspec
 
 from ..cache.store import Cache
 from ..errors import CannotLower
+from ..ir.frozen_value import digest_of
 from ..ir.records import Captured, Traced
 from ..ir.serialize import pack, read_packed, unpack
 from ..ir.signature import Signature
@@ -68,8 +69,12 @@ def capture(
     with clock.stage("decompose"):
         dense = decompose(trace.program, table)
     frozen = {constant.name: repr(constant.value) for constant in trace.program.frozen}
+    hashed = {constant.name: digest_of(constant.value) for constant in trace.program.frozen}
+    digests = {name: digest for name, digest in hashed.items() if digest is not None}
     program = trace.program
-    signature = Signature(dict(program.parameters), frozen, trace.applied, program.returned)
+    signature = Signature(
+        dict(program.parameters), frozen, digests, trace.applied, program.returned
+    )
     if key is not None:
         # What has no name to be found by again is decomposed every time.
         with clock.stage("keep"), suppress(CannotLower), cache.store("traces", key) as folder:

@@ -15,8 +15,8 @@ from ..bundle.folder import output_error
 from ..bundle.manifest import Manifest
 from ..errors import UsageError
 from ..runtime.executors import EXECUTORS
+from ..runtime.places import Place, place_of
 from . import options
-from .places import Place, place_of
 
 
 @click.command("run", context_settings=options.SETTINGS)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .program import HALF, erase_dead, evaluated, tensor_of
+from .tensors import as_bytes
 from .writer import Writer
 
 _SLICE_SCATTER = torch.ops.aten.slice_scatter.default
@@ -99,7 +100,7 @@ def share_constants(graph_module: fx.GraphModule) -> None:
 
 def _identity(value: torch.Tensor) -> tuple[object, ...]:
     """What equal constants have in common."""
-    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = as_bytes(value.detach().cpu().contiguous()).numpy()
     return value.dtype, tuple(value.shape), value.device, hashlib.sha256(raw).digest()  # type: ignore[arg-type]
 
 

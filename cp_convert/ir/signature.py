@@ -77,10 +77,12 @@ class Signature(msgspec.Struct, frozen=True):
         returned: what forward returns.
         parameters: the model's own names of its parameters, by placeholder.
         frozen: arguments that are no tensors, and are frozen into the program, as ``repr``.
+        digests: of those among them that hold tensors, which were frozen by name.
         applied: what became of the plan's lines.
     """
 
     parameters: dict[str, str]
     frozen: dict[str, str]
+    digests: dict[str, str]
     applied: tuple[Applied, ...]
     returned: Returned

@@ -173,7 +173,15 @@ def save(
 
 def numbers(tensor: Tensor) -> memoryview:
     """A tensor's numbers as bytes, in row-major order."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return as_bytes(tensor.detach().contiguous()).numpy().data
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes; ``tensor`` is contiguous.
+
+    One element that was expanded counts as contiguous with a stride of 0, which no view takes.
+    """
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def mapped(path: Path) -> dict[str, Tensor]:

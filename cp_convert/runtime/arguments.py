@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..bundle.manifest import Io, Manifest
 from ..errors import UsageError
+from ..ir.frozen_value import leaves
+from .frozen import check_frozen
 
 
 def inputs_of(manifest: Manifest) -> dict[str, Io]:
@@ -28,15 +29,19 @@ def flattened(manifest: Manifest, arguments: Mapping[str, Any]) -> dict[str, Ten
         UsageError: a name, shape or type that is not the engine's, or another frozen value.
     """
     wanted = inputs_of(manifest)
-    frozen = {one.name: one.value for one in manifest.frozen}
+    frozen = {one.name: one for one in manifest.frozen}
     found: dict[str, Tensor] = {}
-    for name, value in _leaves(arguments):
-        if name in wanted and isinstance(value, Tensor):
-            found[name] = value
-        elif name in frozen:
-            _check_frozen(name, value, frozen[name])
-        elif value is not None or name in wanted:
-            raise _unknown(name, value, wanted)
+    for argument, whole in arguments.items():
+        if argument in frozen:
+            check_frozen(argument, whole, [frozen[argument]])
+            continue
+        for name, value in leaves(whole, argument):
+            if name in wanted and isinstance(value, Tensor):
+                found[name] = value
+            elif name in frozen:
+                check_frozen(name, value, [frozen[name]])
+            elif value is not None or name in wanted:
+                raise unknown(name, value, wanted)
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UsageError(
@@ -67,32 +72,8 @@ def check_tensor(name: str, tensor: Tensor, io: Io) -> None:
         )
 
 
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    pairs: Iterator[tuple[str, Any]]
-    if isinstance(tree, Mapping):
-        pairs = ((str(key), value) for key, value in tree.items())
-    elif is_dataclass(tree) and not isinstance(tree, type):
-        pairs = ((field.name, getattr(tree, field.name)) for field in fields(tree))
-    elif isinstance(tree, list | tuple):
-        names = getattr(tree, "_fields", None) or map(str, range(len(tree)))
-        pairs = zip(names, tree, strict=True)
-    else:
-        yield path, tree
-        return
-    for key, value in pairs:
-        yield from _leaves(value, f"{path}.{key}" if path else key)
-
-
-def _check_frozen(name: str, value: Any, inside: str) -> None:
-    if isinstance(value, Tensor) or repr(value) == inside:
-        return  # a frozen tensor's numbers are in the engine, and not in the manifest
-    raise UsageError(
-        f"{name} is {value!r}; the engines were built with {inside}, which is part of them.",
-        hint="leave it out, or convert again with this value.",
-    )
-
-
-def _unknown(name: str, value: Any, wanted: Mapping[str, Io]) -> UsageError:
+def unknown(name: str, value: Any, wanted: Mapping[str, Io]) -> UsageError:
+    """What is said of an argument that the bundle does not take."""
     if name in wanted:
         return UsageError(f"{name} is {value!r}, and the engines take a tensor there.")
     near = difflib.get_close_matches(name, wanted, 1)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -94,14 +94,19 @@ def together() -> None:
         dist.barrier()
 
 
-def agree(manifest: Manifest, inputs: Mapping[str, Tensor], device: torch.device) -> None:
+def agree(
+    manifest: Manifest,
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+    communicator: Any = None,
+) -> None:
     """Refuse ranks that do not belong together; collective, before anything could hang.
 
     Raises:
         RunFailed: ranks read other bundles, were given other inputs, or share a GPU.
     """
-    own = _bundle(manifest), _digest(inputs), _identity(device)
-    told = everyone(own)
+    own = _bundle(manifest), digest_of_inputs(inputs), _identity(device)
+    told = everyone(own, communicator)
     for which, what in enumerate(("another bundle", "other inputs")):
         odd = [rank for rank, one in enumerate(told) if one[which] != told[0][which]]
         if odd:
@@ -129,11 +134,12 @@ def _bundle(manifest: Manifest) -> str:
     return hashlib.sha256(told).hexdigest()
 
 
-def _digest(inputs: Mapping[str, Tensor]) -> str:
+def digest_of_inputs(inputs: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and numbers."""
     found = hashlib.sha256()
     for name in sorted(inputs):
         found.update(name.encode())
-        found.update(numbers(inputs[name]))
+        found.update(numbers(inputs[name].cpu()))
     return found.hexdigest()
 
 

@@ -48,7 +48,7 @@ class Opened:
         Raises:
             UsageError: an argument that the bundle does not take, or of another shape or type.
         """
-        outputs = self.executor(**_named(self.manifest, args, kwargs))
+        outputs = self.executor(**named(self.manifest, args, kwargs))
         return rebuilt(self.manifest.forward.returned, outputs)
 
     def close(self) -> None:
@@ -104,8 +104,12 @@ def open(  # noqa: A001  named as what it does
     )  # fmt: skip
 
 
-def _named(manifest: Manifest, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Positional arguments by the names of forward's parameters."""
+def named(manifest: Manifest, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Positional arguments by the names of forward's parameters.
+
+    Raises:
+        UsageError: there are too many, or one is given twice.
+    """
     names = manifest.forward.arguments
     if len(args) > len(names):
         raise UsageError(f"{len(args)} positional arguments; forward takes {', '.join(names)}.")

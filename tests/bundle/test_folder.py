@@ -46,9 +46,10 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         torch="2",
         torch_tensorrt="2",
         io=[m.Io(name="x", mode="input", dtype="float16", shape=[1, 2])],
-        frozen=[m.Frozen(name="flag", value="True")],
+        frozen=[m.Frozen(name="flag", value="True", sha256=None)],
         forward=m.Forward(
-            arguments=["x"], returned=m.Returned(kind="none", name=None, keys=[], items=[])
+            arguments=["x"], defaults={"flag": "True"},
+            returned=m.Returned(kind="none", name=None, keys=[], items=[])
         ),
         plan_source="model",
         sharding=[

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cp_convert.cli.places import Place, place_of
 from cp_convert.errors import UsageError
+from cp_convert.runtime.places import Place, place_of
 from tests.conftest import MODEL_FILE
 from tests.runtime.bundles import converted
 

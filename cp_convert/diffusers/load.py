@@ -1,0 +1,131 @@
+"""A bundle as a model of diffusers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import bundle as bundles
+from .. import runtime
+from ..bundle.manifest import Manifest
+from ..errors import BackendMissing, UsageError
+from ..runtime.groups import group_of
+from ..runtime.join import agree, joined, own_device
+from ..runtime.places import local_rank, place_of
+from ..runtime.torch_executor import checked_device, device_of
+from .channel import Channel
+from .module import Transformer
+from .ranks import Ranks
+
+
+def load_transformer(
+    bundle: str | Path,
+    *,
+    executor: str = "auto",
+    device: str | None = None,
+    communicator: Any = None,
+    compiled: bool = False,
+    graph: bool = False,
+    verify: bool = True,
+    check: bool = True,
+    config: Mapping[str, Any] | None = None,
+    timeout: float | None = None,
+) -> Transformer:
+    """Open this process's rank of a bundle as a model of diffusers; collective.
+
+    Under torchrun, srun or mpirun a process takes its rank and its GPU from there. Where no process
+    group is initialised it joins one, and leaves it at :meth:`.Transformer.close`.
+
+    Args:
+        bundle: its folder.
+        executor: ``auto``, ``tensorrt`` or ``torch``; see :func:`cp_convert.runtime.open`, as for
+            all up to ``verify``.
+        device: such as ``cuda:1``; ``None``: this rank's GPU where there is one, else the CPU.
+        communicator: a process group of the bundle's ranks, where there are more.
+        compiled: torch's program through ``torch.compile``.
+        graph: TensorRT's forwards as a CUDA graph.
+        verify: whether files are compared with the manifest's SHA-256.
+        check: whether ranks that all run the pipeline compare, at every call, what they are given.
+        config: what pipelines read of the model's configuration, besides what the bundle keeps.
+        timeout: seconds for which a rank that follows waits for a word of rank 0, or for a forward;
+            ``None``: 60, and 600 with ``compiled``.
+
+    Raises:
+        ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
+    """
+    if executor not in runtime.EXECUTORS:
+        raise UsageError(
+            f"executor {executor!r}: there is none.", hint=f"one of {', '.join(runtime.EXECUTORS)}."
+        )
+    kind = model_class()
+    manifest, _ = bundles.read(Path(bundle))
+    seconds = timeout or (600.0 if compiled else 60.0)
+    with ExitStack() as stack:
+        where = _joined(manifest, device, communicator, seconds, stack)
+        group = group_of(communicator)
+        if manifest.world > 1:
+            agree(manifest, {}, where, communicator)
+        opened = stack.enter_context(
+            runtime.open(
+                bundle, executor=executor, device=str(where), communicator=communicator,
+                compiled=compiled, graph=graph, verify=verify,
+            )
+        )  # fmt: skip
+        channel = Channel(group, seconds) if manifest.world > 1 else None
+        ranks = Ranks(channel, check=check)
+        told = {**(manifest.model.config or {}), **(config or {})}
+        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all())
+    # Ranks that follow end when rank 0's script does, or drops the module, without close().
+    weakref.finalize(module, ranks.close, quick=True)
+    return module
+
+
+def _joined(
+    manifest: Manifest, device: str | None, communicator: Any, timeout: float, stack: ExitStack
+) -> torch.device:
+    """This rank's device; with a process group, left with ``stack`` where it is made here."""
+    local = local_rank()
+    if communicator is not None or dist.is_initialized() or manifest.world == 1:
+        group = group_of(communicator)
+        place = local if local is not None else 0 if group is None else group.rank()
+        return _used(device_of(place, device))
+    at = place_of(manifest.world)
+    if at is None:
+        raise UsageError(
+            f"the bundle is for {manifest.world} ranks, and this process was started alone.",
+            hint=f"torchrun --nproc-per-node {manifest.world} script.py",
+        )
+    if device is None:
+        where = own_device(at.local, at.local_world, alone=False)
+    else:
+        where = checked_device(device, at.rank)
+    stack.enter_context(joined(at.rank, at.world, where, store=None, timeout=timeout))
+    return _used(where)
+
+
+def _used(device: torch.device) -> torch.device:
+    """The device, made CUDA's current one: a pipeline's ``to("cuda")`` means that."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def model_class() -> type[Transformer]:
+    """A model of diffusers by class: ``from_pretrained(transformer=...)`` takes no other.
+
+    Raises:
+        BackendMissing: diffusers is not installed.
+    """
+    try:
+        from diffusers import ModelMixin
+    except ImportError as error:
+        raise BackendMissing(
+            "diffusers is not installed.", hint="pip install 'cp-convert[models]'"
+        ) from error
+    return type("BundleTransformer", (Transformer, ModelMixin), {"__module__": __name__})
