@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from ..bundle.manifest import Weight
 from ..errors import DamagedBundle
 from ..files import sha256
 from ..ir.tensors import Location, bytes_of, tensor_at
+
+
+class Numbers(Protocol):
+    """Where the numbers of a bundle's weights come from."""
+
+    def tensor(self, weight: Weight) -> Tensor:
+        """Those of one weight, in its own type; they are not to be written into."""
 
 
 class Base:

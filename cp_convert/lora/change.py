@@ -14,7 +14,7 @@ LyCORIS (``modules/lokr.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ def changed(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
         changes: each with its strength; one that is not additive stands alone.
     """
     found = weight.to(torch.float32, copy=True)
+    changes = [(_on(change, weight.device), strength) for change, strength in changes]
     for change, strength in changes:
         found += strength * delta(change, weight.shape)
     magnitude = changes[0][0].magnitude if changes else None
@@ -111,6 +112,15 @@ def changed(weight: Tensor, changes: Sequence[tuple[Change, float]]) -> Tensor:
         return found
     assert len(changes) == 1
     return found * _direction(found, magnitude.float())
+
+
+def _on(change: Change, device: torch.device) -> Change:
+    return replace(
+        change,
+        tensors={name: one.to(device) for name, one in change.tensors.items()},
+        rows=None if change.rows is None else change.rows.to(device),
+        magnitude=None if change.magnitude is None else change.magnitude.to(device),
+    )
 
 
 def _direction(summed: Tensor, magnitude: Tensor) -> Tensor:

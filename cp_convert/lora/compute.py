@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bundle.manifest import Manifest, Weight
 from ..errors import WeightsError
 from ..ir.tensors import is_finite
-from .base import Base
+from .base import Numbers
 from .change import Change, changed
 from .targets import parameters
 
@@ -34,7 +34,7 @@ class Changed(Mapping[str, Tensor]):
         DamagedBundle: on access; see :meth:`.base.Base.tensor`.
     """
 
-    def __init__(self, manifest: Manifest, base: Base, changes: Changes) -> None:
+    def __init__(self, manifest: Manifest, base: Numbers, changes: Changes) -> None:
         self._base, self._weights = base, parameters(manifest)
         groups = tied(manifest)
         self._changes = {one.name: c for name, c in changes.items() for one in groups[name]}

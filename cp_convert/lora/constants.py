@@ -14,7 +14,7 @@ from ..bundle.program import read_program
 from ..engine.fold_weights import fold_weights
 from ..errors import DamagedBundle, UsageError
 from ..ir.tensors import numbers
-from .base import Base
+from .base import Numbers
 from .targets import parameters
 
 
@@ -39,7 +39,7 @@ def check_constants(manifest: Manifest) -> None:
 
 
 def changed_constants(
-    manifest: Manifest, folder: Path, changed: Mapping[str, Tensor], base: Base
+    manifest: Manifest, folder: Path, changed: Mapping[str, Tensor], base: Numbers
 ) -> dict[str, Tensor]:
     """The constants that are others after these weights have changed.
 
