@@ -17,11 +17,12 @@ from ..bundle.lock import alone
 from ..bundle.manifest import LoraSet, Manifest
 from ..errors import UsageError, WeightsError
 from ..files import sha256
+from .base import Base
 from .change import Change
 from .compute import tied
 from .constants import check_constants
 from .read import read
-from .targets import changes_of
+from .targets import changes_of, parameters
 from .write import write
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -54,12 +55,13 @@ def add(path: Path, file: Path, *, scale: float = 1.0, name: str | None = None) 
     _check_external(manifest)
     name = _name(name, file)
     if not isfinite(scale):
-        raise UsageError(f"--scale {scale}: not a finite number.")
+        raise UsageError(f"--scale {scale}: not a finite number.", hint="--scale 0.8.")
     _check_free(manifest, name)
     check_constants(manifest)
     adapter = read(file)
     changes = changes_of(adapter, manifest)
     _check_tied(manifest, changes, file)
+    _check_twins(manifest, folder, changes)
     with _locked(folder):
         manifest, _ = bundles.read(folder)  # another may have been added meanwhile
         _check_free(manifest, name)
@@ -144,6 +146,24 @@ def _check_tied(manifest: Manifest, changes: Mapping[str, Change], file: Path) -
                 f"{file.name} changes {twice[0]} and {twice[1]}, which are one tensor in the "
                 "model.",
                 where=str(file),
+            )
+
+
+def _check_twins(manifest: Manifest, folder: Path, changes: Mapping[str, Change]) -> None:
+    """Tied weights that a conversion has written twice; which these are, the manifest lacks."""
+    own, base = parameters(manifest), Base(folder)
+    for name in changes:
+        one = own[name]
+        twins = [t.name for t in own.values() if t.sha256 == one.sha256 and t.shape == one.shape]
+        apart = [twin for twin in twins if twin not in {t.name for t in tied(manifest)[name]}]
+        if not apart:
+            continue
+        values = base.tensor(one)
+        if bool((values != values.flatten()[0]).any()):  # zeros and ones are alike without a tie
+            raise UsageError(
+                f"{name} and {apart[0]} hold the same numbers; if they are one tensor in the "
+                "model, both would have to change, and the bundle does not tell.",
+                hint="fuse the LoRA into the model, and convert the result.",
             )
 
 
