@@ -65,6 +65,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         weights_mode="external" if source.external else "embedded",
         weights=[weight_entry(w) for w in made.weights],
         program=None if made.program is None else _program(made.program),
+        lora=[],
         engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),

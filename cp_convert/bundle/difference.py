@@ -45,6 +45,7 @@ def _parts(manifest: Manifest) -> dict[str, Facts]:
         "proof": _proof(manifest.proof),
         "sizes": _sizes(manifest),
         "files": _files(manifest),
+        "lora": _lora(manifest),
     }
 
 
@@ -173,6 +174,15 @@ def _files(manifest: Manifest) -> Facts:
         for file in (manifest.program.document, manifest.program.tensors):
             own[file.file] = file.sha256
     return own
+
+
+def _lora(manifest: Manifest) -> Facts:
+    """Every set by the file that it was made from, and what that makes of the weights."""
+    return {
+        one.name: f"{', '.join(one.kinds)} at {one.scale:g}, from {one.source_sha256}, "
+        f"{one.file.sha256}"
+        for one in manifest.lora
+    }
 
 
 def _worst(errors: Sequence[Any]) -> str | None:

@@ -31,6 +31,8 @@ WEIGHTS: Final = "weights.safetensors"
 """External weights that stand in no file of the user's."""
 PROGRAM: Final = "program"
 """The folder of the program, which is run where no TensorRT is."""
+LORA: Final = "lora"
+"""The folder of LoRA sets."""
 CONSTANTS: Final = "constants.safetensors"
 """What forward computes from external weights alone."""
 _CHUNK: Final = 1 << 28
@@ -167,6 +169,27 @@ def publish(folder: Path, out: Path, manifest: Manifest, *, force: bool) -> None
     sync_folder(out.parent)
 
 
+def replace_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put another manifest into a bundle that is there, whole or not at all.
+
+    What it names must be there already. The caller holds the bundle's lock (:mod:`.lock`).
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    beside = folder / f".{MANIFEST}.partial-{os.getpid()}"
+    try:
+        with beside.open("wb") as file:
+            file.write(manifests.encode(manifest))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(folder / MANIFEST)
+        sync_folder(folder)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise output_error(error, folder) from error
+
+
 def read(path: Path) -> tuple[Manifest, Path]:
     """The manifest of the bundle at ``path`` (its folder or its manifest), and the folder.
 
@@ -226,6 +249,9 @@ def verify(path: Path) -> Iterator[Check]:
         yield Check(engine.file, file_problem(folder / engine.file, engine))
     if manifest.program is not None:
         for own in (manifest.program.document, manifest.program.tensors):
+            yield Check(own.file, file_problem(folder / own.file, own))
+    for lora in manifest.lora:
+        for own in (lora.file, lora.factors):
             yield Check(own.file, file_problem(folder / own.file, own))
     for file in sorted({weight.file for weight in manifest.weights}):
         held = [weight for weight in manifest.weights if weight.file == file]

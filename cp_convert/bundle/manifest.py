@@ -18,16 +18,19 @@ from .call import Forward as Forward
 from .call import Frozen as Frozen
 from .call import Io as Io
 from .call import Returned as Returned
-from .call import Sha256
+from .call import Sha256 as Sha256
 from .call import Struct as _Struct
+from .stored import BundleFile as BundleFile
+from .stored import FileName as FileName
+from .stored import LoraSet as LoraSet
+from .stored import Positive as Positive
+from .stored import Weight as Weight
 
 SCHEMA_VERSION: Final = 6
 SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
 
 
 class Tool(_Struct, frozen=True):
@@ -188,31 +191,6 @@ class Engine(_Struct, frozen=True):
     recalled: bool
 
 
-class Weight(_Struct, frozen=True):
-    """A parameter that is an input of every engine.
-
-    ``constants.*`` are what forward computes from parameters alone. The ``bytes`` at ``offset`` of
-    ``file`` are the numbers, row-major; ``file`` is a name in the bundle (``weights.safetensors``,
-    ``constants.safetensors``) or the path of the user's own safetensors file.
-    """
-
-    name: str
-    dtype: str
-    shape: list[Count]
-    file: str
-    offset: Count
-    bytes: Count
-    sha256: Sha256
-
-
-class BundleFile(_Struct, frozen=True):
-    """A file of the bundle, by its path within."""
-
-    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
-    bytes: Positive
-    sha256: Sha256
-
-
 class Program(_Struct, frozen=True):
     """The program that was handed to the lowering, to be run by torch where no TensorRT is.
 
@@ -275,6 +253,7 @@ class Manifest(_Struct, frozen=True):
     itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
+    ``lora`` are sets that were added later, see ``cp-convert lora``.
     """
 
     schema_version: Literal[6]
@@ -305,6 +284,7 @@ class Manifest(_Struct, frozen=True):
     weights_mode: Literal["embedded", "external"]
     weights: list[Weight]
     program: Program | None
+    lora: list[LoraSet]
     proof: Proof
     timings: dict[str, Seconds]
     command: str

@@ -10,7 +10,9 @@ from ..version import __version__
 from .options import SETTINGS
 
 _DEFAULT = "convert"
-_COMMANDS = ("cache", "convert", "diff", "export", "inspect", "plan", "presets", "run", "verify")
+_COMMANDS = (
+    "cache", "convert", "diff", "export", "inspect", "lora", "plan", "presets", "run", "verify",
+)  # fmt: skip
 """Modules of this package, each with a ``command``."""
 
 
@@ -37,6 +39,7 @@ def cli() -> None:
       cp-convert verify model-ulysses-w8
       cp-convert diff model-ulysses-w8 model-ring-w8
       cp-convert run model-ulysses-w8
+      cp-convert lora model-ulysses-w8 style.safetensors
 
     The first form is short for `cp-convert convert`; see `cp-convert convert --help`.
 

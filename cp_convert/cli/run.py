@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,10 @@ from . import options
 @click.option(
     "--cuda-graph", "graph", is_flag=True, help="TensorRT: replay forwards as a CUDA graph."
 )
+@click.option(
+    "--lora", "lora", multiple=True, metavar="NAME[=SCALE]",
+    help="Use this LoRA set; repeated, several are added.  [default SCALE: the set's]",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Measure the share of collectives.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True,
@@ -70,6 +75,7 @@ def command(
     inputs: Path | None,
     outputs: Path | None,
     timeout: float | None,
+    lora: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -90,6 +96,7 @@ def command(
     from ..show.run import ran  # late: rich
 
     manifest, folder = bundles.read(bundle)
+    sets = _sets(lora, manifest)
     place = place_of(manifest.world)
     _check_files(inputs, outputs)
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
@@ -100,6 +107,7 @@ def command(
             "outputs": str(Path(scratch, "outputs.safetensors")),
             "timeout": timeout or (600.0 if rest["compiled"] else 60.0),
             "local_world": manifest.world if place is None else place.local_world,
+            "lora": sets,
             **rest,
         }
         with options.others_aside(screen):
@@ -109,7 +117,26 @@ def command(
             checked = _checked(manifest, request)
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
-        ran(screen, manifest, reports, checked, outputs)
+        ran(screen, manifest, reports, checked, outputs, sets)
+
+
+def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
+    """Every set with its strength; what cannot be is told before any rank is started."""
+    found: dict[str, float | None] = {}
+    for one in given:
+        name, told, scale = one.partition("=")
+        try:
+            strength = float(scale) if told else None
+        except ValueError:
+            raise UsageError(f"--lora {one}: {scale!r} is no number.") from None
+        if name in found:
+            raise UsageError(f"--lora {name} is given twice.")
+        found[name] = strength
+    if found:
+        from ..lora.choose import chosen  # late: torch
+
+        chosen(manifest, found)
+    return found
 
 
 def _check_files(inputs: Path | None, outputs: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
+from ..ir import ops  # noqa: F401  defines cp::*
 from ..ir.program import HALF, with_dtypes
 
 aten: Final = torch.ops.aten

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +133,22 @@ def opened(file: Path) -> Iterator[Any]:
 
 
 def save(
-    tensors: Mapping[str, Tensor], path: Path, stop: Event | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    stop: Event | None = None,
+    *,
+    made: Callable[[str], Tensor] | None = None,
 ) -> dict[str, tuple[int, str]]:
     """Write one safetensors file, tensor by tensor: the library would hold all of them in memory.
 
     Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
     little-endian; the header in JSON; the numbers.
+
+    Args:
+        tensors: by name.
+        path: of the file.
+        stop: ends it early.
+        made: makes the numbers of a name when its turn comes; ``tensors`` only describes them then.
 
     Returns:
         Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
@@ -162,7 +172,7 @@ def save(
             if stop is not None and stop.is_set():
                 break
             offset, digest = file.tell(), hashlib.sha256()
-            flat = numbers(tensor)
+            flat = numbers(tensor if made is None else made(name))
             for start in range(0, len(flat), _CHUNK):
                 piece = flat[start : start + _CHUNK]
                 digest.update(piece)

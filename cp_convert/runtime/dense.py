@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..bundle.manifest import Manifest
@@ -16,6 +16,9 @@ from ..errors import ConvertError, RunFailed
 from ..files import sha256
 from ..ir.tensors import mapped
 from ..job import Job
+from ..lora.base import Base
+from ..lora.choose import Asked, changes_at, chosen
+from ..lora.compute import Changed
 from ..model.load import load, surroundings
 from ..prove.bounds import judged_by
 from ..prove.errors import worst
@@ -50,6 +53,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
         except ConvertError as refusal:
             return {"reason": refusal.message, "error": None, "bound": None}
         inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
+        _put(source.module, manifest, Path(asked.bundle), asked.lora)
         truth = measure(source.module, inputs)
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
@@ -96,6 +100,16 @@ def _job(manifest: Manifest) -> Job:
         tiny=request.tiny,
         resolution=request.resolution,
     )
+
+
+def _put(module: nn.Module, manifest: Manifest, folder: Path, asked: Asked) -> None:
+    """The dense model with the same LoRA sets, in place."""
+    changes = changes_at(manifest, folder, chosen(manifest, asked))
+    changed = Changed(manifest, Base(folder), changes)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in changed:
+            own[name].copy_(changed[name])
 
 
 def _filled(value: Any, name: str, given: Mapping[str, Tensor]) -> Any:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import bundle as bundles
 from ..bundle.manifest import Manifest
-from ..errors import BackendMissing, UsageError
+from ..errors import BackendMissing, ConvertError, UsageError
 
 if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
+
+    from ..lora.choose import Asked
 
 EXECUTORS: Final = ("auto", "tensorrt", "torch")
 Told = Callable[[str], None]
@@ -33,6 +35,19 @@ class Executor(Protocol):
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """The model's outputs by name; all ranks must be called alike, with the same inputs."""
 
+    def use_lora(self, asked: Asked) -> None:
+        """Bind the weights with these LoRA sets, or without any; collective.
+
+        Args:
+            asked: the names of sets, each at the strength that it was added with, or a mapping
+                that tells another; ``None``: the weights that the bundle was made with.
+
+        Raises:
+            UsageError: there is no such set, or they cannot be added to one another.
+            DamagedBundle: a file of a set is missing or altered.
+            RunFailed: ranks ask for different sets.
+        """
+
     def close(self) -> None:
         """Free everything, in the order that the libraries want; a second time it does nothing."""
 
@@ -53,6 +68,7 @@ def open_rank(
     compiled: bool = False,
     graph: bool = False,
     verify: bool = True,
+    lora: Asked = None,
     told: Told = lambda _: None,
 ) -> Executor:
     """Open the bundle at ``path`` for ``rank``; collective: every rank of the world does it.
@@ -69,13 +85,39 @@ def open_rank(
         graph: whether TensorRT's forwards after the first are replayed as a CUDA graph.
         verify: whether the program, and weights outside the engines, are compared with the
             manifest's SHA-256.
+        lora: sets that are in effect from the beginning, see :meth:`Executor.use_lora`.
         told: is called with every step that was taken, so that a watcher sees progress.
 
     Raises:
         DamagedBundle: a file is missing or altered.
         UsageError: there is no such rank, or another world was started.
         BackendMissing: the executor cannot run this bundle here.
+        RunFailed: ranks ask for different LoRA sets.
     """
+    opened = _opened(
+        path, rank, executor, device, communicator,
+        compiled=compiled, graph=graph, verify=verify, told=told,
+    )  # fmt: skip
+    try:
+        opened.use_lora(lora)  # without any, too: ranks have to agree on that
+    except ConvertError:
+        opened.close()
+        raise
+    return opened
+
+
+def _opened(
+    path: Path,
+    rank: int,
+    executor: str,
+    device: str | None,
+    communicator: Any,
+    *,
+    compiled: bool,
+    graph: bool,
+    verify: bool,
+    told: Told,
+) -> Executor:
     manifest, folder = bundles.read(path)
     if not 0 <= rank < manifest.world:
         raise UsageError(

@@ -13,6 +13,8 @@ from .executors import Executor, open_rank
 if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
 
+    from ..lora.choose import Asked
+
 
 class Fields(dict[str, Any]):
     """An object with named fields, whose class may not be here; ``x.a``, ``x["a"]``, ``x[0]``."""
@@ -51,6 +53,19 @@ class Opened:
         outputs = self.executor(**named(self.manifest, args, kwargs))
         return rebuilt(self.manifest.forward.returned, outputs)
 
+    def use_lora(self, asked: Asked) -> None:
+        """Use these LoRA sets from the next call on; all ranks ask for the same.
+
+        A set that was used before is bound again in milliseconds; the first time it is loaded.
+
+        Args:
+            asked: a set's name, several names, or strengths by name; ``None``: no set.
+
+        Raises:
+            ConvertError: see :meth:`.executors.Executor.use_lora`.
+        """
+        self.executor.use_lora(asked)
+
     def close(self) -> None:
         """Free everything; a second time it does nothing."""
         self.executor.close()
@@ -72,6 +87,7 @@ def open(  # noqa: A001  named as what it does
     compiled: bool = False,
     graph: bool = False,
     verify: bool = True,
+    lora: Asked = None,
 ) -> Opened:
     """Open one rank of a bundle, to be called as the model was; every rank of its world does it.
 
@@ -87,6 +103,7 @@ def open(  # noqa: A001  named as what it does
         compiled: torch's program through ``torch.compile``.
         graph: TensorRT's forwards as a CUDA graph.
         verify: whether files are compared with the manifest's SHA-256.
+        lora: LoRA sets, see :meth:`Opened.use_lora`.
 
     Raises:
         ConvertError: see :func:`.executors.open_rank`.
@@ -99,7 +116,7 @@ def open(  # noqa: A001  named as what it does
     return Opened(
         open_rank(
             Path(bundle), rank, executor=executor, device=device, communicator=communicator,
-            compiled=compiled, graph=graph, verify=verify,
+            compiled=compiled, graph=graph, verify=verify, lora=lora,
         )
     )  # fmt: skip
 

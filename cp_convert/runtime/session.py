@@ -39,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         compiled: through ``torch.compile``.
         verify: whether weights are compared with the manifest's digests.
         profile: whether the share of collectives is measured.
+        lora: LoRA sets by name, each with its strength; ``None``: the one it was added with.
         graph: TensorRT: whether forwards are replayed as a CUDA graph.
         timeout: seconds for which a rank may say nothing.
         store: file by which ranks find each other; none: the launcher's environment.
@@ -56,6 +57,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     compiled: bool = False
     verify: bool = True
     profile: bool = False
+    lora: dict[str, float | None] = {}
     graph: bool = False
     timeout: float = 60.0
     store: str | None = None
@@ -171,6 +173,7 @@ class _Work:
             compiled=self.request.compiled,
             graph=self.request.graph,
             verify=self.request.verify,
+            lora=self.request.lora,
             told=lambda what: self.told(f"loading {what}"),
         )
 

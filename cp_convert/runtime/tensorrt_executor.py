@@ -22,10 +22,12 @@ from ..backends import BACKENDS
 from ..bundle.folder import file_problem
 from ..bundle.manifest import Manifest
 from ..errors import BackendMissing, ConvertError, DamagedBundle, RunFailed
+from ..lora.choose import Asked
 from ..releases import NCCL
 from .arguments import flattened
 from .gpu import Gpu, capsule
 from .groups import checked_world, group_of
+from .lora import Sets
 from .torch_executor import device_of
 from .weights import bound_weights
 
@@ -136,6 +138,7 @@ class TensorRTExecutor:
         self._engine: Any = None
         self._context: Any = None
         self._weights: dict[str, Tensor] = {}
+        self._sets: Sets | None = None
         self._given: dict[str, Tensor] = {}
         self._copies: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
@@ -169,6 +172,9 @@ class TensorRTExecutor:
         }
         for name, tensor in {**self._weights, **self._outputs}.items():
             self._address(name, tensor)
+        self._sets = Sets(
+            self.manifest, folder, self._weights, communicator, verify=verify, told=told
+        )
         if self.manifest.world > 1:
             told("the communicator")
             self._bind(communicator)
@@ -237,6 +243,16 @@ class TensorRTExecutor:
         if not self._context.execute_async_v3(stream):
             raise RunFailed(f"rank {self.rank}: TensorRT could not run.{self._quoted()}")
 
+    def use_lora(self, asked: Asked) -> None:
+        """See :class:`.executors.Executor`; a captured graph is captured again."""
+        assert self._sets is not None
+        found = {**self._sets.bound, **self._sets.tensors(asked)}
+        self.gpu.synchronize()  # a forward still reads what may be freed now
+        for name, tensor in found.items():
+            if tensor is not self._weights[name]:
+                self._address(name, tensor)
+        self._weights, self._graph = found, None
+
     def _give(self, name: str, tensor: Tensor) -> None:
         """In place where it may be; a captured graph reads the same memory for ever."""
         if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not self._wants_graph:
@@ -261,6 +277,7 @@ class TensorRTExecutor:
         self._engine = None
         self._runtime = None
         self._weights, self._given, self._copies, self._outputs = {}, {}, {}, {}
+        self._sets = None
 
     def __enter__(self) -> TensorRTExecutor:
         return self

@@ -17,10 +17,12 @@ from ..bundle.program import read_program
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
 from ..ir.program import Lowered
+from ..lora.choose import Asked
 from ..prove.device import Mover
 from .arguments import flattened
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
+from .lora import Sets
 from .weights import bound_weights
 
 Told = Callable[[str], None]
@@ -60,7 +62,10 @@ class TorchExecutor:
         told("groups")
         program = over_the_wire(specialise(stored.program, rank), rank, names)
         self._program = on_device(program, self.device, stored.names)
+        self._names = stored.names
         self._weights = self._bound(folder, stored.names, verify=verify, told=told)
+        bound = {name: self._weights[node] for node, name in stored.names.items()}
+        self._sets = Sets(manifest, folder, bound, communicator, verify=verify, told=told)
         graph = self._program.graph_module
         self._call: Callable[..., Any] = fx.GraphModule(graph, graph.graph)
         if compiled:
@@ -97,9 +102,15 @@ class TorchExecutor:
             if isinstance(node, fx.Node) and node.name in names
         }
 
+    def use_lora(self, asked: Asked) -> None:
+        """See :class:`.executors.Executor`."""
+        found = {**self._sets.bound, **self._sets.tensors(asked)}
+        self._weights |= {node: found[name] for node, name in self._names.items()}
+
     def close(self) -> None:
         """Free the weights."""
         self._weights = {}
+        self._sets.close()
 
     def __enter__(self) -> TorchExecutor:
         return self

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..bundle.folder import Check
 from ..bundle.manifest import Attention, Manifest, Proof
+from .lora import sets_table
 from .screen import Screen
 from .words import count, local_of, plural, size, starred, table_of
 
@@ -92,6 +93,8 @@ def inspected(screen: Screen, manifest: Manifest, folder: Path) -> None:
     print_(f"[bold]{escape(str(folder))}[/]")
     print_(_facts(manifest))
     print_(_engines_table(manifest))
+    if manifest.lora:
+        print_(sets_table(manifest.lora))
     if manifest.collectives:
         print_(_collectives_table(manifest))
     if manifest.attention:

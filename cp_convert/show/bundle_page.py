@@ -25,6 +25,10 @@ def bundle_page(manifest: Manifest) -> str:
         ]),
         _bars("Memory of one rank, at most", _memory(manifest)),
         _table("Proof", ("what", "largest relative error"), _proof(manifest.proof)),
+        _table("LoRA sets", ("name", "kind", "scale", "weights", "size"), (
+            (one.name, ", ".join(one.kinds), f"{one.scale:g}", str(len(one.weights)),
+             size(one.file.bytes)) for one in manifest.lora
+        )),
         _table("Bindings", ("mode", "name", "dtype", "shape"), (
             (io.mode, io.name, io.dtype, " x ".join(map(str, io.shape))) for io in manifest.io
         )),

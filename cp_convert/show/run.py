@@ -20,6 +20,7 @@ def ran(
     reports: Sequence[Mapping[str, Any]],
     checked: Mapping[str, Any] | None,
     outputs: Path | None,
+    lora: Mapping[str, float | None],
 ) -> None:
     """The end of a run: ranks as a table, times, comparisons."""
     times = forwards(reports)
@@ -30,6 +31,7 @@ def ran(
                 "ranks": list(reports),
                 "forward": _statistics(times),
                 "check": checked,
+                "lora": dict(lora),
                 "outputs": None if outputs is None else str(outputs),
             }
         )
@@ -49,6 +51,7 @@ def ran(
         ("torch", _torch(reports)),
         ("dense", _dense(checked)),
         ("forward", _times(times)),
+        ("LoRA", _sets(lora)),
     ):
         if line:
             print_(f"  {name:10} {escape(line)}", soft_wrap=True)
@@ -89,6 +92,10 @@ def _dense(checked: Mapping[str, Any] | None) -> str:
     if checked["reason"] is not None:
         return f"not compared: {checked['reason']}"
     return f"relative error {checked['error']:.1e} (bound {checked['bound']:.1e})"
+
+
+def _sets(lora: Mapping[str, float | None]) -> str:
+    return ", ".join(n if value is None else f"{n} at {value:g}" for n, value in lora.items())
 
 
 def _statistics(times: Sequence[float]) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         layout="per-rank",
         weights_mode="embedded",
         weights=[],
+        lora=[],
         world=world,
         precision="fp16",
         float32=["residual"],
