@@ -97,7 +97,12 @@ def _in_float32(operator: str) -> Lowering:
 
 
 def _all_gather_by_all_to_all(
-    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
+    ctx: ConversionContext,
+    name: str,
+    x: Any,
+    groups: Sequence[int],
+    size: int,
+    instead: str = "all_gather_by_all_to_all",
 ) -> Tensor:
     """Every slot of the exchange holds the same block, so every rank receives every block."""
     block = get_trt_tensor(ctx, x, f"{name}_block")
@@ -105,9 +110,38 @@ def _all_gather_by_all_to_all(
     slots.axis = 0
     slots.name = f"{name}_slots"
     kind = trt.CollectiveOperation.ALL_TO_ALL
-    instead = "all_gather_by_all_to_all"
     block = slots.get_output(0)
     return _collective(ctx, name, block, "all_gather", kind, groups, size, instead=instead)
+
+
+def _all_gather_of_parts(
+    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int
+) -> Tensor:
+    """By all-to-all where the group is a part of the ranks."""
+    if len(groups) == size:
+        return _distributed("all_gather")(ctx, name, x, groups, size)
+    instead = "all_gather_of_parts_by_all_to_all"
+    return _all_gather_by_all_to_all(ctx, name, x, groups, size, instead)
+
+
+def _reduce_scatter_of_parts(
+    ctx: ConversionContext, name: str, x: Any, groups: Sequence[int], size: int, kind: str
+) -> Tensor:
+    """Where the group is a part of the ranks: everyone's block for this one, then reduced here."""
+    if len(groups) == size:
+        return _distributed("reduce_scatter")(ctx, name, x, groups, size, kind=kind)
+    blocks = _collective(
+        ctx, name, x, "reduce_scatter", trt.CollectiveOperation.ALL_TO_ALL, groups, size,
+        instead="reduce_scatter_of_parts_by_all_to_all",
+    )  # fmt: skip
+    first, *rest = blocks.shape
+    apart = ctx.net.add_shuffle(blocks)
+    apart.reshape_dims = (size, first // size, *rest)
+    apart.name = f"{name}_blocks"
+    reduce = getattr(trt.ReduceOperation, kind.upper())
+    layer = ctx.net.add_reduce(apart.get_output(0), reduce, 1, False)
+    layer.name = f"{name}_reduced"
+    return layer.get_output(0)
 
 
 def _collective(
@@ -125,21 +159,22 @@ def _collective(
 ) -> Tensor:
     """One ``IDistCollectiveLayer`` (TensorRT documentation, *IDistCollectiveLayer*).
 
+    ``groups`` are all that communicate alike, this rank's own first.
+
     The layer's parameters do not read back from a finished network, so they are written into
     its metadata as JSON as well; :func:`cp_convert.engine.build.collectives_of` reads them.
     """
     tensor = get_trt_tensor(ctx, x, f"{name}_input")
-    members = split_groups(groups, size)
-    assert len(members) == 1, "a rank's program names its own group only"
+    own, *others = split_groups(groups, size)
     # TensorRT means all ranks by an empty array, and releases differ in what a full one does.
-    group = np.array([] if _is_everyone(members[0]) else members[0], dtype=np.int64)
+    group = np.array(own if others else [], dtype=np.int64)
     layer = ctx.net.add_dist_collective(tensor, kind, _REDUCE[reduce], root, group)
     assert layer is not None, f"TensorRT refused a {kind.name} of shape {tensor.shape}"
     layer.num_ranks = size
     layer.name = f"{kind.name.lower()} {name}"
     layer.metadata = json.dumps(
         {"operator": operator, "kind": kind.name, "root": root, "reduce": reduce,
-         "group": list(members[0]), "instead": instead}
+         "group": list(own), "instead": instead}
     )  # fmt: skip
     return layer.get_output(0)
 
@@ -152,10 +187,6 @@ _REDUCE: Final = {
     "min": trt.ReduceOperation.MIN,
     "avg": trt.ReduceOperation.AVG,
 }
-
-
-def _is_everyone(group: Sequence[int]) -> bool:
-    return list(group) == list(range(len(group)))
 
 
 def _attention(
@@ -259,6 +290,8 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     **{f"{operator}_in_float32": _in_float32(operator) for operator in _COLLECTIVES},
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
+    "all_gather_of_parts_by_all_to_all": _all_gather_of_parts,
+    "reduce_scatter_of_parts_by_all_to_all": _reduce_scatter_of_parts,
     "attention": _attention,
     "fused_attention": _fused_attention,
     "result": _result,

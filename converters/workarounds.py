@@ -49,6 +49,19 @@ WORKAROUNDS: Final = (
             backend="tensorrt-rtx",
             versions=">=1.7,<1.8",
             operator=operator,
+            instead=f"{operator}_of_parts_by_all_to_all",
+            # Seen with 1.7.1 wherever the same engine has any collective of more ranks.
+            reason="the builder takes the most ranks that any collective of the engine has for the "
+            "size of each ('In op comm_allgather, expected shape [8,...] but got [4,...]'); an "
+            "ALL_TO_ALL keeps its shape, and moves the same bytes",
+        )
+        for operator in ("all_gather", "reduce_scatter")
+    ),
+    *(
+        Workaround(
+            backend="tensorrt-rtx",
+            versions=">=1.7,<1.8",
+            operator=operator,
             instead=f"{operator}_in_float32",
             reason="collectives with a root are refused in bfloat16 ('TRT does not support BF16 "
             "asymmetric DistCollective ops'); float32 holds every such number, at twice the bytes",

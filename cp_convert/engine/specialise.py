@@ -1,4 +1,4 @@
-"""One rank's own program: shards become slices, collectives name the rank's own group."""
+"""One rank's own program: shards become slices, collectives name the rank's own group first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ _SHARD: Final = torch.ops.cp.shard.default
 
 
 def specialise(lowered: Lowered, rank: int) -> Lowered:
-    """The program of one rank: shards become slices, and collectives name the rank's own group.
+    """The program of one rank: shards become slices, and collectives name the rank's group first.
 
+    The other groups stay behind it: whether a group is all ranks or a part of them is told apart
+    by whether there are others, and a group of the first ranks looks like a world otherwise.
     ``lowered`` stays as it is; parameters are shared.
     """
     graph = copied(lowered.graph_module.graph)
@@ -27,7 +29,7 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
             _slice(node, rank)
         elif node.target in ops.COLLECTIVES or node.target is ops.FUSED:
             *rest, flat, size = node.args
-            node.args = (*rest, list(_own_group(flat, size, rank)), size)
+            node.args = (*rest, _own_first(flat, size, rank), size)
     graph.lint()
     return replace(
         lowered,
@@ -44,6 +46,13 @@ def _slice(node: fx.Node, rank: int) -> None:
     start = _own_group(flat, size, rank).index(rank) * length
     node.target = torch.ops.aten.slice.Tensor
     node.args = (x, dim, start, start + length)
+
+
+def _own_first(flat: object, size: object, rank: int) -> list[int]:
+    assert isinstance(flat, Sequence) and isinstance(size, int)
+    own = _own_group(flat, size, rank)
+    others = (group for group in split_groups(list(flat), size) if group != own)
+    return [*own, *(member for group in others for member in group)]
 
 
 def _own_group(flat: object, size: object, rank: int) -> tuple[int, ...]:

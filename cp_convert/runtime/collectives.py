@@ -82,9 +82,10 @@ class _Call:
         self.x: Any = node.args[0]
         given: Any = node.args
         if ops.is_spmd(node.target):
-            *self.rest, group, self.size = given[1:]
-            self.name = names[tuple(group)]
-            self.member = tuple(group).index(rank)
+            *self.rest, groups, self.size = given[1:]
+            own = tuple(groups[: self.size])  # the rank's own come first
+            self.name = names[own]
+            self.member = own.index(rank)
 
     def op(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)

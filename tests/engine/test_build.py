@@ -221,7 +221,9 @@ def test_the_table_applies_to_the_releases_that_have_the_defect() -> None:
     gathering, *others = WORKAROUNDS
     assert active("tensorrt-rtx", "1.6.1.120") == {"all_gather": gathering}
     assert list(active("tensorrt-rtx", "1.7.1.116").values()) == others
-    assert {row.operator for row in others} == {"broadcast", "reduce", "gather", "scatter"}
+    assert {row.operator for row in others} == {
+        "all_gather", "reduce_scatter", "broadcast", "reduce", "gather", "scatter"
+    }  # fmt: skip
     assert active("tensorrt", "11.1.0.106") == {}
 
 
@@ -231,6 +233,57 @@ def test_the_all_gather_defect_is_worked_around(tmp_path: Path) -> None:
     (gathered,) = engine.collectives
     assert (gathered.operator, gathered.kind) == ("all_gather", GATHER)
     assert gathered.instead == ("all_gather_by_all_to_all" if IS_OLD else None)
+
+
+def bare_parts() -> Lowered:
+    """Collectives of a part of the ranks that change the shape, before one of all ranks."""
+    part, whole = axis_of(4).outer(2), axis_of(4)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = ops.all_gather(ops.shard(x, 0, whole), part) * 2
+        x = ops.reduce_scatter(x, "sum", part) + 1
+        return ops.all_gather(x, whole) + 0
+
+    return bare(forward, x=torch.randn(16, 3))
+
+
+@pytest.mark.skipif(IS_OLD, reason="1.6 knows no parts")
+def test_collectives_of_parts_are_built_beside_those_of_all_ranks(tmp_path: Path) -> None:
+    """1.7.1 infers a part's shapes by the most ranks of any: all-to-all keeps its shape."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    program, given = bare_parts(), {"x": torch.randn(16, 3)}
+    engine = build(specialise(program, 0), 0, tmp_path / "x.engine", [])
+    told = [(c.operator, c.kind, c.instead, tuple(c.group)) for c in engine.collectives]
+    assert told == [
+        ("all_gather", "ALL_TO_ALL", "all_gather_of_parts_by_all_to_all", (0, 2)),
+        ("reduce_scatter", "ALL_TO_ALL", "reduce_scatter_of_parts_by_all_to_all", (0, 2)),
+        ("all_gather", "ALL_GATHER", None, (0, 1, 2, 3)),
+    ]
+    held = [network_of(specialise(program, rank)) for rank in range(4)]
+    replayed = replay([read_network(one.ctx.net) for one in held], given)
+    for (expected,), (ours,) in zip(run(program, given, 4), replayed, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_group_of_the_first_ranks_is_no_world(
+    inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What TensorRT is given cannot be read back: an empty array means all ranks, so it is seen."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    axis = axis_of(4).inner(2) if inner else axis_of(4)
+    program = bare(lambda x: ops.all_to_all(ops.shard(x, 0, axis), axis) + 0, x=torch.randn(16, 3))
+    given: list[list[int]] = []
+    real = trt.INetworkDefinition.add_dist_collective
+
+    def seen(network: Any, x: Any, kind: Any, reduce: Any, root: int, group: Any) -> Any:
+        given.append(group.tolist())
+        return real(network, x, kind, reduce, root, group)
+
+    monkeypatch.setattr(trt.INetworkDefinition, "add_dist_collective", seen)
+    for rank in range(4):
+        network_of(specialise(program, rank))
+    assert given == ([[0, 1], [0, 1], [2, 3], [2, 3]] if inner else [[]] * 4)
 
 
 def bare_roots(dtype: torch.dtype) -> tuple[Lowered, torch.Tensor]:

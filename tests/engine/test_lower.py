@@ -83,7 +83,7 @@ def test_a_ranks_program_slices_what_is_its_own() -> None:
     assert len(shards) == 1, "the shared program is left as it is"
 
 
-def test_a_ranks_program_names_its_own_group_only() -> None:
+def test_a_ranks_program_names_its_own_group_first() -> None:
     axis = Mesh((("ring", 2), ("ulysses", 2))).axis("ring")
 
     def forward(x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def test_a_ranks_program_names_its_own_group_only() -> None:
     program = Lowered(graph_module, {}, (), ())
     graph = specialise(program, 3).graph_module.graph
     gather = next(n for n in graph.nodes if n.target in ops.COLLECTIVES)
-    assert gather.args[1:] == ([1, 3], 2)
+    assert gather.args[1:] == ([1, 3, 0, 2], 2)
     part = next(n for n in graph.nodes if n.target is torch.ops.aten.slice.Tensor)
     assert part.args[1:] == (0, 2, 4)
 
