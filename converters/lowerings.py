@@ -216,6 +216,23 @@ def _attention(
     return layer.get_output(0)
 
 
+def _attention_of_its_own_query(
+    ctx: ConversionContext, name: str, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """The same, and different from all that were added before, where these share its query."""
+    q, k = get_trt_tensor(ctx, query, f"{name}_0"), get_trt_tensor(ctx, key, f"{name}_1")
+    layers = (
+        ctx.net.get_layer(i) for i in range(ctx.net.num_layers if q.dtype == trt.float32 else 0)
+    )
+    shared = sum(one.name.endswith(_SCALED) and one.get_input(0).name == q.name for one in layers)
+    if not shared:
+        return _attention(ctx, name, query, key, value, *args, **kwargs)
+    scale = kwargs.pop("scale", None)
+    own = (q.shape[-1] ** -0.5 if scale is None else scale) * 2.0**shared
+    k = _scaled(ctx, f"{name}_key", k, 2.0**-shared)
+    return _attention(ctx, name, q, k, value, *args, scale=own, **kwargs)
+
+
 def _attention_layer(
     ctx: ConversionContext, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None
 ) -> Any:
@@ -235,8 +252,11 @@ def _scaled(ctx: ConversionContext, name: str, q: Tensor, scale: float) -> Tenso
     constant.name = f"{name}_scale"
     factor = _cast(ctx, f"{name}_scale_cast", constant.get_output(0), whole.dtype)
     product = ctx.net.add_elementwise(whole, factor, trt.ElementWiseOperation.PROD)
-    product.name = f"{name}_scaled"
+    product.name = f"{name}{_SCALED}"
     return _cast(ctx, f"{name}_scaled_cast", product.get_output(0), q.dtype)
+
+
+_SCALED: Final = "_scaled"
 
 
 def _cast(ctx: ConversionContext, name: str, x: Tensor, dtype: Any) -> Tensor:
@@ -293,6 +313,7 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "all_gather_of_parts_by_all_to_all": _all_gather_of_parts,
     "reduce_scatter_of_parts_by_all_to_all": _reduce_scatter_of_parts,
     "attention": _attention,
+    "attention_of_its_own_query": _attention_of_its_own_query,
     "fused_attention": _fused_attention,
     "result": _result,
 }

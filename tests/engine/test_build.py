@@ -1,5 +1,6 @@
 """What reaches the TensorRT network, counted layer by layer."""
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_the_table_applies_to_the_releases_that_have_the_defect() -> None:
     assert active("tensorrt-rtx", "1.6.1.120") == {"all_gather": gathering}
     assert list(active("tensorrt-rtx", "1.7.1.116").values()) == others
     assert {row.operator for row in others} == {
-        "all_gather", "reduce_scatter", "broadcast", "reduce", "gather", "scatter"
+        "attention", "all_gather", "reduce_scatter", "broadcast", "reduce", "gather", "scatter"
     }  # fmt: skip
     assert active("tensorrt", "11.1.0.106") == {}
 
@@ -263,6 +264,26 @@ def test_collectives_of_parts_are_built_beside_those_of_all_ranks(tmp_path: Path
     replayed = replay([read_network(one.ctx.net) for one in held], given)
     for (expected,), (ours,) in zip(run(program, given, 4), replayed, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_attentions_of_one_query_build_in_float32(tmp_path: Path) -> None:
+    """1.7.1 ends by SIGSEGV, unless their queries differ: by powers of two, which round nothing."""
+    prepare(BACKENDS["tensorrt-rtx"])
+
+    def forward(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        told = [ops.attention(q, k * i, k, None, scale=scale) for i, scale in ((1, 0.3), (2, None))]
+        return torch.cat([*told, ops.attention(q, k * 3, k, None, scale=None)], 1) + 0
+
+    given = {"q": torch.randn(2, 3, 12, 8), "k": torch.randn(2, 3, 12, 8)}
+    program = bare(forward, **given)
+    network = read_network(network_of(program).ctx.net)
+    torch.testing.assert_close(replay([network], given)[0][0], run(program, given, 1)[0][0])
+    child = multiprocessing.get_context("fork").Process(
+        target=build, args=(program, 0, tmp_path / "x.engine", [])
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and (tmp_path / "x.engine").stat().st_size
 
 
 @pytest.mark.parametrize("inner", [True, False])

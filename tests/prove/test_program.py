@@ -267,7 +267,7 @@ def test_a_model_that_overflows_in_half_precision_only() -> None:
 def test_rtol_replaces_the_bound() -> None:
     assert proven(tiny(), tiny_inputs(), rtol=1e-3).bound.max == 1e-3
     with pytest.raises(ProofFailed, match=r"the bound of 1\.0e-12"):
-        proven(tiny(), tiny_inputs(), "ring", rtol=1e-12)
+        proven(tiny(), tiny_inputs(), "ring", 3, rtol=1e-12)
 
 
 def test_an_error_that_is_not_finite_is_never_within_a_bound() -> None:
