@@ -217,20 +217,24 @@ def _attention(
 
 
 def _attention_of_its_own_query(
-    ctx: ConversionContext, name: str, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+    ctx: ConversionContext,
+    name: str,
+    query: Any,
+    key: Any,
+    value: Any,
+    *,
+    scale: float | None = None,
+    **others: Any,
 ) -> Tensor:
     """The same, and different from all that were added before, where these share its query."""
     q, k = get_trt_tensor(ctx, query, f"{name}_0"), get_trt_tensor(ctx, key, f"{name}_1")
-    layers = (
-        ctx.net.get_layer(i) for i in range(ctx.net.num_layers if q.dtype == trt.float32 else 0)
-    )
-    shared = sum(one.name.endswith(_SCALED) and one.get_input(0).name == q.name for one in layers)
-    if not shared:
-        return _attention(ctx, name, query, key, value, *args, **kwargs)
-    scale = kwargs.pop("scale", None)
-    own = (q.shape[-1] ** -0.5 if scale is None else scale) * 2.0**shared
-    k = _scaled(ctx, f"{name}_key", k, 2.0**-shared)
-    return _attention(ctx, name, q, k, value, *args, scale=own, **kwargs)
+    if q.dtype == trt.float32:
+        layers = (ctx.net.get_layer(i) for i in range(ctx.net.num_layers))
+        before = [x for x in layers if x.name.endswith(_SCALED) and x.get_input(0).name == q.name]
+        if before:
+            scale = (q.shape[-1] ** -0.5 if scale is None else scale) * 2.0 ** len(before)
+            k = _scaled(ctx, f"{name}_key", k, 2.0 ** -len(before))
+    return _attention(ctx, name, q, k, value, scale=scale, **others)
 
 
 def _attention_layer(

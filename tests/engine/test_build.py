@@ -276,7 +276,8 @@ def test_attentions_of_one_query_build_in_float32(tmp_path: Path) -> None:
 
     given = {"q": torch.randn(2, 3, 12, 8), "k": torch.randn(2, 3, 12, 8)}
     program = bare(forward, **given)
-    network = read_network(network_of(program).ctx.net)
+    interpreter = network_of(program)  # it holds the weights of its network
+    network = read_network(interpreter.ctx.net)
     torch.testing.assert_close(replay([network], given)[0][0], run(program, given, 1)[0][0])
     child = multiprocessing.get_context("fork").Process(
         target=build, args=(program, 0, tmp_path / "x.engine", [])
