@@ -7,7 +7,8 @@ one run. Three commands, as programs are made where Torch-TensorRT is, and GPUs 
 - ``prepare FOLDER``: the programs, as bundles hold them; no GPU.
 - ``run FOLDER``: on GPUs, with torch, diffusers and this project, but without TensorRT; appends
   to ``FOLDER/results.jsonl``.
-- ``page FOLDER``: prints ``docs/two-gpus.md``.
+- ``page FOLDER``: prints ``docs/two-gpus.md``; with ``attention.jsonl``, what
+  ``benchmarks.gpus.attention`` printed, where it is there.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from pathlib import Path
 from .gpus.cases import CASES, chosen
 
 
-def run(names: str | None, folder: Path, world: int, limit: float) -> int:
+def run(names: str | None, only: str, folder: Path, world: int, limit: float) -> int:
     """Every case in processes of its own; how many failed."""
     failed = 0
     for case in chosen(names):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world}", "-m", "benchmarks.gpus.rank"]
-        command += [case.name, str(folder), str(folder / "results.jsonl")]
+        command += [case.name, str(folder), str(folder / "results.jsonl"), only]
         try:
             failed += subprocess.run(command, timeout=limit).returncode != 0
         except subprocess.TimeoutExpired:
@@ -42,14 +43,18 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--cases", help=f"of {', '.join(case.name for case in CASES)}")
+    parser.add_argument("--only", default="", help='such as "ring,diffusers ring"')
     parser.add_argument("--limit", type=float, default=600, help="seconds a case")
     told = parser.parse_args()
     if told.command == "run":
-        return run(told.cases, told.folder, told.world, told.limit)
+        return run(told.cases, told.only, told.folder, told.world, told.limit)
     if told.command == "page":
         from .gpus.page import page
 
-        print(page(told.folder / "results.jsonl"), end="")
+        attention = told.folder / "attention.jsonl"
+        print(
+            page(told.folder / "results.jsonl", attention if attention.exists() else None), end=""
+        )
         return 0
     from .gpus.prepare import prepare
 

@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -237,8 +237,8 @@ def _released() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(case: Case, folder: Path, out: Path) -> None:
-    """All measurements of one case."""
+def measure(case: Case, folder: Path, out: Path, only: Sequence[str]) -> None:
+    """The measurements of one case, all or those named; the dense model is always there."""
     rank = Rank(case, folder, out)
     with tempfile.TemporaryDirectory() as scratch, sdpa_kernel(KERNELS, set_priority=True):
         told = [scratch]
@@ -246,10 +246,11 @@ def measure(case: Case, folder: Path, out: Path) -> None:
         weights = Path(str(told[0]), "weights.safetensors")
         with _told(rank, "dense"):
             dense(rank, weights)
-        for strategy in case.strategies:
+        for strategy in (one for one in case.strategies if not only or one in only):
             with _told(rank, strategy):
                 program(rank, strategy, weights)
-        for kind in ("ulysses", "ring") if case.peers else ():
+        kinds = ("ulysses", "ring") if case.peers else ()
+        for kind in (one for one in kinds if not only or f"diffusers {one}" in only):
             with _told(rank, f"diffusers {kind}"):
                 peer(rank, kind)
 
@@ -260,7 +261,12 @@ def main(arguments: Mapping[int, str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     dist.init_process_group("nccl")
     with torch.no_grad():
-        measure(case, Path(arguments[2]), Path(arguments[3]))
+        measure(
+            case,
+            Path(arguments[2]),
+            Path(arguments[3]),
+            list(filter(None, arguments[4].split(","))),
+        )
     dist.destroy_process_group()
 
 

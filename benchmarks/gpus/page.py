@@ -1,0 +1,110 @@
+"""What ``benchmarks.two_gpus`` and ``benchmarks.gpus.attention`` found, as docs/two-gpus.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cases import CASES
+
+Line = dict[str, Any]
+_WIDE = ("dense", "ulysses", "allgather-kv", "ring", "stream-kv")
+_ORDER = (*_WIDE, "diffusers ulysses", "diffusers ring")
+
+
+def page(results: Path, attention: Path | None = None) -> str:
+    """The page.
+
+    Args:
+        results: lines of ``benchmarks.two_gpus run``; of equal ones the last counts.
+        attention: lines of ``benchmarks.gpus.attention``.
+    """
+    found: dict[tuple[str, str], Line] = {}
+    for one in _lines(results):
+        found[one["case"], one["what"]] = one
+    cases = [case.name for case in CASES if any(case.name == name for name, _ in found)]
+    tables = "\n\n".join(f"### {name}\n\n{_table(name, found)}" for name in cases)
+    ways = "" if attention is None else _ATTENTION.format(rows=_ways(_lines(attention)))
+    return _PAGE.format(tables=tables, ways=ways)
+
+
+def _lines(path: Path) -> list[Line]:
+    """The lines of JSON; a log's others are passed over."""
+    return [json.loads(x) for x in path.read_text().splitlines() if x.startswith("{")]
+
+
+def _table(case: str, found: dict[tuple[str, str], Line]) -> str:
+    rows = (_row(what, found.get((case, what)), found.get((case, f"{what}, compiled")))
+            for what in _ORDER if (case, what) in found)  # fmt: skip
+    return "\n".join((
+        "| program | ms | least to most | ms, compiled | least to most | error | peak GB |",
+        "|---|---|---|---|---|---|---|", *rows,
+    ))  # fmt: skip
+
+
+def _row(what: str, eager: Line | None, compiled: Line | None) -> str:
+    peak = max((x["peak_gb"] for x in (eager, compiled) if x and "peak_gb" in x), default=None)
+    error = next((x["error"] for x in (compiled, eager) if x and "error" in x), None)
+    told = ["" if error is None else f"{error:.2e}", "" if peak is None else f"{peak:.1f}"]
+    return " | ".join((f"| {what}", *_times(eager), *_times(compiled), *told)) + " |"
+
+
+def _times(line: Line | None) -> tuple[str, str]:
+    if line is None:
+        return "not run", ""
+    if "ms" not in line:
+        return f"failed: {line['failed'].splitlines()[0][:60]}", ""
+    return f"{line['ms']:.1f}", f"{line['least']:.1f} to {line['most']:.1f}"
+
+
+def _ways(lines: Iterable[Line]) -> str:
+    by: dict[tuple[int, int], dict[str, Line]] = {}
+    for one in (x for x in lines if "attention" in x):
+        at = one["attention"]
+        by.setdefault((at["tokens"], at["world"]), {})[at["way"]] = one
+    return "\n".join(_way(*key, ways) for key, ways in sorted(by.items()))
+
+
+def _way(tokens: int, world: int, ways: dict[str, Line]) -> str:
+    names: Sequence[str] = ("one fused attention", "heads in turn", "fused, merged", "explicit")
+    told = [f"{ways[n]['ms']:.2f} ({ways[n]['error']:.1e})" if n in ways else "" for n in names]
+    return f"| {tokens} | {world} | " + " | ".join(told) + " |"
+
+
+_PAGE = """# On two GPUs, by torch and NCCL
+
+The rewritten programs, as bundles hold them, run by the torch executor's own code on two NVIDIA H100 (80 GB, one host) over NCCL,
+beside the dense model on one of them and diffusers' own context parallelism, all rows of a table in one run where nothing else is said, bfloat16 unless the
+name says otherwise, random weights and inputs. Milliseconds of one forward: median of ten after three. Error: of the output against the dense
+model in float32, root mean square; the first row has that of the precision alone. Torch 2.11, its attention by cuDNN in all rows.
+`python -m benchmarks.two_gpus` prepares, runs and prints this page.
+
+**TensorRT did not run here.** TensorRT-RTX refuses compute capability 9.0, which the H100 has; `--executor tensorrt` says so and
+ends. What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
+an engine's own speed they do not tell.
+
+`flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens) and 2048x2048 (16,896); `flux-whole` has all
+57 (11.9 B parameters) at 1024x1024. "not run": the machine's time was over. The float32 table is of a run before two chunks became one attention (Ring wrote scores out in it).
+
+{tables}
+
+Where a forward takes less than about 20 ms, starting kernels from Python takes longer than running them, with two processes on one
+host: least and most are as far apart as they are because of that. At 2048x2048 our programs take 5 to 8 percent longer than diffusers' compiled ones: copies between the layout that
+the model has and the one that a collective sends, which torch.compile does not fuse (0.8 to 1 ms each kind in the profile).
+
+{ways}"""
+_ATTENTION = """## One rank's attention by itself
+
+One H100: a rank's queries over all keys, 24 heads of 128 in bfloat16, compiled, milliseconds (error of two heads against float32).
+"heads in turn" is stream-kv's, "fused, merged" what Ring does from three ranks on, "explicit" what it did in 0.1.0.
+
+| tokens | world | one fused attention | heads in turn | fused, merged | explicit |
+|---|---|---|---|---|---|
+{rows}
+
+Merging takes 1.5 to 1.9 times one attention's time where attention is long: a head of 136 numbers instead of 128 is 1.3 of it, additions
+in float32 the rest. Where it is short (4,608 tokens on 8 GPUs), starting its kernels is most of the time; let Ulysses, stream-kv
+or AllGather KV have these.
+"""
