@@ -44,8 +44,7 @@ def load_transformer(
 
     Args:
         bundle: its folder.
-        executor: ``auto``, ``tensorrt`` or ``torch``; see :func:`cp_convert.runtime.open`, as for
-            all up to ``verify``.
+        executor: ``auto``, ``tensorrt`` or ``torch``, as of :func:`cp_convert.runtime.open`.
         device: such as ``cuda:1``; ``None``: this rank's GPU where there is one, else the CPU.
         communicator: a process group of the bundle's ranks, where there are more.
         compiled: torch's program through ``torch.compile``.
@@ -53,22 +52,16 @@ def load_transformer(
         verify: whether files are compared with the manifest's SHA-256.
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
-        timeout: seconds for which a rank that follows waits for a word of rank 0, or for a forward;
-            ``None``: 60, and 600 with ``compiled``.
+        timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
     """
-    if executor not in runtime.EXECUTORS:
-        raise UsageError(
-            f"executor {executor!r}: there is none.", hint=f"one of {', '.join(runtime.EXECUTORS)}."
-        )
-    kind = model_class()
-    manifest, _ = bundles.read(Path(bundle))
+    _check_executor(executor)
+    kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
     seconds = timeout or (600.0 if compiled else 60.0)
     with ExitStack() as stack:
         where = _joined(manifest, device, communicator, seconds, stack)
-        group = group_of(communicator)
         if manifest.world > 1:
             agree(manifest, {}, where, communicator)
         opened = stack.enter_context(
@@ -77,13 +70,23 @@ def load_transformer(
                 compiled=compiled, graph=graph, verify=verify,
             )
         )  # fmt: skip
-        channel = Channel(group, seconds) if manifest.world > 1 else None
-        ranks = Ranks(channel, check=check)
+        channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
         told = {**(manifest.model.config or {}), **(config or {})}
-        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all())
-    # Ranks that follow end when rank 0's script does, or drops the module, without close().
+        ranks = Ranks(channel, check=check)
+        return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
+
+
+def _ended(module: Transformer, ranks: Ranks) -> Transformer:
+    """Ranks that follow end when rank 0's script does, or drops the module, without close()."""
     weakref.finalize(module, ranks.close, quick=True)
     return module
+
+
+def _check_executor(name: str) -> None:
+    if name not in runtime.EXECUTORS:
+        raise UsageError(
+            f"executor {name!r}: there is none.", hint=f"one of {', '.join(runtime.EXECUTORS)}."
+        )
 
 
 def _joined(
@@ -123,7 +126,7 @@ def model_class() -> type[Transformer]:
         BackendMissing: diffusers is not installed.
     """
     try:
-        from diffusers import ModelMixin
+        from diffusers import ModelMixin  # late: not part of the base install
     except ImportError as error:
         raise BackendMissing(
             "diffusers is not installed.", hint="pip install 'cp-convert[models]'"

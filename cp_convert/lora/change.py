@@ -7,8 +7,8 @@
     DoRA   m * (W + s * alpha/r * up @ down) / |W + s * alpha/r * up @ down|
 
 ``s`` is the strength that the user chooses. DoRA's norm is over a row (or, in LyCORIS, over a
-column) of the sum, as in PEFT. Sources: PEFT (``tuners/lora/dora.py``, ``tuners/lokr/layer.py``),
-LyCORIS (``modules/lokr.py``).
+column) of the sum, as in PEFT. Sources: PEFT (its ``dora`` and ``lokr`` tuners), LyCORIS (its
+``lokr`` module).
 """
 
 from __future__ import annotations
