@@ -80,17 +80,16 @@ def is_killed(number: int, out: Path) -> Any:
 
 
 def stops(number: int, out: Path) -> Any:
-    """Rank 0 is there, and can say nothing."""
-    if number == 0:
-        parent = os.getpid()
-        if os.fork() == 0:
-            time.sleep(8)
-            os.kill(parent, signal.SIGKILL)
-            os._exit(0)
+    """Rank 0 is there, and can say nothing; rank 1 gives up long before its end."""
 
     def stand_still(transformer: Any) -> None:
         transformer(x=_x())
-        os.kill(os.getpid(), signal.SIGSTOP)
+        parent = os.getpid()
+        if os.fork() == 0:
+            time.sleep(12)
+            os.kill(parent, signal.SIGKILL)
+            os._exit(0)
+        os.kill(parent, signal.SIGSTOP)
 
     return _led(stand_still)(number, out, 2.0)
 
