@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Over what torch-tensorrt-rtx pins: the first TensorRT-RTX that can run engines of several devices.
 TENSORRT_RTX := 'tensorrt_rtx>=1.7.1.116,<1.8'
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test lint check check-all bench clean
 
 $(STAMP): pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,10 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 check: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --durations 10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 -m "not slow"
+
+check-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 test: lint check
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import jsonschema
@@ -35,8 +36,16 @@ def assert_built_by_tensorrt(engine: Path) -> None:
     assert not diagnostics & MALFORMED
 
 
-@pytest.mark.parametrize("strategy", list(STRATEGIES))
-@pytest.mark.parametrize("name", ["flux", "wan", "plain_dit"])
+SELDOM = {("flux", "stream-kv"), ("flux", "allgather-kv"), ("wan", "stream-kv"), ("wan", "ring")}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        pytest.param(*one, marks=pytest.mark.slow) if one in SELDOM else one
+        for one in product(("flux", "wan", "plain_dit"), STRATEGIES)
+    ],
+)
 def test_an_example_becomes_a_proven_bundle(
     name: str, strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,12 @@ from tests.conftest import TINY_PLAN, rewritten, sharded, sharpened, tiny, tiny_
 WORLDS = (2, 3, 4)
 WIDTH, HEADS = 48, 12
 
-WAYS = [(name, world) for name in STRATEGIES for world in WORLDS] + [("usp", 4)]
+SELDOM = {("allgather-kv", 3), ("allgather-kv", 4), ("stream-kv", 2), ("stream-kv", 4), ("ring", 2)}
+"""Ways that differ little from others here; :mod:`tests.strategies` has all of them, always."""
+WAYS = [
+    pytest.param(*way, marks=pytest.mark.slow) if way in SELDOM else way
+    for way in [*((name, world) for name in STRATEGIES for world in WORLDS), ("usp", 4)]
+]
 every_way = pytest.mark.parametrize(("name", "world"), WAYS)
 
 
@@ -164,7 +169,7 @@ def joint() -> nn.Module:
 
 
 @every_way
-@pytest.mark.parametrize("text", [7, 12])
+@pytest.mark.parametrize("text", [7, pytest.param(12, marks=pytest.mark.slow)])
 def test_text_and_image_in_one_attention(name: str, world: int, text: int) -> None:
     stages = check(joint(), joint_inputs(text), name, world)
     layout = stages.sites[0][0].key_layout
@@ -191,7 +196,7 @@ def test_whole_text_joined_with_sharded_image_enters_once(name: str, world: int)
 
 
 @every_way
-@pytest.mark.parametrize("kv_heads", [1, 3, 4])
+@pytest.mark.parametrize("kv_heads", [1, pytest.param(3, marks=pytest.mark.slow), 4])
 def test_grouped_queries(name: str, world: int, kv_heads: int) -> None:
     def grouped(q: Tensor, k: Tensor, v: Tensor, _: Any) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
