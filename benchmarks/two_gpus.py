@@ -7,8 +7,8 @@ one run. Three commands, as programs are made where Torch-TensorRT is, and GPUs 
 - ``prepare FOLDER``: the programs, as bundles hold them; no GPU.
 - ``run FOLDER``: on GPUs, with torch, diffusers and this project, but without TensorRT; appends
   to ``FOLDER/results.jsonl``.
-- ``page FOLDER``: prints ``docs/two-gpus.md``; with ``attention.jsonl``, what
-  ``benchmarks.gpus.attention`` printed, where it is there.
+- ``page FOLDER``: prints ``docs/two-gpus.md`` of all ``results*.jsonl``; with
+  ``attention.jsonl``, what ``benchmarks.gpus.attention`` printed, where it is there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,11 @@ def main() -> int:
 
         attention = told.folder / "attention.jsonl"
         print(
-            page(told.folder / "results.jsonl", attention if attention.exists() else None), end=""
+            page(
+                sorted(told.folder.glob("results*.jsonl")),
+                attention if attention.exists() else None,
+            ),
+            end="",
         )
         return 0
     from .gpus.prepare import prepare

@@ -14,18 +14,23 @@ _WIDE = ("dense", "ulysses", "allgather-kv", "ring", "stream-kv")
 _ORDER = (*_WIDE, "diffusers ulysses", "diffusers ring")
 
 
-def page(results: Path, attention: Path | None = None) -> str:
+def page(runs: Sequence[Path], attention: Path | None = None) -> str:
     """The page.
 
     Args:
-        results: lines of ``benchmarks.two_gpus run``; of equal ones the last counts.
+        runs: lines of ``benchmarks.two_gpus run``, a file a run; only these are held side by side.
         attention: lines of ``benchmarks.gpus.attention``.
     """
-    found: dict[tuple[str, str], Line] = {}
-    for one in _lines(results):
-        found[one["case"], one["what"]] = one
-    cases = [case.name for case in CASES if any(case.name == name for name, _ in found)]
-    tables = "\n\n".join(f"### {name}\n\n{_table(name, found)}" for name in cases)
+    told = [{(one["case"], one["what"]): one for one in _lines(run)} for run in runs]
+    tables = "\n\n".join(
+        "\n\n".join(
+            [
+                f"### {case.name}",
+                *(_table(case.name, run) for run in told if (case.name, "dense") in run),
+            ]
+        )
+        for case in CASES
+    )
     ways = "" if attention is None else _ATTENTION.format(rows=_ways(_lines(attention)))
     return _PAGE.format(tables=tables, ways=ways)
 
@@ -76,23 +81,24 @@ def _way(tokens: int, world: int, ways: dict[str, Line]) -> str:
 _PAGE = """# On two GPUs, by torch and NCCL
 
 The rewritten programs, as bundles hold them, run by the torch executor's own code on two NVIDIA H100 (80 GB, one host) over NCCL,
-beside the dense model on one of them and diffusers' own context parallelism, all rows of a table in one run where nothing else is said, bfloat16 unless the
-name says otherwise, random weights and inputs. Milliseconds of one forward: median of ten after three. Error: of the output against the dense
-model in float32, root mean square; the first row has that of the precision alone. Torch 2.11, its attention by cuDNN in all rows.
-`python -m benchmarks.two_gpus` prepares, runs and prints this page.
+beside the dense model on one of them and diffusers' own context parallelism: bfloat16 unless the name says otherwise, random weights
+and inputs, torch's attention by cuDNN in all rows. Milliseconds of one forward, all ranks together: median of ten. Error: of the output
+against the dense model in float32, root mean square; the first row's is that of the precision alone. Every table is one run, and has
+the dense model beside; only rows of one table were measured side by side. `python -m benchmarks.two_gpus` prepares, runs and prints this page.
 
 **TensorRT did not run here.** TensorRT-RTX refuses compute capability 9.0, which the H100 has; `--executor tensorrt` says so and
 ends. What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
 an engine's own speed they do not tell.
 
 `flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens) and 2048x2048 (16,896); `flux-whole` has all
-57 (11.9 B parameters) at 1024x1024. "not run": the machine's time was over. The float32 table is of a run before two chunks became one attention (Ring wrote scores out in it).
+57 (11.9 B parameters) at 1024x1024; `flux-1-1-fp32` one of each, in float32 with TF32 off. "not run": the machine's time was over.
 
 {tables}
 
-Where a forward takes less than about 20 ms, starting kernels from Python takes longer than running them, with two processes on one
-host: least and most are as far apart as they are because of that. At 2048x2048 our programs take 5 to 8 percent longer than diffusers' compiled ones: copies between the layout that
-the model has and the one that a collective sends, which torch.compile does not fuse (0.8 to 1 ms each kind in the profile).
+What is not good here: compiled, our programs take 6 (Ring) to 9 percent (Ulysses) longer than diffusers' at 2048x2048, Ring 7 percent
+at 1024x1024 whole; in part at 1024x1024 half as long again and more, slower than one GPU. Copies between the layout that the model has and the one that a collective sends are most of it: torch.compile does not fuse
+them (0.8 to 1.5 ms a kind in the profile). Where a forward is short, starting kernels from Python takes longer than running them, and
+the exchanges of Ulysses and AllGather KV, which are more or larger, show it: least and most lie far apart.
 
 {ways}"""
 _ATTENTION = """## One rank's attention by itself
