@@ -241,6 +241,13 @@ def command(
     converted(screen, manifest, job.out)
 
 
+def _proof(proof: str, none: bool) -> str:
+    source = click.get_current_context().get_parameter_source("proof")
+    if none and proof != "none" and source is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError(f"--no-proof with --proof {proof}.", hint="leave one of the two out.")
+    return "none" if none else proof
+
+
 def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]) -> Job:
     """What was asked for; ``rest`` are the options by name."""
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
@@ -248,8 +255,12 @@ def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]
     rest |= _chosen(found.path, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
     rest["ulysses"] = _factor(rest["ulysses"], ring, rest["world"])
-    if no_proof:
-        rest["proof"] = "none"
+    rest["proof"] = _proof(rest["proof"], no_proof)
+    if rest["copy_weights"] and rest["weights_mode"] == "embedded":
+        raise UsageError(
+            "--copy-weights with --weights-mode embedded: engines hold their weights already.",
+            hint="leave one of the two out.",
+        )
     job = Job(
         model=found.path,
         module=found.module,
