@@ -86,8 +86,8 @@ and inputs, torch's attention by cuDNN in all rows. Milliseconds of one forward,
 against the dense model in float32, root mean square; the first row's is that of the precision alone. Every table is one run, and has
 the dense model beside; only rows of one table were measured side by side. `python -m benchmarks.two_gpus` prepares, runs and prints this page.
 
-**TensorRT did not run here.** TensorRT-RTX refuses compute capability 9.0, which the H100 has; `--executor tensorrt` says so and
-ends. What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
+**TensorRT did not run here.** TensorRT-RTX does not take compute capability 9.0, which the H100 has, and was not installed there; that
+`--executor tensorrt` refuses such a GPU is tested on a stand-in (`tests/runtime/test_tensorrt.py`). What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
 an engine's own speed they do not tell.
 
 `flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens) and 2048x2048 (16,896); `flux-whole` has all
