@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import CASES
+from .cases import CASES, STRATEGIES
 
 Line = dict[str, Any]
-_WIDE = ("dense", "ulysses", "allgather-kv", "ring", "stream-kv")
-_ORDER = (*_WIDE, "diffusers ulysses", "diffusers ring")
+_ORDER = ("dense", *STRATEGIES, "diffusers ulysses", "diffusers ring")
 
 
 def page(runs: Sequence[Path], attention: Path | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -10,7 +10,8 @@ from .call import Count, Sha256, Struct
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
-SetName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+SET_NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+SetName = Annotated[str, msgspec.Meta(pattern=SET_NAME)]
 
 
 class Weight(Struct, frozen=True):

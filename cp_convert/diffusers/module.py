@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..model.cast import DTYPES
 from ..runtime.opened import Opened, named
 from .config import Config
 from .given import Arguments
 from .ranks import Ranks
 from .refused import Refusing
 from .returned import answered, owned
-
-_DTYPES: Final = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Transformer(Refusing, nn.Module):
@@ -54,7 +53,7 @@ class Transformer(Refusing, nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the engines compute in."""
-        return _DTYPES[self._opened.manifest.precision]
+        return DTYPES[self._opened.manifest.precision]
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,10 @@ from ..errors import UsageError
 
 _LORA: Final = (
     "LoRA is part of the weights, and the weights are part of the bundle",
-    "load and fuse it into the model (load_lora_weights, fuse_lora), save that, and convert it.",
+    (
+        "load and fuse it into the model (load_lora_weights, fuse_lora), save that, and convert "
+        "it; or `cp-convert lora`, for `cp-convert run` and runtime.open."
+    ),
 )
 _PARALLEL: Final = (
     "the bundle has its parallelism built in",

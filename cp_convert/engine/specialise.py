@@ -43,18 +43,12 @@ def _slice(node: fx.Node, rank: int) -> None:
     x, dim, flat, size = node.args
     assert isinstance(x, fx.Node) and isinstance(dim, int)
     length = tensor_of(node).shape[dim]
-    start = _own_group(flat, size, rank).index(rank) * length
+    start = _own_first(flat, size, rank).index(rank) * length
     node.target = torch.ops.aten.slice.Tensor
     node.args = (x, dim, start, start + length)
 
 
 def _own_first(flat: object, size: object, rank: int) -> list[int]:
     assert isinstance(flat, Sequence) and isinstance(size, int)
-    own = _own_group(flat, size, rank)
-    others = (group for group in split_groups(list(flat), size) if group != own)
-    return [*own, *(member for group in others for member in group)]
-
-
-def _own_group(flat: object, size: object, rank: int) -> tuple[int, ...]:
-    assert isinstance(flat, Sequence) and isinstance(size, int)
-    return next(group for group in split_groups(list(flat), size) if rank in group)
+    groups = sorted(split_groups(list(flat), size), key=lambda group: rank not in group)
+    return [member for group in groups for member in group]

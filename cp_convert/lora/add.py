@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -15,6 +15,7 @@ from .. import bundle as bundles
 from ..bundle.folder import output_error, replace_manifest
 from ..bundle.lock import alone
 from ..bundle.manifest import LoraSet, Manifest
+from ..bundle.stored import SET_NAME
 from ..errors import UsageError, WeightsError
 from ..files import sha256
 from .base import Base
@@ -24,8 +25,6 @@ from .constants import check_constants
 from .read import read
 from .targets import changes_of, parameters
 from .write import write
-
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Added(NamedTuple):
@@ -121,7 +120,7 @@ def _check_external(manifest: Manifest) -> None:
 
 def _name(given: str | None, file: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).lstrip(".-") if given is None else given
-    if _NAME.fullmatch(name) is None:
+    if re.fullmatch(SET_NAME, name) is None:
         raise UsageError(
             f"{name!r} is no name of a set: letters, digits, and _ . - behind the first.",
             hint="--as NAME.",
@@ -151,11 +150,12 @@ def _check_tied(manifest: Manifest, changes: Mapping[str, Change], file: Path) -
 
 def _check_twins(manifest: Manifest, folder: Path, changes: Mapping[str, Change]) -> None:
     """Tied weights that a conversion has written twice; which these are, the manifest lacks."""
-    own, base = parameters(manifest), Base(folder)
+    own, base, groups = parameters(manifest), Base(folder), tied(manifest)
     for name in changes:
         one = own[name]
         twins = [t.name for t in own.values() if t.sha256 == one.sha256 and t.shape == one.shape]
-        apart = [twin for twin in twins if twin not in {t.name for t in tied(manifest)[name]}]
+        known = {t.name for t in groups[name]}
+        apart = [twin for twin in twins if twin not in known]
         if not apart:
             continue
         values = base.tensor(one)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Final
 
 import torch
@@ -116,7 +117,7 @@ def _check(name: str, change: Change, weights: Mapping[str, Weight], adapter: Ad
         )
     rows, columns = change.size
     shape = own.shape or [1]
-    if (rows, columns) != (shape[0], _count(shape[1:])):
+    if (rows, columns) != (shape[0], prod(shape[1:])):
         raise WeightsError(
             f"{adapter.file.name} changes {name} by a tensor of {[rows, columns]}, and the "
             f"weight is {own.shape}.",
@@ -137,13 +138,6 @@ def _check(name: str, change: Change, weights: Mapping[str, Weight], adapter: Ad
             f"{name} is stored as {own.dtype}; a LoRA is added to weights in {', '.join(_FLOATS)}.",
             hint="fuse it into the model before it is quantized, and convert the result.",
         )
-
-
-def _count(shape: Collection[int]) -> int:
-    product = 1
-    for length in shape:
-        product *= length
-    return product
 
 
 def _no_such(

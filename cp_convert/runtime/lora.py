@@ -127,10 +127,9 @@ class Sets:
                 found[name] = changed[name]
                 self._told(name)
         if any(name.startswith("constants.") for name in self.bound):
-            cpu = Changed(self.manifest, Base(self.folder, verify=False), changes)
-            new = changed_constants(
-                self.manifest, self.folder, cpu, Base(self.folder, verify=False)
-            )
+            files = Base(self.folder, verify=False)
+            cpu = Changed(self.manifest, files, changes)
+            new = changed_constants(self.manifest, self.folder, cpu, files)
             found |= {name: one.to(self._device) for name, one in new.items()}
         return found
 

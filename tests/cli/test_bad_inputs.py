@@ -85,7 +85,7 @@ def damaged(data: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"cut to {length}", data[:length]
     for size in (0, 1, 10, len(whole) - 1, len(data), 2**31, 2**62, 2**64 - 1):
         yield f"a header of {size}", joined(whole, body, size)
-    for text in ("", "{", "[]", "null", "3", '"x"', whole + "}", whole[:-1], "\udcff" * 0 + "nul"):
+    for text in ("", "{", "[]", "null", "3", '"x"', whole + "}", whole[:-1], "nul"):
         yield f"header {text[:12]!r} {len(text)}", joined(text, body)
     yield "bytes behind", data + b"more"
     yield "a body that lacks its first", joined(header, body[1:])
