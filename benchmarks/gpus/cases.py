@@ -53,8 +53,11 @@ CASES: Final = (
     ),
     _PART,
     replace(_PART, name="flux-2-4-at-2048", resolution="2048x2048"),
+    replace(_PART, name="flux-2-4-at-4096", resolution="4096x4096"),
     replace(_PART, name="flux-whole", depth={}),
 )
+FORECAST: Final = ("flux-2-4-at-1024", "flux-2-4-at-2048", "flux-2-4-at-4096")
+"""Of which ``benchmarks.forecast`` compares forecasts with measurements."""
 
 
 def chosen(names: str | None) -> list[Case]:

@@ -3,7 +3,8 @@
 Rank 0 appends a line of JSON to ``OUT`` for everything that was measured. The order: the dense
 model on one GPU; its weights written to a file; every program, its weights read from that file; and
 diffusers' own context parallelism. Times are wall-clock milliseconds of a forward, between two
-points at which the GPU is idle: after three calls to warm up, the median of ten.
+points at which the GPU is idle: after three calls to warm up, the median of ten. What is compiled
+is measured as a CUDA graph too (``replayed``).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from cp_convert.model.checkpoint import locate
 from cp_convert.model.instantiate import example_inputs, model_class
 from cp_convert.model.preset import Preset, path_of, read
 from cp_convert.runtime.collectives import groups_of, make_groups, over_the_wire
+from cp_convert.runtime.replayed import Replayed
 from cp_convert.runtime.torch_executor import on_device
 from cp_convert.runtime.weights import bound_weights
 
@@ -118,6 +120,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def replayed(rank: Rank, forward: Forward) -> Forward:
+    """``forward`` as a CUDA graph, as the torch executor makes one."""
+    graph = Replayed(lambda: (forward(),), rank.device)
+    return lambda: graph((), ())[0]  # type: ignore[no-any-return]
+
+
 def timed(forward: Forward) -> list[float]:
     """Milliseconds of :data:`RUNS` calls, all ranks together."""
     for _ in range(WARM):
@@ -144,7 +152,9 @@ def dense(rank: Rank, weights: Path) -> None:
     rank.measured("dense", lambda: module(**rank.inputs, return_dict=False)[0])
     if rank.case.compiled:
         fast = torch.compile(module, dynamic=False)
-        rank.measured("dense, compiled", lambda: fast(**rank.inputs, return_dict=False)[0])
+        forward = lambda: fast(**rank.inputs, return_dict=False)[0]  # noqa: E731
+        rank.measured("dense, compiled", forward)
+        rank.measured("dense, replayed", replayed(rank, forward))
     if rank.rank == 0:
         save_file({n: p.contiguous() for n, p in module.state_dict().items()}, weights)
     dist.barrier()
@@ -158,7 +168,7 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
     here = on_device(wired, rank.device, stored.names)
     begun = time.perf_counter()
     bound = bound_weights(
-        _listed(weights, set(stored.names.values())), Path("/"), rank.device, verify=False
+        listed(weights, set(stored.names.values())), Path("/"), rank.device, verify=False
     )
     seconds, size = time.perf_counter() - begun, sum(t.nbytes for t in bound.values())
     state = {**here.state} | {node: bound[name] for node, name in stored.names.items()}
@@ -172,11 +182,13 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
     if rank.case.compiled:
         fast = torch.compile(call, dynamic=False)
         rank.measured(f"{strategy}, compiled", lambda: fast(*values)[0])
+        rank.measured(f"{strategy}, replayed", replayed(rank, lambda: fast(*values)[0]))
         if os.environ.get("PROFILE"):
             profile(rank, strategy, lambda: fast(*values)[0])
 
 
-def _listed(file: Path, wanted: set[str]) -> Iterator[Weight]:
+def listed(file: Path, wanted: set[str]) -> Iterator[Weight]:
+    """Where a file holds the weights of these names."""
     for name, at in locate(file).items():
         if name in wanted:
             dtype = str(at.dtype).removeprefix("torch.")
@@ -217,11 +229,13 @@ def peer(rank: Rank, kind: str) -> None:
     rank.measured(name, lambda: module(**rank.inputs, return_dict=False)[0])
     if rank.case.compiled:
         fast = torch.compile(module)
-        rank.measured(f"{name}, compiled", lambda: fast(**rank.inputs, return_dict=False)[0])
+        forward = lambda: fast(**rank.inputs, return_dict=False)[0]  # noqa: E731
+        rank.measured(f"{name}, compiled", forward)
+        rank.measured(f"{name}, replayed", replayed(rank, forward))
 
 
 @contextmanager
-def _told(rank: Rank, what: str) -> Iterator[None]:
+def told(rank: Rank, what: str) -> Iterator[None]:
     """A measurement that fails is a line of the report, and the next one goes on."""
     try:
         yield
@@ -241,17 +255,17 @@ def measure(case: Case, folder: Path, out: Path, only: Sequence[str]) -> None:
     """The measurements of one case, all or those named; the dense model is always there."""
     rank = Rank(case, folder, out)
     with tempfile.TemporaryDirectory() as scratch, sdpa_kernel(KERNELS, set_priority=True):
-        told = [scratch]
-        dist.broadcast_object_list(told)
-        weights = Path(str(told[0]), "weights.safetensors")
-        with _told(rank, "dense"):
+        shared = [scratch]
+        dist.broadcast_object_list(shared)
+        weights = Path(str(shared[0]), "weights.safetensors")
+        with told(rank, "dense"):
             dense(rank, weights)
         for strategy in (one for one in case.strategies if not only or one in only):
-            with _told(rank, strategy):
+            with told(rank, strategy):
                 program(rank, strategy, weights)
         kinds = ("ulysses", "ring") if case.peers else ()
         for kind in (one for one in kinds if not only or f"diffusers {one}" in only):
-            with _told(rank, f"diffusers {kind}"):
+            with told(rank, f"diffusers {kind}"):
                 peer(rank, kind)
 
 

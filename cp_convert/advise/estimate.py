@@ -1,42 +1,23 @@
-"""How long one rank's program takes, and how much it holds: a roofline over its operators.
+"""How long one rank's program takes, and how much it holds: a roofline over its kernels.
 
-A product takes the longer of its arithmetic and its memory traffic; what lies between products is
-assumed to be fused into them. Communication is not overlapped. Source of the method: Williams et
-al., *Roofline* (CACM 52(4), 2009).
+A product or an attention takes the longer of its arithmetic and its memory traffic, what is fused
+between them its traffic, and everything as long as starting it takes
+(:class:`.hardware.Hardware`). A collective runs beside the work that does not wait for it, in the
+order of the program, as torch and NCCL do it on two streams. Source of the method: Williams et al.,
+*Roofline* (CACM 52(4), 2009).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Final
 
-import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from ..ir import ops
-from ..ir.program import HALF, Lowered
-from ..mesh import bytes_sent
+from ..ir.program import Lowered
 from .hardware import Hardware
-
-aten: Final = torch.ops.aten
-_PRODUCTS: Final[Mapping[Any, int]] = {
-    # position of the left operand, whose last dimension is contracted
-    aten.mm.default: 0,
-    aten.bmm.default: 0,
-    aten.matmul.default: 0,
-    aten.linear.default: 0,
-    aten.addmm.default: 1,
-    aten.baddbmm.default: 1,
-}
-_VIEWS: Final = {
-    aten.view.default, aten._reshape_copy.default, aten.reshape.default, aten.permute.default,
-    aten.transpose.int, aten.expand.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.squeeze.dims, aten.slice.Tensor, aten.select.int, aten.alias.default, aten.t.default,
-    aten.split_with_sizes.default, aten.unbind.int,
-}  # fmt: skip
+from .kernels import VIEWS, Kernel, kernels_of, operations, size_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +28,8 @@ class Work:
         collectives: how many.
         sent: bytes put on the wire, averaged over the ranks.
         operations: floating-point operations of products and attentions.
-        compute, communication: seconds.
+        compute, communication: seconds of all kernels, and of all collectives.
+        exposed: seconds of communication that no work hides.
         activations: bytes that are held at once.
     """
 
@@ -56,59 +38,62 @@ class Work:
     operations: int
     compute: float
     communication: float
+    exposed: float
     activations: int
 
     @property
     def seconds(self) -> float:
-        """Of one forward; nothing overlaps."""
-        return self.compute + self.communication
+        """Of one forward."""
+        return self.compute + self.exposed
 
 
 def estimate(program: Lowered, hardware: Hardware) -> Work:
     """The work of one rank of an SPMD program."""
-    compute = communication = 0.0
-    collectives = sent = operations = 0
-    for node in program.graph_module.graph.nodes:
-        if node.target in ops.COLLECTIVES:
-            size = int(node.args[-1])
-            payload = _bytes(node.args[0].meta["val"])
-            own = bytes_sent(str(node.target).split(".")[1].upper(), payload, size)
-            collectives, sent = collectives + 1, sent + own
-            communication += hardware.collective_us * 1e-6
-            communication += own / (hardware.link_gb_per_s * 1e9 * hardware.link_share)
-        elif (work := _operations(node)) > 0:
-            operations += work
-            compute += _seconds(node, work, hardware)
-    return Work(collectives, sent, operations, compute, communication, peak(program))
-
-
-def _operations(node: fx.Node) -> int:
-    """Floating-point operations of a product; zero for anything else."""
-    args: Any = node.args
-    if node.target in _PRODUCTS:
-        left = args[_PRODUCTS[node.target]].meta["val"]
-        return 2 * int(node.meta["val"].numel()) * int(left.shape[-1])
-    if node.target is aten.convolution.default:
-        return 2 * int(node.meta["val"].numel()) * int(prod(args[1].meta["val"].shape[1:]))
-    if node.target is ops.ATTENTION:
-        return 4 * int(args[0].meta["val"].numel()) * int(args[1].meta["val"].shape[2])
-    return 0
-
-
-def _seconds(node: fx.Node, operations: int, hardware: Hardware) -> float:
-    value = node.meta["val"]
-    is_half = value.dtype in HALF
-    peak_rate = hardware.half_tflops if is_half else hardware.tf32_tflops
-    moved = sum(_bytes(n.meta["val"]) for n in node.all_input_nodes) + _bytes(value)
-    return max(
-        operations / (peak_rate * 1e12 * hardware.matmul_share),
-        moved / (hardware.memory_gb_per_s * 1e9 * hardware.memory_share),
+    kernels = kernels_of(program)
+    seconds = [seconds_of(kernel, hardware) for kernel in kernels]
+    wires = [kernel.kind == "collective" for kernel in kernels]
+    compute = sum(s for s, wire in zip(seconds, wires, strict=True) if not wire)
+    return Work(
+        collectives=sum(wires),
+        sent=sum(kernel.bytes for kernel in kernels if kernel.kind == "collective"),
+        operations=sum(kernel.operations for kernel in kernels),
+        compute=compute,
+        communication=sum(seconds) - compute,
+        exposed=max(0.0, _end(kernels, seconds) - compute),
+        activations=peak(program),
     )
 
 
-def _bytes(value: Any) -> int:
-    leaves = pytree.tree_leaves(value)
-    return sum(x.numel() * x.element_size() for x in leaves if isinstance(x, Tensor))
+def seconds_of(kernel: Kernel, hardware: Hardware) -> float:
+    """One kernel alone."""
+    if kernel.kind == "collective":
+        return hardware.collective(kernel.collective, kernel.size, kernel.bytes)
+    work, size, half = kernel.operations, kernel.bytes, kernel.half
+    if kernel.kind == "product":
+        return hardware.product(work, size, half=half)
+    if kernel.kind == "attention":
+        return hardware.attention(
+            work, size, head_dim=kernel.head_dim, tiles=kernel.tiles, half=half
+        )
+    return hardware.fused(size)
+
+
+def _end(kernels: Sequence[Kernel], seconds: Sequence[float]) -> float:
+    """When all are done: work on one stream, collectives on another, each in the program's order.
+
+    A collective begins when it is met and everything that was started before is done, as streams
+    wait for one another; work waits only for the collectives that it reads.
+    """
+    work = wire = 0.0
+    done: list[float] = []
+    for kernel, spent in zip(kernels, seconds, strict=True):
+        if kernel.kind == "collective":
+            wire = max(wire, work) + spent
+            done.append(wire)
+        else:
+            work = max([work, *(done[one] for one in kernel.inputs)]) + spent
+            done.append(work)
+    return max(work, wire)
 
 
 def peak(program: Lowered) -> int:
@@ -135,12 +120,12 @@ def peak(program: Lowered) -> int:
 def _is_held(node: fx.Node) -> bool:
     if node.op == "placeholder":
         return True
-    if node.op != "call_function" or node.target in _VIEWS:
+    if node.op != "call_function" or node.target in VIEWS:
         return False
-    if node.target in ops.COLLECTIVES or _operations(node) > 0 or len(node.users) > 1:
+    if node.target in ops.COLLECTIVES or operations(node) > 0 or len(node.users) > 1:
         return True
-    largest = max((_bytes(n.meta["val"]) for n in node.all_input_nodes), default=0)
-    return 2 * _bytes(node.meta["val"]) < largest
+    largest = max((size_of(n.meta["val"]) for n in node.all_input_nodes), default=0)
+    return 2 * size_of(node.meta["val"]) < largest
 
 
 def _worst(nodes: Iterable[fx.Node], last: Mapping[fx.Node, int]) -> int:
@@ -148,7 +133,7 @@ def _worst(nodes: Iterable[fx.Node], last: Mapping[fx.Node, int]) -> int:
     alive = worst = 0
     for position, node in enumerate(nodes):
         if node in last:
-            size = _bytes(node.meta["val"])
+            size = size_of(node.meta["val"])
             alive += size
             dying[last[node]] = dying.get(last[node], 0) + size
         worst = max(worst, alive)

@@ -27,7 +27,8 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         activations: bytes of activations at once (estimated).
         key_values: bytes of K and V that the largest attention holds at once.
         compute: seconds of arithmetic per forward (estimated).
-        communication: seconds of communication per forward (estimated, nothing overlapped).
+        communication: seconds of communication per forward (estimated).
+        exposed: the part of it that no arithmetic hides, in the order of the program (estimated).
         speedup: over one GPU.
         efficiency: ``speedup / world``.
         fits: whether weights and activations fit into the GPU's memory.
@@ -44,6 +45,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     key_values: int = 0
     compute: float = 0.0
     communication: float = 0.0
+    exposed: float = 0.0
     speedup: float = 0.0
     efficiency: float = 0.0
     fits: bool = True
@@ -51,7 +53,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def seconds(self) -> float:
         """Per forward."""
-        return self.compute + self.communication
+        return self.compute + self.exposed
 
     @property
     def title(self) -> str:

@@ -1,12 +1,16 @@
-"""What a GPU can do, from one TOML file. No torch.
+"""What a GPU can do, from one TOML file: published rates, and curves that were measured. No torch.
 
 Peak rates are published ones, and every file says where. The shares of them that a real program
-reaches are assumptions; they stand in the same file and can be changed there.
+reaches are assumptions; they stand in the same file and can be changed there. A file with a table
+``measured``, as ``cp-convert calibrate`` writes it, needs none of them for what was measured.
 """
 
 from __future__ import annotations
 
+import math
 import tomllib
+from bisect import bisect
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -14,6 +18,39 @@ import msgspec
 from ..errors import UsageError
 from ..model.shipped import shipped
 from ..words import near
+
+Curve = list[tuple[float, float]]
+"""Pairs of a size and microseconds, both ascending."""
+
+
+class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """Times of single kernels in a row of their like, so that starting them is in them.
+
+    Attributes:
+        by: on what, when and with which torch they were measured.
+        matmul: products in bfloat16, by 1e9 operations.
+        processors: multiprocessors of the GPU.
+        attention: in bfloat16, by head size and by 1e9 operations, see :meth:`Hardware.attention`.
+        copies: one kernel that only reads and writes, by 1e6 bytes, both counted.
+        fused: one of those that stand between products, likewise.
+        collectives: by operation (``ALL_GATHER``), ranks, and 1e6 bytes that one rank sends.
+    """
+
+    by: str
+    processors: int
+    matmul: Curve
+    attention: dict[str, Curve]
+    copies: Curve
+    fused: Curve
+    collectives: dict[str, dict[str, Curve]] = {}
+
+    def __post_init__(self) -> None:
+        tables = [self.matmul, self.copies, self.fused, *self.attention.values()]
+        tables += [curve for by_size in self.collectives.values() for curve in by_size.values()]
+        for curve in tables:
+            sizes = [size for size, _ in curve]
+            if not curve or sizes != sorted(set(sizes)) or min(min(pair) for pair in curve) <= 0:
+                raise ValueError("a curve's sizes ascend, and it has positive numbers only")
 
 
 class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -27,10 +64,14 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
         memory_gb: of one GPU, 1e9 bytes.
         memory_gb_per_s: memory bandwidth.
         link_gb_per_s: what one GPU sends to its peers, one direction.
-        matmul_share: of the peak that matrix products reach; assumed.
+        matmul_share: of the peak that matrix products reach; assumed, an H200 was measured at
+            0.64 to 0.76.
+        attention_share: of the peak that attention reaches; assumed, likewise at 0.56 to 0.7.
         memory_share: of the memory bandwidth that is reached; assumed.
         link_share: of the link that a collective reaches; assumed.
         collective_us: microseconds that a collective takes besides its bytes; assumed.
+        kernel_us: microseconds that a kernel takes at least; assumed.
+        measured: curves, which go before all of these.
     """
 
     title: str
@@ -41,9 +82,82 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
     memory_gb_per_s: float
     link_gb_per_s: float
     matmul_share: float = 0.65
+    attention_share: float = 0.6
     memory_share: float = 0.8
     link_share: float = 0.7
     collective_us: float = 20.0
+    kernel_us: float = 2.0
+    measured: Measured | None = None
+
+    def product(self, operations: int, size: int, *, half: bool) -> float:
+        """Seconds of a matrix product: the longer of its arithmetic and its ``size`` bytes."""
+        if half and self.measured is not None:
+            return max(at(self.measured.matmul, operations / 1e9), self.traffic(size))
+        return max(operations / self._rate(self.matmul_share, half), self.traffic(size))
+
+    def attention(
+        self, operations: int, size: int, *, head_dim: int, tiles: int, half: bool
+    ) -> float:
+        """Seconds of a fused attention.
+
+        Args:
+            operations: of all heads.
+            size: bytes that are read and written.
+            head_dim: numbers of a head.
+            tiles: of 128 queries of one head; each is one processor's work, and where there are
+                fewer of them, processors are idle.
+            half: whether it computes in float16 or bfloat16.
+        """
+        if half and self.measured is not None:
+            known = {int(name): curve for name, curve in self.measured.attention.items()}
+            nearest = min(known, key=lambda dim: abs(dim - head_dim))
+            idle = max(1.0, self.measured.processors / tiles)
+            return max(at(known[nearest], operations * idle / 1e9), self.traffic(size))
+        return max(operations / self._rate(self.attention_share, half), self.traffic(size))
+
+    def fused(self, size: int) -> float:
+        """Seconds of a kernel that stands between products and reads and writes ``size`` bytes."""
+        if self.measured is not None:
+            return at(self.measured.fused, size / 1e6)
+        return self.traffic(size)
+
+    def traffic(self, size: int) -> float:
+        """Seconds of a kernel that does nothing but read and write ``size`` bytes."""
+        if self.measured is not None:
+            return at(self.measured.copies, size / 1e6)
+        rate = self.memory_gb_per_s * 1e9 * self.memory_share
+        return max(size / rate, self.kernel_us * 1e-6)
+
+    def collective(self, kind: str, ranks: int, sent: int) -> float:
+        """Seconds of a collective of ``ranks``, each of which sends ``sent`` bytes."""
+        curve = self._collective(kind, ranks)
+        if curve is not None:
+            return at(curve, sent / 1e6)
+        return self.collective_us * 1e-6 + sent / (self.link_gb_per_s * 1e9 * self.link_share)
+
+    def _collective(self, kind: str, ranks: int) -> Curve | None:
+        if self.measured is None:
+            return None
+        by_size = self.measured.collectives.get(kind, {})
+        return by_size.get(str(ranks))
+
+    def _rate(self, share: float, half: bool) -> float:
+        return (self.half_tflops if half else self.tf32_tflops) * 1e12 * share
+
+
+def at(curve: Sequence[tuple[float, float]], size: float) -> float:
+    """Seconds at ``size``: along straight lines between logarithms; beyond the ends, as there.
+
+    Below the smallest size nothing gets faster, beyond the largest time grows as the size does.
+    """
+    sizes = [one for one, _ in curve]
+    if size <= sizes[0]:
+        return curve[0][1] * 1e-6
+    if size >= sizes[-1]:
+        return curve[-1][1] * 1e-6 * size / sizes[-1]
+    (x0, y0), (x1, y1) = curve[bisect(sizes, size) - 1 : bisect(sizes, size) + 1]
+    share = math.log(size / x0) / math.log(x1 / x0)
+    return float(y0 * (y1 / y0) ** share * 1e-6)
 
 
 def names() -> list[str]:

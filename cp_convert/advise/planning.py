@@ -216,6 +216,7 @@ def _option(
         key_values=key_values,
         compute=work.compute,
         communication=work.communication,
+        exposed=work.exposed,
         speedup=speedup,
         efficiency=speedup / option.world,
         fits=_fits(source.bytes, work, hardware),

@@ -114,6 +114,28 @@ def freeze(purpose: str) -> Decorator:
     return click.option("--freeze", multiple=True, metavar="ARGUMENT", help=purpose)
 
 
+def gpus_named(given: str, otherwise: str = "") -> list[int]:
+    """The GPUs of ``--devices``.
+
+    Args:
+        given: as it was typed.
+        otherwise: what else the option takes, for the hint.
+
+    Raises:
+        UsageError: no list of different numbers.
+    """
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names or not all(name.isdecimal() for name in names):
+        raise UsageError(
+            f"--devices {given}: not a list of GPUs.", hint=f"--devices 0,1,2,3{otherwise}."
+        )
+    if len({int(name) for name in names}) < len(names):
+        raise UsageError(
+            f"--devices {given}: a GPU is named twice.", hint="NCCL wants one GPU for each rank."
+        )
+    return [int(name) for name in names]
+
+
 def cache(purpose: str) -> Decorator:
     """``--cache``."""
     return click.option(

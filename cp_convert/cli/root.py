@@ -11,7 +11,8 @@ from .options import SETTINGS
 
 _DEFAULT = "convert"
 _COMMANDS = (
-    "cache", "convert", "diff", "export", "inspect", "lora", "plan", "presets", "run", "verify",
+    "cache", "calibrate", "convert", "diff", "export", "inspect", "lora", "plan", "presets", "run",
+    "verify",
 )  # fmt: skip
 """Modules of this package, each with a ``command``."""
 

@@ -51,7 +51,7 @@ from . import options
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="torch: through torch.compile.")
 @click.option(
-    "--cuda-graph", "graph", is_flag=True, help="TensorRT: replay forwards as a CUDA graph."
+    "--cuda-graph", "graph", is_flag=True, help="Replay forwards after the first as a CUDA graph."
 )
 @click.option(
     "--lora", "lora", multiple=True, metavar="NAME[=SCALE]",
@@ -154,23 +154,15 @@ def _devices(given: str | None, world: int, place: Place | None) -> list[str]:
     local = world if place is None else place.local_world
     if given is None:
         return []
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if names == ["cpu"]:
+    if given.strip() == "cpu":
         return ["cpu"] * local
-    if not all(name.isdigit() for name in names):
+    numbers = options.gpus_named(given, "; --devices cpu needs none")
+    if len(numbers) != local:
         raise UsageError(
-            f"--devices {given}: not a list of GPUs.", hint="--devices 0,1,2,3, or --devices cpu."
-        )
-    if len(names) != local:
-        raise UsageError(
-            f"--devices {given}: {len(names)} GPUs for {local} ranks.",
+            f"--devices {given}: {len(numbers)} GPUs for {local} ranks.",
             hint="name one GPU for each rank; --devices cpu needs none.",
         )
-    if len(set(names)) < len(names):
-        raise UsageError(
-            f"--devices {given}: a GPU is named twice.", hint="NCCL wants one GPU for each rank."
-        )
-    return [f"cuda:{name}" for name in names]
+    return [f"cuda:{number}" for number in numbers]
 
 
 def _run(

@@ -48,7 +48,7 @@ def load_transformer(
         device: such as ``cuda:1``; ``None``: this rank's GPU where there is one, else the CPU.
         communicator: a process group of the bundle's ranks, where there are more.
         compiled: torch's program through ``torch.compile``.
-        graph: TensorRT's forwards as a CUDA graph.
+        graph: forwards as a CUDA graph.
         verify: whether files are compared with the manifest's SHA-256.
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.

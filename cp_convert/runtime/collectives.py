@@ -61,10 +61,21 @@ def over_the_wire(program: Lowered, rank: int, names: Names) -> Lowered:
             new.meta = dict(node.meta)
             node.replace_all_uses_with(new)
             graph.erase_node(node)
+    views_again(graph)
     _wait_late(graph)
     graph.lint()
     outputs = _renamed(program, graph)
     return replace(program, graph_module=module_of(program.graph_module, graph), outputs=outputs)
+
+
+def views_again(graph: fx.Graph) -> None:
+    """Reshapes that copied look at the same memory again where they can; in place.
+
+    Decomposition writes ``_reshape_copy``, which TensorRT shuffles and torch copies; TorchInductor
+    has no lowering for it, and leaves it to a kernel of its own.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten._reshape_copy.default):
+        node.target = aten.reshape.default
 
 
 def _renamed(program: Lowered, graph: fx.Graph) -> tuple[Any, ...]:

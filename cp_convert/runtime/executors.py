@@ -82,7 +82,7 @@ def open_rank(
         communicator: a process group of ``torch.distributed`` with the bundle's world, or, for
             TensorRT, the address of an ``ncclComm_t``; ``None``: torch's default group.
         compiled: whether torch's program goes through ``torch.compile``.
-        graph: whether TensorRT's forwards after the first are replayed as a CUDA graph.
+        graph: whether forwards after the first are replayed as a CUDA graph.
         verify: whether the program, and weights outside the engines, are compared with the
             manifest's SHA-256.
         lora: sets that are in effect from the beginning, see :meth:`Executor.use_lora`.
@@ -133,7 +133,7 @@ def _opened(
     _check_program(manifest, why_not)
     from .torch_executor import TorchExecutor  # late: torch
 
-    return TorchExecutor(*given, compiled=compiled, verify=verify, told=told)
+    return TorchExecutor(*given, compiled=compiled, graph=graph, verify=verify, told=told)
 
 
 def _check_program(manifest: Manifest, why_not: str | None) -> None:

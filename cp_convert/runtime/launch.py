@@ -35,15 +35,17 @@ def launch(
     timeout: float,
     environments: Sequence[Mapping[str, str]] | None = None,
     told: Callable[[int, str], None] = lambda rank, doing: None,
+    module: str = MODULE,
 ) -> list[dict[str, Any]]:
     """Run ``world`` ranks to their end; returns what each reported, rank 0 first.
 
     Args:
-        request: what :mod:`.rank` is to do; JSON.
+        request: what the ranks are to do; JSON.
         world: how many processes.
         timeout: seconds for which a rank may say nothing.
         environments: variables of each rank, besides this process's.
         told: is called with a rank and what it begins to do.
+        module: what a rank's process runs, by :mod:`.serve`.
 
     Raises:
         RunFailed: a rank died, hung, or said that it failed; the others were ended.
@@ -52,21 +54,21 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request))
-        with _started(folder, world, environments) as (ranks, pipes):
+        with _started(folder, world, environments, module) as (ranks, pipes):
             _watch(ranks, pipes, timeout, told)
             return [dict(rank.result or {}) for rank in ranks]
 
 
 @contextmanager
 def _started(
-    folder: Path, world: int, environments: Sequence[Mapping[str, str]] | None
+    folder: Path, world: int, environments: Sequence[Mapping[str, str]] | None, module: str
 ) -> Iterator[tuple[list[Rank], list[IO[bytes]]]]:
     ranks: list[Rank] = []
     pipes: list[IO[bytes]] = []
     try:
         for number in range(world):
             own = environments[number] if environments else {}
-            rank, pipe = _start(folder, number, world, own)
+            rank, pipe = _start(folder, number, world, own, module)
             ranks.append(rank)
             pipes.append(pipe)
         yield ranks, pipes
@@ -76,7 +78,9 @@ def _started(
             pipe.close()
 
 
-def _start(folder: Path, number: int, world: int, own: Mapping[str, str]) -> tuple[Rank, IO[bytes]]:
+def _start(
+    folder: Path, number: int, world: int, own: Mapping[str, str], module: str
+) -> tuple[Rank, IO[bytes]]:
     reading, writing = os.pipe()
     said = folder / f"rank{number}.log"
     environment = {
@@ -89,7 +93,7 @@ def _start(folder: Path, number: int, world: int, own: Mapping[str, str]) -> tup
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(world))),
         **own,
     }
-    command = [sys.executable, "-m", MODULE, str(folder), str(writing)]
+    command = [sys.executable, "-m", module, str(folder), str(writing)]
     with said.open("wb") as words:
         process = subprocess.Popen(  # noqa: S603  our own module
             command,
@@ -132,8 +136,19 @@ def _watch(
                 verdict = min(verdict, time.monotonic() + min(_GRACE, timeout / 10))
             if verdict == math.inf:
                 _check_silence(ranks, timeout)
+    if verdict == math.inf and any(rank.result is None for rank in ranks):
+        _await_ends(ranks)
+        verdict = time.monotonic()
     if verdict < math.inf:
         raise failure(ranks)
+
+
+def _await_ends(ranks: Sequence[Rank]) -> None:
+    """Those that hung up without a word are about to end: how, says why."""
+    for rank in ranks:
+        if rank.result is None and rank.error is None:
+            with suppress(subprocess.TimeoutExpired):
+                rank.process.wait(_GRACE)
 
 
 def _check_silence(ranks: Sequence[Rank], timeout: float) -> None:

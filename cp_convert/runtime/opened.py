@@ -101,7 +101,7 @@ def open(  # noqa: A001  named as what it does
         executor: ``auto``, ``tensorrt`` or ``torch``.
         device: such as ``cuda:1``.
         compiled: torch's program through ``torch.compile``.
-        graph: TensorRT's forwards as a CUDA graph.
+        graph: forwards as a CUDA graph.
         verify: whether files are compared with the manifest's SHA-256.
         lora: LoRA sets, see :meth:`Opened.use_lora`.
 

@@ -2,75 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import msgspec
 
-from ..errors import ConvertError
-
-Tell = Callable[..., None]
+from .serve import serve
 
 
-def main(folder: Path, pipe: int) -> int:
-    """Do what ``request.json`` says and tell the parent; returns the exit code."""
-    tell = _teller(pipe)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
-    tell(doing="importing torch")
-    # Late: it takes seconds, and whoever started this rank knows by now that it lives.
-    import torch.distributed as dist
+def run(data: bytes, rank: int, world: int, told: Callable[[str], None]) -> Any:
+    """Run the bundle that the request names."""
+    from .session import Request, run_rank  # late: torch, after the parent heard of us
 
-    from .session import Request, run_rank
-    from .watch import SHARE, Silence, watched
-
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    request = msgspec.json.decode((folder / "request.json").read_bytes(), type=Request)
-
-    def ended(silence: Silence) -> None:
-        tell(error={"message": f"{silence.message}.", "peer": silence.waits})
-
-    with watched(SHARE * request.timeout, ended) as watch:
-
-        def told(what: str) -> None:
-            watch.told(what)
-            tell(doing=what)
-
-        try:
-            (report,) = run_rank(request, rank, world, rank, told)
-        except ConvertError as error:
-            tell(error={**error.as_dict(), "peer": False})
-            return error.exit_code
-        except RuntimeError as error:
-            # gloo has no error class of its own for a peer that is gone.
-            peer = isinstance(error, dist.DistError) or "gloo" in str(error)
-            tell(error={"message": f"{type(error).__name__}: {error}"[:2000], "peer": peer})
-            return 1
-    tell(result=msgspec.to_builtins(report))
-    return 0
-
-
-def _teller(pipe: int) -> Tell:
-    """Writes documents, one a line; from any thread."""
-    os.set_inheritable(pipe, False)
-    lock = Lock()
-
-    def tell(**message: Any) -> None:
-        data = json.dumps(message).encode() + b"\n"
-        with lock:
-            while data:
-                data = data[os.write(pipe, data) :]
-
-    return tell
+    request = msgspec.json.decode(data, type=Request)
+    (report,) = run_rank(request, rank, world, rank, told)
+    return report
 
 
 if __name__ == "__main__":
-    code = main(Path(sys.argv[1]), int(sys.argv[2]))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # what is left has no say: NCCL has been seen to hang in its destructors
+    serve(Path(sys.argv[1]), int(sys.argv[2]), run)

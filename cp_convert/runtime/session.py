@@ -40,7 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         verify: whether weights are compared with the manifest's digests.
         profile: whether the share of collectives is measured.
         lora: LoRA sets by name, each with its strength; ``None``: the one it was added with.
-        graph: TensorRT: whether forwards are replayed as a CUDA graph.
+        graph: whether forwards are replayed as a CUDA graph.
         timeout: seconds for which a rank may say nothing.
         store: file by which ranks find each other; none: the launcher's environment.
         local_world: how many ranks are on this machine.

@@ -23,6 +23,7 @@ from .arguments import flattened
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
+from .replayed import Replayed
 from .weights import bound_weights
 
 Told = Callable[[str], None]
@@ -48,11 +49,13 @@ class TorchExecutor:
         communicator: Any = None,
         *,
         compiled: bool = False,
+        graph: bool = False,
         verify: bool = True,
         told: Told = lambda _: None,
     ) -> None:
         self.manifest, self.rank = manifest, rank
         self.device = device_of(rank, device)
+        self._replayed = Replayed(self._called, self.device) if graph else None
         checked_world(manifest.world, communicator)
         stored = read_program(manifest, folder, verify=verify)
         for reason in unsupported(stored.program):
@@ -66,8 +69,8 @@ class TorchExecutor:
         self._weights = self._bound(folder, stored.names, verify=verify, told=told)
         bound = {name: self._weights[node] for node, name in stored.names.items()}
         self._sets = Sets(manifest, folder, bound, communicator, verify=verify, told=told)
-        graph = self._program.graph_module
-        self._call: Callable[..., Any] = fx.GraphModule(graph, graph.graph)
+        module = self._program.graph_module
+        self._call: Callable[..., Any] = fx.GraphModule(module, module.graph)
         if compiled:
             self._call = torch.compile(self._call, dynamic=False)
 
@@ -89,11 +92,15 @@ class TorchExecutor:
         given = flattened(self.manifest, arguments)
         bound = {b.node: given[b.name] for b in self._program.inputs}
         placeholders = self._program.graph_module.graph.find_nodes(op="placeholder")
+        given_here = [n.name not in self._weights for n in placeholders]
         values = [
-            self._weights[n.name] if n.name in self._weights else bound[n.name].to(self.device)
-            for n in placeholders
+            bound[n.name].to(self.device) if is_given else self._weights[n.name]
+            for n, is_given in zip(placeholders, given_here, strict=True)
         ]
-        returned = self._call(*values)
+        if self._replayed is not None:
+            returned = self._replayed(values, given_here)
+        else:
+            returned = self._called(*values)
         names = {b.node: b.name for b in self._program.outputs}
         nodes: Any = self._program.graph_module.graph.output_node().args[0]
         return {
@@ -102,13 +109,18 @@ class TorchExecutor:
             if isinstance(node, fx.Node) and node.name in names
         }
 
+    def _called(self, *values: Tensor) -> Any:
+        return self._call(*values)
+
     def use_lora(self, asked: Asked) -> None:
         """See :class:`.executors.Executor`."""
         found = {**self._sets.bound, **self._sets.tensors(asked)}
         self._weights |= {node: found[name] for node, name in self._names.items()}
 
     def close(self) -> None:
-        """Free the weights."""
+        """Free the weights, and the graph that reads them."""
+        if self._replayed is not None:
+            self._replayed.close()
         self._weights = {}
         self._sets.close()
 
