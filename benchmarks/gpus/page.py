@@ -99,6 +99,13 @@ at 1024x1024 whole; in part at 1024x1024 half as long again and more, slower tha
 them (0.8 to 1.5 ms a kind in the profile). Where a forward is short, starting kernels from Python takes longer than running them, and
 the exchanges of Ulysses and AllGather KV, which are more or larger, show it: least and most lie far apart.
 
+Since these tables were measured, two causes of that were found and mended. TorchInductor has no lowering for the `_reshape_copy` that
+decomposition leaves: every reshape was a copy of its own, views too. And `cp-convert run --cuda-graph`, `open(..., graph=True)` now replay torch's
+forwards, collectives included, as a CUDA graph. Two GPUs could not be had again; what one H200 shows is in [forecast.md](forecast.md): a rank's
+arithmetic of two, compiled and replayed, without its wires, fell from 41.0 ms (Ulysses), 41.2 (AllGather KV) and 39.3 (Ring) to 38.0, 37.3 and 37.4 at 16,896
+tokens, and from 8.3, 8.6 and 8.1 to 7.6, 7.3 and 7.6 at 4,608, half of the dense model's 73.8 and 13.7. Two processes on that one GPU, over NCCL, got bit for bit
+the same from replayed forwards as from others, all four strategies, inputs changing.
+
 {ways}"""
 _ATTENTION = """## One rank's attention by itself
 

@@ -105,7 +105,7 @@ class _Kernels:
     def __init__(self, graph: fx.Graph) -> None:
         self.made: list[Kernel] = []
         self._at: dict[int, int] = {}
-        """Where a fence's kernel, or a group's, is in :attr:`made`, by ``id``."""
+        """Where a fence's kernel, or a group's, is in ``made``, by ``id``."""
         self._group: dict[fx.Node, _Fused] = {}
         self._stage: dict[fx.Node, int] = {}
         for node in graph.nodes:
@@ -123,15 +123,15 @@ class _Kernels:
         self._stage[node] = stage + self._is_fence(node)
         if not self._is_pointwise(node):
             return
-        group = _Fused([node])
-        for one in before:
-            if one in self._group and self._stage[one] == stage and self._group[one] is not group:
-                group = self._joined(self._group[one], group)
-        self._group.update(dict.fromkeys(group.nodes, group))
-
-    @staticmethod
-    def _joined(one: _Fused, other: _Fused) -> _Fused:
-        return _Fused(one.nodes + other.nodes)
+        same = [self._group[one] for one in before if one in self._group]
+        same = [one for one in same if self._stage[one.nodes[0]] == stage]
+        group = same[0] if same else _Fused()
+        for other in same[1:]:
+            if other is not group and self._group[other.nodes[0]] is not group:
+                group.nodes += other.nodes
+                self._group.update(dict.fromkeys(other.nodes, group))
+        group.nodes.append(node)
+        self._group[node] = group
 
     @staticmethod
     def _is_fence(node: fx.Node) -> bool:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Final
 
 from ..advise.forecast import Forecast, Option
+from ..advise.hardware import Hardware
 from ..version import __version__
 
 _COLOURS = {
@@ -33,8 +34,8 @@ def page(found: Forecast) -> str:
         recommendation=escape(found.recommendation),
         times=_bars(
             largest,
-            ("compute", "communication"),
-            [(o.compute * 1e3, o.communication * 1e3) for o in largest],
+            ("compute", "exposed communication"),
+            [(o.compute * 1e3, o.exposed * 1e3) for o in largest],
             "ms",
             "Estimated time of a forward",
         ),
@@ -56,14 +57,28 @@ def page(found: Forecast) -> str:
         rows="".join(_row(o) for o in found.options),
         refused=f"<h2>Not possible</h2><ul>{told}</ul>" if told else "",
         source=escape(f"{found.hardware.title}. Rates: {found.hardware.source}."),
-        assumed=escape(
-            f"Assumed: {found.hardware.matmul_share:.0%} of the peak in matrix products, "
-            f"{found.hardware.memory_share:.0%} of the memory bandwidth, "
-            f"{found.hardware.link_share:.0%} of the link, {found.hardware.collective_us:g} "
-            "microseconds a collective besides its bytes, no overlap of the two; elementwise work "
-            "is fused into its neighbours."
-        ),
+        assumed=escape(_assumed(found.hardware)),
         version=__version__,
+    )
+
+
+def _assumed(hardware: Hardware) -> str:
+    """What of the times is neither published nor measured."""
+    link = (
+        f"{hardware.link_share:.0%} of the link and {hardware.collective_us:g} microseconds a "
+        "collective besides its bytes"
+    )
+    how = (
+        " Collectives run beside work that does not wait for them; what lies between products is "
+        "taken as fused."
+    )
+    if hardware.measured is not None:
+        wires = "" if hardware.measured.collectives else f" Assumed: {link}."
+        return f"Times of single kernels: {hardware.measured.by}.{wires}{how}"
+    return (
+        f"Assumed: {hardware.matmul_share:.0%} of the peak in matrix products, "
+        f"{hardware.attention_share:.0%} in attention, {hardware.memory_share:.0%} of the memory "
+        f"bandwidth, {hardware.kernel_us:g} microseconds a kernel at least, {link}.{how}"
     )
 
 
@@ -193,7 +208,7 @@ def _number(value: float) -> str:
 def _row(option: Option) -> str:
     head = f"<td>{option.world}</td><th scope='row'>{escape(option.title)}</th>"
     if option.refused is not None:
-        return f"<tr>{head}<td colspan='8' class='pale'>not possible</td></tr>"
+        return f"<tr>{head}<td colspan='9' class='pale'>not possible</td></tr>"
     cells = (
         str(option.collectives) if option.world > 1 else "",
         f"{option.bytes_sent / 1e6:,.0f} MB" if option.world > 1 else "",
@@ -202,6 +217,7 @@ def _row(option: Option) -> str:
         f"{option.key_values / 1e6:,.1f} MB" if option.key_values else "",
         f"{_number(option.compute * 1e3)} ms",
         f"{_number(option.communication * 1e3)} ms" if option.world > 1 else "",
+        f"{_number(option.exposed * 1e3)} ms" if option.world > 1 else "",
         f"{_number(option.seconds * 1e3)} ms",
         f"{option.speedup:.2f}x ({option.efficiency:.0%})",
     )
@@ -243,7 +259,8 @@ _PAGE = """<!doctype html>
 {memory}
 <h2>All options</h2>
 <div class="wide"><table><thead><tr><th>GPUs</th><th>strategy</th><th>collectives</th><th>sent</th>
-<th>memory</th><th>K, V</th><th>compute</th><th>communication</th><th>forward</th><th>speed-up</th>
+<th>memory</th><th>K, V</th><th>compute</th><th>communication</th><th>exposed</th>
+<th>forward</th><th>speed-up</th>
 </tr></thead><tbody>{rows}</tbody></table></div>
 {refused}
 <h2>Where the numbers come from</h2>

@@ -22,9 +22,12 @@ def planned(screen: Screen, found: Forecast) -> None:
         soft_wrap=True,
     )
     table = table_of(
-        "", "world", "strategy", "coll.", "sent", "memory", "compute", "comm.", "forward",
-        "speed-up",
-        right=("world", "coll.", "sent", "memory", "compute", "comm.", "forward", "speed-up"),
+        "", "world", "strategy", "coll.", "sent", "memory", "compute", "comm.", "exposed",
+        "forward", "speed-up",
+        right=(
+            "world", "coll.", "sent", "memory", "compute", "comm.", "exposed", "forward",
+            "speed-up",
+        ),
     )  # fmt: skip
     table.columns[1].no_wrap = True
     table.box, table.padding, table.collapse_padding = None, (0, 1), True
@@ -37,7 +40,8 @@ def planned(screen: Screen, found: Forecast) -> None:
         screen.out.print(f"  {escape(line)}", soft_wrap=True)
     screen.out.print(
         "Collectives, bytes sent and memory (weights and activations) are one rank's; times "
-        "and activations are estimated; beside the speed-up stands its share of the ideal.",
+        "and activations are estimated; exposed is communication that no work hides; beside the "
+        "speed-up stands its share of the ideal.",
         soft_wrap=True,
     )
     screen.out.print(f"[bold]{escape(found.recommendation)}[/]", soft_wrap=True)
@@ -56,6 +60,7 @@ def _option_row(option: Option) -> list[str]:
         size(memory) + ("" if option.fits else " !"),
         short(option.compute),
         "" if is_one else short(option.communication),
+        "" if is_one else short(option.exposed),
         short(option.seconds),
         f"{option.speedup:.2f} {option.efficiency:4.0%}",
     ]

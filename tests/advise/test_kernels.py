@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections import Counter
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -47,6 +48,25 @@ def test_what_lies_between_products_is_one_kernel() -> None:
     assert kernels[1].bytes == 2 * rows  # however many operators: read once, written once
     assert kernels[4].bytes == 3 * rows
     assert [one.inputs for one in kernels] == [(), (0,), (1,), (1,), (2, 3)]
+
+
+def test_a_result_that_is_read_twice_within_a_kernel_counts_once() -> None:
+    class Diamonds(nn.Module):
+        """Doubling at each of forty steps, were one to follow every path."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = (nn.Linear(8, 8, bias=False) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            for _ in range(40):
+                y = y.sin() + y.cos()
+            return self.last(y)
+
+    kernels = of(Diamonds(), torch.ones(4, 8))
+    assert [one.kind for one in kernels] == ["product", "fused", "product"]
+    assert kernels[1].bytes == 2 * 4 * 8 * 4
 
 
 def test_a_reshape_costs_only_where_it_is_no_view() -> None:
@@ -130,7 +150,7 @@ def test_measured_curves_go_before_published_rates() -> None:
     assert told.collective("ALL_GATHER", 4, 0) == pytest.approx(told.collective_us * 1e-6)
 
 
-def test_a_hardware_file_is_read_as_it_was_written(tmp_path: object) -> None:
+def test_a_hardware_file_is_read_as_it_was_written() -> None:
     told = msgspec.structs.replace(H200, measured=curves())
     assert msgspec.convert(tomllib.loads(to_toml(told)), hardware.Hardware) == told
     found = msgspec.to_builtins(curves())
@@ -146,10 +166,8 @@ def test_a_curve_that_is_none_is_refused(curve: list[tuple[float, float]]) -> No
 
 
 @pytest.mark.parametrize("text", ["title = 'x'", "[measured]\nby = 'x'", "= 3", "\xff"])
-def test_a_file_that_describes_no_hardware_is_refused(text: str, tmp_path: object) -> None:
-    from pathlib import Path
-
-    file = Path(str(tmp_path), "own.toml")
+def test_a_file_that_describes_no_hardware_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match="describes no hardware"):
         hardware.read(str(file))

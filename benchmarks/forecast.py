@@ -1,0 +1,157 @@
+"""Forecasts beside measurements: ``python -m benchmarks.forecast FOLDER > docs/forecast.md``.
+
+In: the programs of ``benchmarks.two_gpus prepare FOLDER/world-W --world W`` for the worlds 1, 2 and
+8, and ``FOLDER/alone.jsonl``, which ``benchmarks.gpus.alone`` wrote on a GPU. Out: a page. It
+forecasts by the hardware file that is shipped for that GPU, whose curves do not come from these
+programs; and the speed-ups of FLUX.1-dev, whole, that others have published for several GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from cp_convert.advise.estimate import estimate
+from cp_convert.advise.forecast import Forecast
+from cp_convert.advise.hardware import Hardware, read
+from cp_convert.advise.planning import forecast
+from cp_convert.bundle.program import stored_at
+from cp_convert.job import Job
+from cp_convert.model.preset import path_of
+from cp_convert.progress import Progress
+
+from .gpus.cases import FORECAST
+
+_TOKENS: Final = {"1024": "4,096+512", "2048": "16,384+512", "4096": "65,536+512"}
+_PUBLISHED: Final = (
+    # hardware, source, seconds on one GPU, and by strategy, world and USP's factor
+    ("h100-sxm", "xDiT documentation, 28 steps", 4.30,
+     {("ulysses", 2, None): 2.68, ("ring", 2, None): 2.60, ("usp", 4, 2): 1.80,
+      ("ulysses", 4, None): 1.63, ("ring", 4, None): 1.98}),
+    ("l20", "cache-dit documentation", 23.56,
+     {("ulysses", 2, None): 13.80, ("ulysses", 4, None): 8.25, ("ring", 4, None): 9.16,
+      ("usp", 4, 2): 8.55}),
+)  # fmt: skip
+
+_HEAD: Final = """# Forecasts beside measurements
+
+`cp-convert plan` and `--strategy auto` estimate a forward from the program that would be built: every product, attention and
+collective by a curve over its size, what stands between them as the kernels that compilers fuse it into
+([`advise/kernels.py`](../cp_convert/advise/kernels.py)), a collective beside the work that does not wait for it. Curves are measured by
+`cp-convert calibrate`, in about twenty seconds a GPU, on single kernels; this page asks what whole programs made of such kernels take.
+`python -m benchmarks.forecast` prints it.
+
+## One GPU, with curves that were measured on it
+
+FLUX.1-dev's width, 2 joint and 4 single blocks, bfloat16, on one NVIDIA H200 (torch 2.11, compiled, replayed as a CUDA graph; median of
+ten). For 2 and 8 ranks it is rank 0's program, **its collectives replaced by memory that is there already**: one GPU was lent, so this
+tests the arithmetic of a rank and the copies beside collectives, not the wires. `configs/hardware/h200.toml` has no measured collectives;
+its latency and share of the link are assumed. Curves are of kernels, not of these programs; but what is a kernel, and that a GELU and a layer
+norm stand for those between products, was settled while looking at the first two lengths. Ring on 8 ranks was not measured with the present
+executor.
+
+| tokens | ranks | program | measured ms | forecast ms | off by |
+|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program: milliseconds measured, and forecast."""
+
+    tokens: str
+    ranks: int
+    what: str
+    measured: float
+    told: float
+
+    @property
+    def off(self) -> float:
+        """Relative."""
+        return self.told / self.measured - 1
+
+    @property
+    def line(self) -> str:
+        """Of the table."""
+        return (
+            f"| {self.tokens} | {self.ranks} | {self.what} | {self.measured:.2f} | {self.told:.2f} "
+            f"| {self.off:+.0%} |"
+        )
+
+
+def rows(folder: Path, hardware: Hardware) -> list[Row]:
+    """Every program that was measured."""
+    found = []
+    for line in (folder / "alone.jsonl").read_text().splitlines():
+        one: dict[str, Any] = json.loads(line)
+        is_dense = one["what"] == "dense, replayed"
+        if one["case"] in FORECAST and "ms" in one and (is_dense or "ranks" in one):
+            ranks = 1 if is_dense else int(one["ranks"])
+            what = "ulysses" if is_dense else str(one["what"])  # alone, all are the dense program
+            program = stored_at(folder / f"world-{ranks}" / one["case"] / what).program
+            told = estimate(program, hardware).compute * 1e3
+            tokens = _TOKENS[one["case"].rpartition("-")[2]]
+            found.append(Row(tokens, ranks, "dense" if is_dense else what, one["ms"], told))
+    return found
+
+
+def orders(found: Sequence[Row]) -> tuple[int, int]:
+    """Pairs of strategies that differ by more than a tenth, and how many stand in that order."""
+    pairs = [
+        (one, other)
+        for one in found
+        for other in found
+        if (one.tokens, one.ranks) == (other.tokens, other.ranks)
+        and other.measured > 1.1 * one.measured
+    ]
+    return len(pairs), sum(one.told < other.told for one, other in pairs)
+
+
+def published() -> Iterable[str]:
+    """Lines of the second table."""
+    path = path_of("flux.1-dev")
+    assert path is not None
+    job = Job(path, "ulysses", 4, Path(), proof="none", precision="bf16")
+    for name, source, alone, times in _PUBLISHED:
+        told = forecast(job, read(name), name, Progress())
+        for (strategy, world, ulysses), seconds in times.items():
+            said, own = alone / seconds, speedup(told, strategy, world, ulysses)
+            title = strategy if ulysses is None else f"{strategy} {ulysses}x{world // ulysses}"
+            yield f"| {name} | {source} | {world} | {title} | {said:.2f} | {own:.2f} | {own / said - 1:+.0%} |"
+
+
+def speedup(told: Forecast, strategy: str, world: int, ulysses: int | None) -> float:
+    """Of one option of a forecast."""
+    (option,) = (
+        o for o in told.options if (o.strategy, o.world, o.ulysses) == (strategy, world, ulysses)
+    )
+    return option.speedup
+
+
+def main() -> int:
+    """The command line."""
+    found = rows(Path(sys.argv[1]), read("h200"))
+    off = [abs(row.off) for row in found]
+    pairs, right = orders(found)
+    print(_HEAD + "\n".join(row.line for row in found))
+    print(
+        f"\nMedian {statistics.median(off):.0%}, largest {max(off):.0%}. Of {pairs} pairs of strategies that "
+        f"differ by more than a tenth, {right} stand in the measured order.\n"
+    )
+    print(
+        "## Several GPUs, as others published them\n\nFLUX.1-dev whole at 1024x1024; speed-ups over one GPU. "
+        "These hardware files hold published rates and assumed shares, no curves.\n\n"
+        "| hardware | source | GPUs | strategy | published | forecast | off by |\n|---|---|---|---|---|---|---|"
+    )
+    for line in published():
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
