@@ -44,7 +44,6 @@ from .ir.records import (
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
-from .mesh import Mesh
 from .progress import Clock
 from .prove import (
     Stages,
@@ -194,7 +193,7 @@ def _measured_further(
 
 def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     job, source, table = begun.loaded.job, begun.loaded.source, begun.table
-    axis = Mesh.line(job.world).free(source.groups.values())
+    axis = job.mesh.sequence(source.groups.values())
     with clock.stage("shard"):
         sharded = shard(begun.captured.dense, axis)
     if job.strategy == AUTO:
@@ -249,7 +248,7 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
     """Engines of all ranks; with the layout ``shared`` one, under all their names."""
-    world = Mesh.line(loaded.job.world).ranks
+    world = loaded.job.mesh.ranks
     ranks = world if emitted.layout == "per-rank" else range(1)
     with clock.stage("build", total=len(ranks)):
         wanted = Wanted(

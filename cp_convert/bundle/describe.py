@@ -21,7 +21,7 @@ from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
 from ..job import Job
-from ..mesh import Axis, bytes_sent
+from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
@@ -166,10 +166,12 @@ def weight_entry(weight: Weight) -> m.Weight:
 
 
 def _axes(job: Job, axis: Axis) -> dict[str, int]:
-    """How the ranks that share the sequence are arranged: row-major, the last being neighbours."""
-    if job.ulysses is None:
-        return {"cp": axis.size}
-    return {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
+    """The mesh: row-major, the last being neighbours; guidance and weights where they are split."""
+    sequence = {SEQUENCE: axis.size}
+    if job.ulysses is not None:
+        sequence = {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
+    sizes = {name: {name: size} for name, size in job.mesh.axes if size > 1} | {SEQUENCE: sequence}
+    return {name: size for axis in AXES for name, size in sizes.get(axis, {}).items()}
 
 
 def _io(binding: Binding, mode: str) -> m.Io:

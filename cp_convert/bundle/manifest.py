@@ -26,8 +26,8 @@ from .stored import LoraSet as LoraSet
 from .stored import Positive as Positive
 from .stored import Weight as Weight
 
-SCHEMA_VERSION: Final = 6
-SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
+SCHEMA_VERSION: Final = 7
+SCHEMA_ID: Final = "urn:cp-convert:manifest:7"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -249,14 +249,16 @@ class Proof(_Struct, frozen=True):
 class Manifest(_Struct, frozen=True):
     """A bundle's manifest.
 
-    ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
-    itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
+    ``axes`` are the mesh, row-major, the last axis counting fastest: ``cfg`` shares the branches
+    of a batch, ``cp`` (or ``ring`` and ``ulysses``) a sequence, ``tp`` every weight; their groups
+    follow from the sizes. ``groups`` are the process groups in which the model itself
+    communicates, which divide the ``world`` beside them. ``float32`` names what computes in
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
     ``lora`` are sets that were added later, see ``cp-convert lora``.
     """
 
-    schema_version: Literal[6]
+    schema_version: Literal[7]
     tool: Tool
     created: str
     model: Model

@@ -15,7 +15,6 @@ from ..errors import CannotShard, ModelFileError, UsageError
 from ..ir.source import Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
-from ..mesh import Mesh
 from .adapters import check_no_adapters
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
@@ -222,7 +221,7 @@ def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:
-    shares = Mesh.line(job.world).free(given.groups.values()).size
+    shares = job.mesh.sequence(given.groups.values()).size
     if shares == 1 or job.plan == "auto":
         return {}
     module = given.module
