@@ -157,8 +157,6 @@ class Job:
 
     def _check_mesh(self) -> None:
         sharing = self.mesh.size(SEQUENCE)
-        if self.tp > 1:
-            raise UsageError(f"--tp {self.tp}: weights are not split yet.", hint="leave --tp out.")
         if (self.strategy == "usp") != (self.ulysses is not None):
             raise UsageError(
                 "--strategy usp needs --ulysses and --ring, and no other strategy has them.",

@@ -41,9 +41,11 @@ from .ir.records import (
     StoredProgram,
     Traced,
 )
+from .ir.shares import Divided
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
+from .mesh import TENSOR
 from .progress import Clock
 from .prove import (
     Stages,
@@ -58,6 +60,7 @@ from .prove import (
 )
 from .releases import release_of
 from .sharding.shard import shard
+from .sharding.tensor_parallel import tensor_parallel
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
 from .trt.libraries import decompositions
@@ -194,8 +197,9 @@ def _measured_further(
 def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     job, source, table = begun.loaded.job, begun.loaded.source, begun.table
     axis = job.mesh.sequence(source.groups.values())
+    divided = _divided(begun, clock)
     with clock.stage("shard"):
-        sharded = shard(begun.captured.dense, axis)
+        sharded = shard(divided.program, axis)
     if job.strategy == AUTO:
         with clock.stage("choose"):
             hardware = read_hardware(job.hardware)
@@ -206,7 +210,16 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
         program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-    return Rewritten(job, axis, sharded, program, outcomes)
+    return Rewritten(job, axis, divided, sharded, program, outcomes)
+
+
+def _divided(begun: Begun, clock: Clock) -> Divided:
+    """Weights shared by ranks; without ``--tp`` nothing is, and no stage is shown."""
+    axis, dense = begun.loaded.job.mesh.axis(TENSOR), begun.captured.dense
+    if axis.size == 1:
+        return tensor_parallel(dense, axis)
+    with clock.stage("split"):
+        return tensor_parallel(dense, axis)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
@@ -241,7 +254,8 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
         dense = begun.captured.dense
-        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis)
+        tensor = rewritten.divided.axis
+        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis, tensor)
         device = check_device(job.proof_device)
         return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
 

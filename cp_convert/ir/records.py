@@ -16,6 +16,7 @@ from .engine import Engine
 from .program import Lowered, Program
 from .proof import NetworkProof, Proof
 from .sharded import Sharded
+from .shares import Divided
 from .signature import Applied, Signature
 from .source import Source
 from .tensors import Weight
@@ -74,6 +75,7 @@ class Rewritten:
     Attributes:
         job: with the strategy that was chosen, where ``auto`` was asked for.
         axis: the ranks that share the sequence.
+        divided: the program before, whose ranks share weights where that was asked for.
         sharded: the program before, and where it is split.
         program: the program.
         outcomes: what was done with each attention.
@@ -81,6 +83,7 @@ class Rewritten:
 
     job: Job
     axis: Axis
+    divided: Divided
     sharded: Sharded
     program: Lowered
     outcomes: tuple[Outcome, ...]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..mesh import Axis
 from .layout import Layout
+from .program import Lowered
+from .sharded import Move
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,36 @@ class Shared(Mapping[str, tuple[Tensor, ...]]):
 
     def __len__(self) -> int:
         return len(self._shares)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An attention or a matrix that stays whole on every rank, and why.
+
+    Attributes:
+        module, source: where the model computes it.
+        reason: in words.
+    """
+
+    module: str
+    source: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A program whose ranks share weights.
+
+    Attributes:
+        program: the program; the shared ones among its parameters are every rank's own.
+        axis: the ranks that share.
+        shares: by placeholder, how its parameter is cut.
+        moves: what was split, gathered and reduced on the way.
+        kept: attentions that stay whole on every rank.
+    """
+
+    program: Lowered
+    axis: Axis
+    shares: Mapping[str, Share]
+    moves: tuple[Move, ...]
+    kept: tuple[Kept, ...]

@@ -18,6 +18,7 @@ from torch import fx
 
 from ..ir.ops import ATTENTION
 from ..ir.program import module_path, shape, source_line
+from ..ir.shares import Kept
 from .cuts import all_cuts
 from .propagation import Rules
 from .rules import GETITEM, Rule, elements, operands
@@ -36,31 +37,19 @@ class Region:
         dims: by value, the dimension that is split.
         rules: by operator, how it is computed; those without a result in ``dims`` are reductions.
         cuts: by value, where besides the ends parts begin that are split one by one.
+        ends: values that are gathered as soon as they are made.
     """
 
     dims: dict[fx.Node, int] = field(default_factory=dict)
     rules: dict[fx.Node, Rule] = field(default_factory=dict)
     cuts: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    ends: set[fx.Node] = field(default_factory=set)
 
     @property
     def worth(self) -> float:
         """Numbers of weights that are split, for every number that is reduced."""
         split = sum(elements(n) for n in self.dims if n.op == "placeholder")
         return split / (1 + sum(elements(n) for n, r in self.rules.items() if r.output is None))
-
-
-@dataclass(frozen=True)
-class Kept:
-    """An attention or a matrix that stays whole on every rank, and why.
-
-    Attributes:
-        module, source: where the model computes it.
-        reason: in words.
-    """
-
-    module: str
-    source: str | None
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -76,6 +65,11 @@ class Found:
     regions: tuple[Region, ...]
     gathered: tuple[fx.Node, ...]
     kept: tuple[Kept, ...]
+
+    @property
+    def ends(self) -> frozenset[fx.Node]:
+        """What is gathered as soon as it is made."""
+        return frozenset(self.gathered).union(*(region.ends for region in self.regions))
 
 
 def regions(graph: fx.Graph, rules: Rules, size: int) -> Found:
@@ -130,6 +124,9 @@ def _of_heads(node: fx.Node, rules: Rules, size: int) -> Region | str:
     if heads % size:
         return f"its {heads} heads cannot be shared equally by {size} ranks"
     region = _checked(grown(node, 1, rules), size)
+    if isinstance(region, str):  # who reads it, reads it whole; its own weights are shared still
+        end = _checked(grown(node, 1, rules, end=node), size)
+        region = region if isinstance(end, str) else end
     return region if isinstance(region, str) or _weights(region) else "no weights make its heads"
 
 
@@ -158,14 +155,21 @@ def _checked(region: Region | str, size: int) -> Region | str:
     return region
 
 
-def grown(seed: fx.Node, dim: int, rules: Rules) -> Region | str:
-    """All that has to be split where ``seed`` is split along ``dim``; or why it cannot be."""
+def grown(
+    seed: fx.Node, dim: int, rules: Rules, end: fx.Node | None = None
+) -> Region | str:
+    """All that has to be split where ``seed`` is split along ``dim``; or why it cannot be.
+
+    ``end`` is gathered at once, so that nobody has to read parts of it.
+    """
     growth = _Growth(rules)
+    growth.region.ends.update([] if end is None else [end])
     growth.hold(seed, dim)
     while growth.waiting and growth.why is None:
         node = growth.waiting.pop()
         growth.made(node)
-        growth.read(node)
+        if node is not end:
+            growth.read(node)
     return growth.region if growth.why is None else growth.why
 
 

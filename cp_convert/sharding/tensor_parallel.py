@@ -15,8 +15,7 @@ and packed comes out as columns, rows and segments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +23,10 @@ from torch import Tensor, fx
 
 from ..errors import CannotShard
 from ..ir.program import Lowered, shape
-from ..ir.shares import Share, Shared
-from ..ir.sharded import Move
+from ..ir.shares import Divided, Share, Shared
 from ..mesh import Axis
 from .propagation import Rules, Want
-from .regions import Found, Kept, regions
+from .regions import Found, regions
 from .rules import operands
 from .shard import rules_by_node
 from .tensor_rules import ADDMM, LINEAR, tensor_rules_of
@@ -37,34 +35,18 @@ from .walk import Value, Walk
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Divided:
-    """A program whose ranks share weights.
-
-    Attributes:
-        program: the program.
-        shares: by placeholder, how its parameter is cut.
-        moves: what was split, gathered and reduced on the way.
-        kept: attentions that stay whole on every rank.
-    """
-
-    program: Lowered
-    shares: Mapping[str, Share]
-    moves: tuple[Move, ...]
-    kept: tuple[Kept, ...]
-
-
 def tensor_parallel(program: Lowered, axis: Axis) -> Divided:
     """Share the weights of ``program`` among the ranks of ``axis``.
 
     Raises:
         CannotShard: nothing can be shared.
     """
+    assert not program.own or axis.size == 1, "own groups stand beside no other axis"
     if axis.size == 1:
-        return Divided(program, {}, (), ())
+        return Divided(program, axis, {}, (), ())
     rules = rules_by_node(program, tensor_rules_of)
     found = regions(program.graph_module.graph, rules, axis.size)
-    if not found.regions and not found.gathered:
+    if not found.regions:
         raise _nothing(found, axis)
     walk = _TensorWalk(program, axis, found)
     walk.run()
@@ -74,10 +56,9 @@ def tensor_parallel(program: Lowered, axis: Axis) -> Divided:
         graph_module=walk.module(),
         outputs=walk.outputs,
         state={**program.state, **first},
-        own={**program.own, **Shared(program.state, walk.shares, axis)} if program.own
-        else Shared(program.state, walk.shares, axis),
+        own=Shared(program.state, walk.shares, axis),
     )
-    return Divided(divided, walk.shares, tuple(walk.moves), found.kept)
+    return Divided(divided, axis, walk.shares, tuple(walk.moves), found.kept)
 
 
 def _part(whole: Tensor, share: Share) -> Tensor:
@@ -110,7 +91,7 @@ class _TensorWalk(Walk):
 
     def __init__(self, program: Lowered, axis: Axis, found: Found) -> None:
         self.shares: dict[str, Share] = {}
-        self.gathers = frozenset(found.gathered)
+        self.ends = found.ends
         graph = program.graph_module.graph
         rules: dict[fx.Node, Any] = {n: [] for n in graph.nodes if n.op == "call_function"}
         wanted: dict[fx.Node, Want] = {}
@@ -122,11 +103,10 @@ class _TensorWalk(Walk):
             wanted.update((parameter, Want(0, 1)) for parameter in operands(node)[1:])
         chosen: Rules = rules
         super().__init__(program, axis, chosen, wanted)
-        self.own = {name for name in program.state if name not in program.own}
 
     def _given(self, node: fx.Node) -> None:
         want = self.wants.get(node)
-        if want is None or node.name not in self.own:
+        if want is None or node.name not in self.program.state:
             super()._given(node)
             return
         layout = self._even(shape(node)[want.dim], want.cuts)
@@ -145,7 +125,7 @@ class _TensorWalk(Walk):
 
     def _call(self, node: fx.Node) -> None:
         super()._call(node)
-        if node in self.gathers:
+        if node in self.ends:
             self.env[node] = Value(whole=self._whole(node))
 
     def _partial(self, node: fx.Node, nodes: list[fx.Node]) -> fx.Node:
