@@ -15,7 +15,7 @@ from .attention import Outcome
 from .engine import Engine
 from .program import Lowered, Program
 from .proof import NetworkProof, Proof
-from .sharded import Sharded
+from .sharded import Guided, Sharded
 from .signature import Applied, Signature
 from .source import Source
 from .tensors import Weight
@@ -74,6 +74,7 @@ class Rewritten:
     Attributes:
         job: with the strategy that was chosen, where ``auto`` was asked for.
         axis: the ranks that share the sequence.
+        guided: the dense program, or that of the rank's own guidance branches.
         sharded: the program before, and where it is split.
         program: the program.
         outcomes: what was done with each attention.
@@ -81,6 +82,7 @@ class Rewritten:
 
     job: Job
     axis: Axis
+    guided: Guided
     sharded: Sharded
     program: Lowered
     outcomes: tuple[Outcome, ...]

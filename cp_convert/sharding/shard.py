@@ -35,7 +35,7 @@ from ..ir.program import (
 from ..ir.sharded import Move, Sharded
 from ..mesh import Axis
 from .parts import PartWriter
-from .propagation import Want, is_tensor, wants
+from .propagation import Seeds, Want, is_tensor, queries, wants
 from .rules import GETITEM, Rule, elements, operands, rules_of
 
 aten: Final = torch.ops.aten
@@ -52,7 +52,7 @@ def shard(program: Lowered, axis: Axis) -> Sharded:
     """
     if axis.size == 1:
         return Sharded(program, {}, ())
-    walk = _Walk(program, axis)
+    walk = Walk(program, axis)
     walk.run()
     if not any(move.kind == "split" for move in walk.moves):
         raise _nothing(program)
@@ -94,10 +94,10 @@ class _Value:
         return next(iter(self.parts)) if self.whole is None and self.parts else None
 
 
-class _Walk(PartWriter):
-    """One walk over the dense graph, building the sharded one."""
+class Walk(PartWriter):
+    """One walk over the dense graph, building the sharded one; :mod:`.branches` has another."""
 
-    def __init__(self, program: Lowered, axis: Axis) -> None:
+    def __init__(self, program: Lowered, axis: Axis, seeds: Seeds = queries) -> None:
         self.program = program
         self.dense = program.graph_module.graph
         super().__init__(axis, fake_mode_of(self.dense))
@@ -106,9 +106,9 @@ class _Walk(PartWriter):
         self.moves: list[Move] = []
         self.inputs = {binding.node for binding in program.inputs}
         self.rules = {n: rules_of(n) for n in self.dense.nodes if n.op == "call_function"}
-        marked = any(n.target is MARK for n in self.dense.nodes)
+        marked = seeds is queries and any(n.target is MARK for n in self.dense.nodes)
         self.wants: Mapping[fx.Node, Want] = (
-            {} if marked else wants(self.dense, self.rules, self.inputs, axis.size)
+            {} if marked else wants(self.dense, self.rules, self.inputs, axis.size, seeds)
         )
         self.outputs = program.outputs
 
@@ -316,7 +316,7 @@ class _Walk(PartWriter):
         name = node.name if node.op in ("placeholder", "get_attr") else str(node.target)
         name = "the output" if node.op == "output" else name
         where = (module_path(node), source_line(node))
-        self.moves.append(Move(kind, name, *where, dim, layout, size))
+        self.moves.append(Move(kind, name, *where, dim, layout, size, self.axis.name))
 
     # ------------------------------------------------------------ nodes
 
