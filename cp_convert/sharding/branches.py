@@ -32,7 +32,7 @@ def split_branches(program: Lowered, axis: Axis) -> Guided:
     """
     if axis.size == 1:
         return Guided(program)
-    walk = _BatchWalk(program, axis, _batches(axis.size))
+    walk = _BatchWalk(program, axis)
     walk.run()
     _check(walk)
     split = {move.operator for move in walk.moves if move.kind == "split"}
@@ -60,6 +60,11 @@ def _batches(size: int) -> Seeds:
 class _BatchWalk(Walk):
     """The walk over the batch, to which the plan's marks mean nothing; it leaves them in."""
 
+    def __init__(self, program: Lowered, axis: Axis) -> None:
+        super().__init__(program, axis, _batches(axis.size))
+        # No strategy completes an attention whose keys are spread over the branches.
+        self.rules = {n: [r for r in rules if not r.context] for n, rules in self.rules.items()}
+
     def _mark(self, node: fx.Node) -> None:
         self._call(node)
 
@@ -77,13 +82,12 @@ def _check(walk: _BatchWalk) -> None:
         )
     mixed = [m for m in walk.moves if m.kind == "gather" and m.operator != "the output"]
     for node in walk.dense.find_nodes(op="call_function", target=ATTENTION):
+        held = [dim for dim, _ in walk.env[node].parts]
         has_batch = shape(node)[0] % walk.axis.size == 0
-        if not walk.env[node].parts and (mixed or has_batch):
-            where = f"{module_path(node)} ({source_line(node)})"
-            why = f", after {mixed[0].operator} mixed them" if mixed else ""
+        if 0 not in held and (held or mixed or has_batch):
+            first = f" (the first to mix them is {mixed[0].operator})" if mixed else ""
             raise CannotShard(
-                f"--cfg {walk.axis.size}: this attention sees all branches at once{why}; every "
-                "rank would compute all of them.",
-                where=mixed[0].where if mixed else where,
-                hint="leave --cfg out: this model shares no work by branches.",
+                f"--cfg {walk.axis.size}: this attention sees all branches at once{first}.",
+                where=mixed[0].where if mixed else f"{module_path(node)} ({source_line(node)})",
+                hint="leave --cfg out: this model's branches cannot be computed apart.",
             )
