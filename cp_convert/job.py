@@ -48,6 +48,8 @@ class Job:
         out: directory of the bundle.
         cfg: how many groups of ranks share the guidance branches of a batch.
         tp: how many ranks share every weight.
+        combine: name of an input of the engines, the scale of guidance, by which they combine two
+            branches; ``None``: they return every branch.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
         hardware: what ``auto`` estimates for, see :mod:`cp_convert.advise.hardware`.
@@ -94,6 +96,7 @@ class Job:
     out: Path
     cfg: int = 1
     tp: int = 1
+    combine: str | None = None
     ulysses: int | None = None
     hardware: str = "h200"
     precision: str | None = None
@@ -157,6 +160,12 @@ class Job:
 
     def _check_mesh(self) -> None:
         sharing = self.mesh.size(SEQUENCE)
+        if self.combine is not None and (self.cfg != 2 or not self.combine.isidentifier()):
+            raise UsageError(
+                f"--combine {self.combine}: it names the engines' new input, the scale s in "
+                "uncond + s * (cond - uncond), which two branches have.",
+                hint="--cfg 2 --combine guidance_scale.",
+            )
         if (self.strategy == "usp") != (self.ulysses is not None):
             raise UsageError(
                 "--strategy usp needs --ulysses and --ring, and no other strategy has them.",

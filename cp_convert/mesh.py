@@ -141,6 +141,11 @@ class Mesh:
         return ",".join(f"{name}={size}" for name, size in self.axes if size > 1)
 
     @property
+    def others(self) -> tuple[Axis, ...]:
+        """The axes that communicate, besides the sequence's."""
+        return tuple(self.axis(name) for name, n in self.axes if name != SEQUENCE and n > 1)
+
+    @property
     def names_groups(self) -> bool:
         """Whether an axis communicates in a part of the ranks."""
         return any(1 < size < self.world for _, size in self.axes)

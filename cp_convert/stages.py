@@ -7,6 +7,7 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
+from .capture.combine import combine
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
@@ -41,11 +43,12 @@ from .ir.records import (
     StoredProgram,
     Traced,
 )
+from .ir.sharded import Guided
 from .ir.shares import Divided
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
-from .mesh import TENSOR
+from .mesh import GUIDANCE, TENSOR
 from .progress import Clock
 from .prove import (
     Stages,
@@ -59,6 +62,7 @@ from .prove import (
     prove_networks,
 )
 from .releases import release_of
+from .sharding.branches import split_branches
 from .sharding.shard import shard
 from .sharding.tensor_parallel import tensor_parallel
 from .strategies import CONTROL, choose
@@ -136,6 +140,7 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     trace = traced(loaded.source, clock) if trace is None else trace
     key = program_key(loaded.tool, trace) if cache.folder is not None else None
     captured = capture(loaded.source, trace, table, cache, key, clock)
+    captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
@@ -174,7 +179,9 @@ def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
     with clock.stage("measure"):
         device = check_device(job.proof_device)
         rounded = RESIDUAL not in job.float32
-        return measure(source.module, source.inputs, device, rounded=rounded)
+        return measure(
+            source.module, source.inputs, device, rounded=rounded, branches=source.branches
+        )
 
 
 def _measured_further(
@@ -191,13 +198,13 @@ def _measured_further(
     with clock.stage("measure"):
         if truth is None:
             return measure_ranks(program, source.inputs, job.world, device)
-        return measure_program(truth, program, source.inputs, device)
+        return measure_program(truth, program, source.all_inputs, device)
 
 
 def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     job, source, table = begun.loaded.job, begun.loaded.source, begun.table
     axis = job.mesh.sequence(source.groups.values())
-    divided = _divided(begun, clock)
+    guided, divided = _split(begun, clock)
     with clock.stage("shard"):
         sharded = shard(divided.program, axis)
     if job.strategy == AUTO:
@@ -210,16 +217,16 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
         program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-    return Rewritten(job, axis, divided, sharded, program, outcomes)
+    return Rewritten(job, axis, guided, divided, sharded, program, outcomes)
 
 
-def _divided(begun: Begun, clock: Clock) -> Divided:
-    """Weights shared by ranks; without ``--tp`` nothing is, and no stage is shown."""
-    axis, dense = begun.loaded.job.mesh.axis(TENSOR), begun.captured.dense
-    if axis.size == 1:
-        return tensor_parallel(dense, axis)
-    with clock.stage("split"):
-        return tensor_parallel(dense, axis)
+def _split(begun: Begun, clock: Clock) -> tuple[Guided, Divided]:
+    """Guidance's branches, then weights, each by its own axis of the mesh."""
+    mesh, dense = begun.loaded.job.mesh, begun.captured.dense
+    guidance, tensor = mesh.axis(GUIDANCE), mesh.axis(TENSOR)
+    with clock.stage("split") if mesh.others else nullcontext():
+        guided = split_branches(dense, guidance)
+        return guided, tensor_parallel(guided.program, tensor)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
@@ -249,13 +256,13 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
 def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) -> Proof | None:
     if begun.truth is None:
         return None
-    job, axis, inputs = begun.loaded.job, rewritten.axis, begun.loaded.source.inputs
+    job, axis, inputs = begun.loaded.job, rewritten.axis, begun.loaded.source.all_inputs
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
         dense = begun.captured.dense
-        tensor = rewritten.divided.axis
-        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis, tensor)
+        others, done = job.mesh.others, emitted.rewritten
+        stages = Stages(dense, control, done, emitted.program, sites, axis, others)
         device = check_device(job.proof_device)
         return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
 
@@ -286,7 +293,7 @@ def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
     program = emitted.program
     with clock.stage("replay"):
         networks = [engine.network for engine in engines if engine.network is not None]
-        inputs = flat_inputs(program, made.loaded.source.inputs)
+        inputs = flat_inputs(program, made.loaded.source.all_inputs)
         inputs |= {name: program.state[node] for node, name in emitted.names.items()}
         device = check_device(job.proof_device)
         return prove_networks(networks, inputs, made.proof, program, device)

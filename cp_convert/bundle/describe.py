@@ -43,6 +43,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         strategy=job.strategy,
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
+        guidance=_guidance(made),
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
@@ -58,7 +59,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         forward=_forward(source, signature),
         plan_source=_plan_source(axis, signature.applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in signature.applied],
-        sharding=[_sharding(move) for move in made.rewritten.sharded.moves],
+        sharding=[_sharding(move) for move in _moves(made)],
         attention=[_attention(outcome) for outcome in made.rewritten.outcomes],
         collectives=_collectives(made.built.engines[0]),
         layout=made.emitted.layout,  # type: ignore[arg-type]
@@ -104,6 +105,23 @@ def _runs_on(made: Made) -> m.RunsOn:
         compute_capabilities=list(engine.capabilities) or _backend(made).compute_capabilities,
         doubt=doubt(name, version, devices=devices, groups=groups),
     )
+
+
+def _guidance(made: Made) -> m.Guidance | None:
+    job, known = made.loaded.job, made.loaded.source.branches
+    if job.cfg == 1:
+        return None
+    return m.Guidance(
+        branches=job.cfg,
+        rows=known.rows // job.cfg,
+        inputs=list(made.rewritten.guided.inputs),
+        combine=job.combine,
+        pairs=known.widened,
+    )
+
+
+def _moves(made: Made) -> tuple[Move, ...]:
+    return made.rewritten.guided.moves + made.rewritten.sharded.moves
 
 
 def _program(stored: StoredProgram) -> m.Program:
@@ -206,6 +224,7 @@ def _sharding(move: Move) -> m.Sharding:
     layout = move.layout
     return m.Sharding(
         kind=move.kind,  # type: ignore[arg-type]
+        axis=move.axis,
         operator=move.operator,
         module=move.module,
         source=move.source,
@@ -275,6 +294,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             spread=[],
             bound=None,
             control=None,
+            controls={},
             network=None,
             seconds=0,
             recalled=False,
@@ -291,6 +311,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         spread=[_error(e) for e in proof.spread],
         bound=_error(proof.bound),
         control=None if proof.control is None else _error(proof.control),
+        controls={axis: _error(error) for axis, error in proof.controls.items()},
         network=None
         if network is None
         else m.NetworkProof(

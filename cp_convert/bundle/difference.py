@@ -95,7 +95,8 @@ def _strategy(manifest: Manifest) -> Facts:
         for p in manifest.plan
     ]
     moves = [
-        f"{s.kind} {s.operator} ({s.module}), dimension {s.dim}: {s.local} of {s.segments}"
+        f"{s.kind} {s.operator} ({s.module}) over {s.axis}, dimension {s.dim}: {s.local} of "
+        f"{s.segments}"
         for s in manifest.sharding
     ]
     return {
@@ -103,6 +104,7 @@ def _strategy(manifest: Manifest) -> Facts:
         "world": str(manifest.world),
         "axes": repr(manifest.axes),
         "groups": repr(manifest.groups),
+        "guidance": None if manifest.guidance is None else repr(manifest.guidance),
         "layout": manifest.layout,
         "plan from": manifest.plan_source,
         **_numbered("plan", plan),
@@ -152,6 +154,7 @@ def _proof(proof: Proof) -> Facts:
         "ranks": _worst(proof.ranks),
         "bound": _worst([proof.bound] if proof.bound else []),
         "control": _worst([proof.control] if proof.control else []),
+        **{f"control along {axis}": _worst([error]) for axis, error in proof.controls.items()},
         "networks": _worst(network.algebra if network else []),
         "networks' ranks": _worst(network.ranks if network else []),
     }

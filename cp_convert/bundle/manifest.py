@@ -20,6 +20,7 @@ from .call import Io as Io
 from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
+from .guidance import Guidance as Guidance
 from .stored import BundleFile as BundleFile
 from .stored import FileName as FileName
 from .stored import LoraSet as LoraSet
@@ -112,6 +113,7 @@ class PlanEntry(_Struct, frozen=True):
 class Sharding(_Struct, frozen=True):
     """Where a tensor is split, gathered or reduced outside attention.
 
+    ``axis`` is the mesh's; along ``cfg`` the ``tokens`` are rows of the batch.
     ``operator`` is, for a split, the input or operator whose value is split, otherwise the
     operator that needs the whole tensor or leaves partial results. ``segments`` are the lengths
     of the pieces that are split one by one (text, image); every rank holds ``local`` slots, and
@@ -119,6 +121,7 @@ class Sharding(_Struct, frozen=True):
     """
 
     kind: Literal["split", "gather", "all_reduce"]
+    axis: str
     operator: str
     module: str
     source: str | None
@@ -225,7 +228,8 @@ class Proof(_Struct, frozen=True):
     Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
     ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
     precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
-    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone.
+    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone,
+    ``controls`` by another axis of the mesh when every rank there keeps what is its own.
     ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
     in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
@@ -241,6 +245,7 @@ class Proof(_Struct, frozen=True):
     spread: list[Error]
     bound: Error | None
     control: Error | None
+    controls: dict[str, Error]
     network: NetworkProof | None
     seconds: Seconds
     recalled: bool
@@ -266,6 +271,7 @@ class Manifest(_Struct, frozen=True):
     strategy: str
     axes: dict[str, Positive]
     groups: dict[str, list[list[Count]]]
+    guidance: Guidance | None
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
     float32: list[str]

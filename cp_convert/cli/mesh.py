@@ -1,4 +1,4 @@
-"""``--mesh``, ``--cfg`` and ``--tp``: options in, the axes' sizes and the world out."""
+"""``--mesh``, ``--cfg``, ``--combine``, ``--tp``: options in, the axes' sizes and world out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import Decorator
 
 
 def option(command: Any) -> Any:
-    """The three options."""
+    """These options."""
     for one in reversed(_OPTIONS):
         command = one(command)
     return command
@@ -26,6 +26,11 @@ _OPTIONS: tuple[Decorator, ...] = (
         "every weight, and cp=N the sequence, by --strategy; cp is what is left of --world.",
     ),
     click.option("--cfg", type=int, help="Short for --mesh cfg=N.  [default: 1]"),
+    click.option(
+        "--combine", metavar="INPUT",
+        help="With --cfg 2: the engines return uncond + s * (cond - uncond), s being a new input "
+        "of this name, and not both branches.",
+    ),
     click.option("--tp", type=int, help="Short for --mesh tp=N.  [default: 1]"),
 )  # fmt: skip
 

@@ -130,9 +130,23 @@ class Arguments:
         return UsageError(
             f"{name} has the shape {list(tensor.shape)}; the bundle has "
             f"{f'{named}: ' if named else ''}{sizes}.",
-            hint="an engine's shapes are fixed. Run the pipeline at that size, or convert once "
+            hint=self._pairs(name, tensor)
+            or "an engine's shapes are fixed. Run the pipeline at that size, or convert once "
             "more for this one (--resolution of a preset, example_inputs() of a model file): "
             f"{self.manifest.command}",
+        )
+
+    def _pairs(self, name: str, tensor: Tensor) -> str | None:
+        """What helps a call of one branch, where the engines take all at once."""
+        known = self.manifest.guidance
+        if known is None or name not in known.inputs:
+            return None
+        of_one = [known.rows, *self.inputs[name].shape[1:]]
+        if list(tensor.shape) != of_one:
+            return None
+        return (
+            f"the engines take {known.branches} guidance branches at once, and this is one: "
+            'load_transformer(..., guidance="pairs") brings the calls of a step together.'
         )
 
 

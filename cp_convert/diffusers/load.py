@@ -21,6 +21,7 @@ from ..runtime.places import local_rank, place_of
 from ..runtime.torch_executor import checked_device, device_of
 from .channel import Channel
 from .module import Transformer
+from .pairs import PAIRS, of_one_branch
 from .ranks import Ranks
 
 
@@ -36,6 +37,7 @@ def load_transformer(
     check: bool = True,
     config: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    guidance: str | None = None,
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
@@ -53,13 +55,19 @@ def load_transformer(
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
+        guidance: ``pairs`` for a bundle of ``--cfg 2`` in a pipeline that calls the model once a
+            branch: as many calls are one forward. ``None``: a call has all branches.
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
     """
     _check_executor(executor)
+    if guidance not in (None, PAIRS):
+        raise UsageError(f"guidance {guidance!r}: there is none.", hint=f"{PAIRS!r}, or None.")
     kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
     seconds = timeout or (600.0 if compiled else 60.0)
+    if guidance == PAIRS:
+        of_one_branch(manifest)  # refuses others, before ranks wait for one another
     with ExitStack() as stack:
         where = _joined(manifest, device, communicator, seconds, stack)
         if manifest.world > 1:
@@ -73,7 +81,9 @@ def load_transformer(
         channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
         told = {**(manifest.model.config or {}), **(config or {})}
         ranks = Ranks(channel, check=check)
-        return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
+        pairs = guidance == PAIRS
+        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all(), pairs=pairs)
+        return _ended(module, ranks)
 
 
 def _ended(module: Transformer, ranks: Ranks) -> Transformer:

@@ -16,6 +16,7 @@ from ..ir.source import Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from .adapters import check_no_adapters
+from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
 from .checks import check_no_step_cache
@@ -49,7 +50,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
             step cache is on.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
-        UsageError: the model's process groups leave no equal share of the world.
+        UsageError: the model's process groups leave no equal share of the world, or guidance
+            branches none of the batch.
     """
     located = _located(job) if allocate else {}
     given = _given(job, allocate, located)
@@ -64,9 +66,11 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, external=external)
     else:
         stand_in(given.module)
+    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
+    inputs, branches = branched(inputs, given.module, job.cfg, job.combine)
     return Source(
         module=given.module,
-        inputs=cast_inputs(given.inputs, dtype, keep=given.keep_float32),
+        inputs=inputs,
         plan=_plan(given, job),
         freeze=(*given.freeze, *job.freeze),
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
@@ -79,6 +83,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         peers=given.peers,
         groups=given.groups,
         precision=precision,
+        branches=branches,
     )
 
 

@@ -46,6 +46,7 @@ def run(
     *,
     widen: bool = False,
     partial: Axis | None = None,
+    alone: Axis | None = None,
     watch: Watch | None = None,
     alter: Alter | None = None,
 ) -> list[list[Tensor]]:
@@ -58,6 +59,7 @@ def run(
         widen: compute in float32 wherever the program says float16 or bfloat16.
         partial: leave all-reduces over this axis out, so that every rank keeps its own partial
             result.
+        alone: along this axis every rank communicates with copies of itself.
         watch: called with every node and its values, as they are computed.
         alter: the same, and gives the values that are put in their place.
 
@@ -78,6 +80,8 @@ def run(
                 results = _outputs(node, env, program, world)
             elif partial is not None and reduces_over(node, partial):
                 env[node] = env[node.all_input_nodes[0]]
+            elif alone is not None and is_along(node, alone):
+                env[node] = _by_itself(node, env)
             else:
                 assert node.op == "call_function", node.format_node()
                 env[node] = _call(node, env, world, widen=widen, own=node in own)
@@ -103,6 +107,25 @@ def reduces_over(node: fx.Node, axis: Axis) -> bool:
     return node.target is torch.ops.cp.all_reduce.default and node.args[2:] == (
         axis.flat,
         axis.size,
+    )
+
+
+def is_along(node: fx.Node, axis: Axis) -> bool:
+    """Whether ``node`` is a collective of the ranks of ``axis``."""
+    return node.target in ops.COLLECTIVES and node.args[-2:] == (axis.flat, axis.size)
+
+
+def _by_itself(node: fx.Node, env: Mapping[fx.Node, PerRank]) -> PerRank:
+    """A collective in which every rank's peers are the rank itself."""
+    x, *rest, flat, size = node.args
+    assert isinstance(x, fx.Node) and isinstance(flat, list) and isinstance(size, int)
+    place = {rank: number % size for number, rank in enumerate(flat)}
+    held = env[x]
+    return PerRank(
+        tuple(
+            ops.on_a_group(node.target, [held[rank]] * size, rest)[place[rank]]
+            for rank in sorted(flat)
+        )
     )
 
 

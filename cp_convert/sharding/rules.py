@@ -565,6 +565,12 @@ def _blocks(node: fx.Node) -> list[Rule]:
     return _same(node, range(1, len(shape(node))))
 
 
+def _shard(node: fx.Node) -> list[Rule]:
+    """A part along one axis of the mesh, of which another axis takes other dimensions."""
+    rank, dim = len(shape(node)), arguments(node)["dim"]
+    return _same(node, [d for d in range(rank) if d != dim])
+
+
 RulesOf = Callable[[fx.Node], list[Rule]]
 
 
@@ -600,7 +606,8 @@ def _table() -> dict[Any, RulesOf]:
         (_convolution, (aten.convolution,)),
         (_layer_norm, (aten.native_layer_norm,)),
         (_rms_norm, (aten.rms_norm,)),
-        (_like, (cp.all_reduce, cp.broadcast, cp.reduce)),
+        (_like, (cp.all_reduce, cp.broadcast, cp.reduce, cp.mark)),
+        (_shard, (cp.shard,)),
         (_blocks, (cp.all_gather, cp.all_to_all, cp.reduce_scatter, cp.gather, cp.scatter)),
         (_reduction("sum"), (aten.sum,)),
         (_reduction("mean"), (aten.mean,)),

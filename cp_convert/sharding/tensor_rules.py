@@ -1,4 +1,4 @@
-"""Which dimensions of an operator may be split along weights and heads: the table, and five rows more.
+"""Which dimensions of an operator may be split along weights and heads: the table, and more rows.
 
 A node comes in, its :class:`.rules.Rule` go out: those of :mod:`.rules` but for attention over
 sharded keys, and those that only matter where parameters are split as well. A matrix by its output
@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from ..ir.layout import Layout
-from ..ir.ops import ATTENTION, MARK
+from ..ir.ops import ATTENTION
 from ..ir.program import Arguments, arguments, shape, with_argument
 from .rules import SIZED, Layouts, Rule, of_mask, operands, rules_of
 
@@ -50,10 +50,6 @@ def _addmm(node: fx.Node) -> list[Rule]:
     told = arguments(node)
     plain = told["beta"] == 1 and told["alpha"] == 1
     return [Rule({1: 1, 2: 0}, None, reduce="sum")] if plain else []
-
-
-def _like(node: fx.Node) -> list[Rule]:
-    return [Rule({0: d}, d) for d, n in enumerate(shape(node)) if n > 1]
 
 
 def _grouped(node: fx.Node) -> list[Rule]:
@@ -158,6 +154,5 @@ _MORE: Final[dict[Any, Callable[[fx.Node], list[Rule]]]] = {
     LINEAR: _linear,
     ADDMM: _addmm,
     ATTENTION: _grouped,
-    MARK: _like,
     **{target: _inner for target in SIZED if target is not aten.expand.default},
 }

@@ -281,7 +281,7 @@ class Walk(PartWriter):
         name = node.name if node.op in ("placeholder", "get_attr") else str(node.target)
         name = "the output" if node.op == "output" else name
         where = (module_path(node), source_line(node))
-        self.moves.append(Move(kind, name, *where, dim, layout, size))
+        self.moves.append(Move(kind, name, *where, dim, layout, size, self.axis.name))
 
     # ------------------------------------------------------------ nodes
 

@@ -31,6 +31,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         strategy="ulysses",
         axes={"cp": world},
         groups={},
+        guidance=None,
         layout="per-rank",
         weights_mode="embedded",
         weights=[],
@@ -55,6 +56,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         plan_source="model",
         sharding=[
             m.Sharding(
+                axis="cp",
                 kind="split", operator="x", module="model", source=None, dim=1, tokens=4, local=2,
                 segments=[4], padding=0, padding_percent=0.0,
             )
@@ -89,7 +91,8 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         proof=m.Proof(
             status="passed", level="program", device="cpu", reference="dense", against="reference",
                 algebra=[error] * world,
-            ranks=[error] * world, dense=error, spread=[], bound=error, control=error, network=None,
+            ranks=[error] * world, dense=error, spread=[], bound=error, control=error, controls={},
+            network=None,
             seconds=1.0, recalled=False,
         ),
         timings={"trace": 1.0},
