@@ -104,7 +104,9 @@ def _loaded(
             job = replace(job, precision=source.precision)
             check_space(job.out, bytes_needed(job, source))
             outside, located = source.parameters_outside, source.located
-            placing = Placing(outside, located, folder, copy=job.copy_weights, cache=cache)
+            placing = Placing(
+                outside, located, folder, copy=job.copy_weights, cache=cache, waits=job.tp > 1
+            )
             values = values_key(job, source) if cache.folder is not None else None
         with placing:
             yield Loaded(job, backend, source, tool, values, folder), placing

@@ -44,7 +44,7 @@ from .ir.records import (
     Traced,
 )
 from .ir.sharded import Guided
-from .ir.shares import Divided
+from .ir.shares import Divided, Shares
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
@@ -115,7 +115,7 @@ def make(
     job = loaded.job
     with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
         begun = begin(loaded, trace, cache, clock)
-        made = build(begun, pool, cache, clock)
+        made = build(begun, pool, cache, clock, placing)
     made = check_networks(made, clock)
     made = replace(made, weights=_weights(made, placing, clock))
     made = replace(made, program=_stored(made, placing, clock))
@@ -147,14 +147,25 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     return Begun(loaded, captured, truth, table, workarounds, key)
 
 
-def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
+def build(
+    begun: Begun, pool: Pool, cache: Cache, clock: Clock, placing: Placing | None = None
+) -> Made:
     """Shard, rewrite, lower, prove and build, by the job's strategy; nothing else is made yet.
+
+    Args:
+        begun: the program, and what it has to compute.
+        pool: of workers.
+        cache: knows engines that were built before.
+        clock: times the stages.
+        placing: is told which ranks share which weights, as soon as that is known.
 
     Raises:
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
     loaded, captured = begun.loaded, begun.captured
     rewritten = _rewritten(begun, clock)
+    if placing is not None:
+        placing.share(_shares(rewritten.divided, captured.signature.parameters))
     emitted = _emitted(rewritten, captured, loaded.source, clock)
     proof = _proven(begun, rewritten, emitted, clock)
     built = _built(loaded, emitted, pool, cache, clock)
@@ -229,6 +240,10 @@ def _split(begun: Begun, clock: Clock) -> tuple[Guided, Divided]:
         return guided, tensor_parallel(guided.program, tensor)
 
 
+def _shares(divided: Divided, names: Mapping[str, str]) -> Shares:
+    return Shares({names[node]: share for node, share in divided.shares.items()}, divided.axis)
+
+
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
     with clock.stage("lower"):
         layout = _layout(rewritten.job, source, rewritten.program)
@@ -294,9 +309,12 @@ def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
     with clock.stage("replay"):
         networks = [engine.network for engine in engines if engine.network is not None]
         inputs = flat_inputs(program, made.loaded.source.all_inputs)
-        inputs |= {name: program.state[node] for node, name in emitted.names.items()}
+        shared = {node: name for node, name in emitted.names.items() if node in program.own}
+        whole = emitted.names.keys() - shared
+        inputs |= {emitted.names[node]: program.state[node] for node in whole}
+        own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        return prove_networks(networks, inputs, made.proof, program, device)
+        return prove_networks(networks, inputs, made.proof, program, device, own)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
@@ -308,8 +326,8 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
 
 def _weights(made: Made, placing: Placing, clock: Clock) -> tuple[Weight, ...]:
     with clock.stage("weights"):
-        found = placing.weights | store(made.emitted.constants, made.loaded.folder)
-        return tuple(found[name] for name in made.emitted.names.values())
+        found = {**placing.weights, **store(made.emitted.constants, made.loaded.folder)}
+        return tuple(one for name in made.emitted.names.values() for one in found[name])
 
 
 def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
@@ -323,4 +341,4 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
         files = write_program(emitted.rewritten, names, made.loaded.folder)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)
-        return StoredProgram(*files, tuple(rest))
+        return StoredProgram(*files, tuple(one for of_one in rest for one in of_one))

@@ -44,6 +44,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
         guidance=_guidance(made),
+        tensor=_tensor(made),
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
@@ -120,8 +121,32 @@ def _guidance(made: Made) -> m.Guidance | None:
     )
 
 
+def _tensor(made: Made) -> m.Tensor | None:
+    divided, dense = made.rewritten.divided, made.captured.dense
+    if divided.axis.size == 1:
+        return None
+    names = made.captured.signature.parameters
+    return m.Tensor(
+        bytes=sum(dense.state[node].nbytes for node in divided.shares),
+        of_bytes=made.loaded.source.bytes,
+        weights=[
+            m.SharedWeight(
+                name=names[node],
+                dim=share.dim,
+                segments=[segment.length for segment in share.layout.segments],
+            )
+            for node, share in divided.shares.items()
+        ],
+        whole=[
+            m.WholeAttention(module=one.module, source=one.source, reason=one.reason)
+            for one in divided.kept
+        ],
+    )
+
+
 def _moves(made: Made) -> tuple[Move, ...]:
-    return made.rewritten.guided.moves + made.rewritten.sharded.moves
+    rewritten = made.rewritten
+    return rewritten.guided.moves + rewritten.divided.moves + rewritten.sharded.moves
 
 
 def _program(stored: StoredProgram) -> m.Program:
@@ -180,6 +205,7 @@ def weight_entry(weight: Weight) -> m.Weight:
         offset=weight.offset,
         bytes=weight.size,
         sha256=weight.sha256,
+        ranks=list(weight.ranks),
     )
 
 

@@ -74,7 +74,7 @@ def _inputs(manifest: Manifest) -> Facts:
 def _weights(manifest: Manifest) -> Facts:
     """Every weight by what it is, not by where it lies."""
     casts = [f"{c.tensors} {c.stored} as {c.computed}" for c in manifest.model.casts]
-    own = {w.name: _content(w) for w in _all_weights(manifest)}
+    own = {_name(w): _content(w) for w in _all_weights(manifest)}
     return {"mode": manifest.weights_mode, "casts": _joined(casts), **own}
 
 
@@ -82,6 +82,10 @@ def _all_weights(manifest: Manifest) -> Iterator[Weight]:
     if manifest.program is not None:
         yield from manifest.program.weights
     yield from manifest.weights
+
+
+def _name(weight: Weight) -> str:
+    return f"{weight.name} of ranks {weight.ranks}" if weight.ranks else weight.name
 
 
 def _content(weight: Weight) -> str:

@@ -26,6 +26,10 @@ from .stored import FileName as FileName
 from .stored import LoraSet as LoraSet
 from .stored import Positive as Positive
 from .stored import Weight as Weight
+from .stored import of_rank as of_rank
+from .tensor import SharedWeight as SharedWeight
+from .tensor import Tensor as Tensor
+from .tensor import WholeAttention as WholeAttention
 
 SCHEMA_VERSION: Final = 7
 SCHEMA_ID: Final = "urn:cp-convert:manifest:7"
@@ -272,6 +276,7 @@ class Manifest(_Struct, frozen=True):
     axes: dict[str, Positive]
     groups: dict[str, list[list[Count]]]
     guidance: Guidance | None
+    tensor: Tensor | None
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
     float32: list[str]

@@ -52,6 +52,18 @@ class Share:
         return start * row, (stop - start) * row
 
 
+@dataclass(frozen=True)
+class Shares:
+    """Which parameters are shared, by the model's own names, and by which ranks."""
+
+    of: Mapping[str, Share]
+    axis: Axis
+
+    def ranks(self, member: int) -> tuple[int, ...]:
+        """Those that stand at the place ``member`` of the axis, ascending."""
+        return tuple(sorted(group[member] for group in self.axis.groups))
+
+
 class Shared(Mapping[str, tuple[Tensor, ...]]):
     """Every rank's part of every shared parameter, rank 0 first, made when it is asked for.
 
