@@ -67,12 +67,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     else:
         stand_in(given.module)
     inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
-    inputs, branches = branched(inputs, given.module, job.cfg, job.combine)
+    freeze = (*given.freeze, *job.freeze)
+    inputs, branches = branched(inputs, given.module, job.cfg, job.combine, freeze)
     return Source(
         module=given.module,
         inputs=inputs,
         plan=_plan(given, job),
-        freeze=(*given.freeze, *job.freeze),
+        freeze=freeze,
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in given.module.parameters()),
         bytes=size,
