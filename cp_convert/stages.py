@@ -150,12 +150,21 @@ def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
     loaded, captured = begun.loaded, begun.captured
-    rewritten = _rewritten(begun, clock)
-    emitted = _emitted(rewritten, captured, loaded.source, clock)
-    proof = _proven(begun, rewritten, emitted, clock)
+    rewritten, emitted, proof = program_of(begun, clock)
     built = _built(loaded, emitted, pool, cache, clock)
     built = replace(built, workarounds=begun.workarounds)
     return Made(loaded, captured, rewritten, emitted, proof, built, None)
+
+
+def program_of(begun: Begun, clock: Clock) -> tuple[Rewritten, Emitted, Proof | None]:
+    """The part of :func:`build` that needs no TensorRT: the program, as it was made and proven.
+
+    Raises:
+        ConvertError: the strategy or the mesh does not fit, or the proof failed.
+    """
+    rewritten = _rewritten(begun, clock)
+    emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
+    return rewritten, emitted, _proven(begun, rewritten, emitted, clock)
 
 
 def check_networks(made: Made, clock: Clock) -> Made:

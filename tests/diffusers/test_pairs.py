@@ -70,7 +70,7 @@ def test_two_calls_are_one_forward(made: Made, tmp_path: Path) -> None:
         for (one, count), plain in zip(found[:3], (guided, alone, latents), strict=True):
             assert_same(one, plain)
             assert count == STEPS, "and not one a branch"
-        assert 'guidance="pairs" brings the calls of a step together' in found[3]
+        assert 'guidance="pairs") brings the calls of a step together' in found[3]
 
 
 def followed(rank: int, name: str, out: Path) -> Tensor | int:
