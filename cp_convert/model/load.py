@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Source
+from ..ir.source import Branches, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from .adapters import check_no_adapters
@@ -66,9 +66,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, external=external)
     else:
         stand_in(given.module)
-    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
     freeze = (*given.freeze, *job.freeze)
-    inputs, branches = branched(inputs, given.module, job.cfg, job.combine, freeze)
+    inputs, branches = _inputs(given, job, dtype, freeze)
     return Source(
         module=given.module,
         inputs=inputs,
@@ -86,6 +85,14 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         precision=precision,
         branches=branches,
     )
+
+
+def _inputs(
+    given: Given, job: Job, dtype: torch.dtype, freeze: Collection[str]
+) -> tuple[dict[str, Any], Branches]:
+    """The example inputs in the job's precision, with all guidance branches."""
+    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
+    return branched(inputs, given.module, job.cfg, job.combine, freeze)
 
 
 def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
