@@ -157,9 +157,7 @@ def recall(
 
 def _shares(known: m.Manifest, job: Job) -> Shares:
     axis, told = job.mesh.axis(TENSOR), () if known.tensor is None else known.tensor.weights
-    return Shares(
-        {w.name: Share(w.dim, Layout.even(w.segments, axis.size)) for w in told}, axis
-    )
+    return Shares({w.name: Share(w.dim, Layout.even(w.segments, axis.size)) for w in told}, axis)
 
 
 def _found(placing: Placing, told: m.Weight) -> m.Weight:

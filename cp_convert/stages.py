@@ -43,12 +43,9 @@ from .ir.records import (
     StoredProgram,
     Traced,
 )
-from .ir.sharded import Guided
-from .ir.shares import Divided, Shares
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
-from .mesh import GUIDANCE, TENSOR
 from .progress import Clock
 from .prove import (
     Stages,
@@ -62,9 +59,8 @@ from .prove import (
     prove_networks,
 )
 from .releases import release_of
-from .sharding.branches import split_branches
+from .sharding.others import along_others
 from .sharding.shard import shard
-from .sharding.tensor_parallel import tensor_parallel
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
 from .trt.libraries import decompositions
@@ -163,14 +159,25 @@ def build(
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
     loaded, captured = begun.loaded, begun.captured
-    rewritten = _rewritten(begun, clock)
-    if placing is not None:
-        placing.share(_shares(rewritten.divided, captured.signature.parameters))
-    emitted = _emitted(rewritten, captured, loaded.source, clock)
-    proof = _proven(begun, rewritten, emitted, clock)
+    rewritten, emitted, proof = program_of(begun, clock, placing)
     built = _built(loaded, emitted, pool, cache, clock)
     built = replace(built, workarounds=begun.workarounds)
     return Made(loaded, captured, rewritten, emitted, proof, built, None)
+
+
+def program_of(
+    begun: Begun, clock: Clock, placing: Placing | None = None
+) -> tuple[Rewritten, Emitted, Proof | None]:
+    """The part of :func:`build` that needs no TensorRT: the program, as it was made and proven.
+
+    Raises:
+        ConvertError: the strategy or the mesh does not fit, or the proof failed.
+    """
+    rewritten = _rewritten(begun, clock)
+    if placing is not None:
+        placing.share(rewritten.divided.named(begun.captured.signature.parameters))
+    emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
+    return rewritten, emitted, _proven(begun, rewritten, emitted, clock)
 
 
 def check_networks(made: Made, clock: Clock) -> Made:
@@ -215,7 +222,9 @@ def _measured_further(
 def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     job, source, table = begun.loaded.job, begun.loaded.source, begun.table
     axis = job.mesh.sequence(source.groups.values())
-    guided, divided = _split(begun, clock)
+    mesh, dense = job.mesh, begun.captured.dense
+    with clock.stage("split") if mesh.others else nullcontext():
+        guided, divided = along_others(dense, mesh)
     with clock.stage("shard"):
         sharded = shard(divided.program, axis)
     if job.strategy == AUTO:
@@ -229,19 +238,6 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
         strategy = choose(job.strategy, job.ulysses)
         program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
     return Rewritten(job, axis, guided, divided, sharded, program, outcomes)
-
-
-def _split(begun: Begun, clock: Clock) -> tuple[Guided, Divided]:
-    """Guidance's branches, then weights, each by its own axis of the mesh."""
-    mesh, dense = begun.loaded.job.mesh, begun.captured.dense
-    guidance, tensor = mesh.axis(GUIDANCE), mesh.axis(TENSOR)
-    with clock.stage("split") if mesh.others else nullcontext():
-        guided = split_branches(dense, guidance)
-        return guided, tensor_parallel(guided.program, tensor)
-
-
-def _shares(divided: Divided, names: Mapping[str, str]) -> Shares:
-    return Shares({names[node]: share for node, share in divided.shares.items()}, divided.axis)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:

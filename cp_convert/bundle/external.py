@@ -26,7 +26,7 @@ from ..ir.source import Source
 from ..ir.tensors import Location, Weight, is_finite, numbers, save, weight_of
 from ..job import Job
 from ..mesh import Axis
-from .folder import PART, WEIGHTS
+from .folder import PART, WEIGHTS, check_space
 
 Placed = Mapping[str, tuple[Weight, ...]]
 """By a parameter's name, where it is, or where its parts are."""
@@ -53,7 +53,7 @@ class Placing:
         waits: bool = False,
     ) -> None:
         """``waits``: nothing is read before it is told what ranks share."""
-        self._stop = Event()
+        self._stop, self._folder, self._given = Event(), folder, (parameters, located)
         self._files = {at.file: at for name, at in located.items() if name in parameters}
         self._pool = ThreadPoolExecutor(1)
         # The numbers as they are now: the proof lends the module others for a while (prove.wide).
@@ -70,6 +70,7 @@ class Placing:
         """
         if self._found is not None:
             return
+        check_space(self._folder, bytes_of_parts(*self._given, shares))
         self._found = self._pool.submit(self._begin, shares=shares)
 
     @contextmanager
@@ -177,6 +178,19 @@ def _within(at: Location, part: Tensor, first: int) -> Location:
     """Where a part lies that begins with the number ``first`` of the whole."""
     begin = at.offset + first * part.itemsize
     return replace(at, offset=begin, size=part.nbytes, shape=tuple(part.shape))
+
+
+def bytes_of_parts(
+    parameters: Mapping[str, Tensor], located: Mapping[str, Location], shares: Shares
+) -> int:
+    """Bytes that shared weights take in the bundle: every part once, if no file has it."""
+    return sum(
+        parameters[name].nbytes
+        for name, share in shares.of.items()
+        if name not in located
+        or located[name].dtype != parameters[name].dtype
+        or share.place(tuple(parameters[name].shape), 0) is None
+    )
 
 
 @dataclass(frozen=True)

@@ -55,23 +55,16 @@ def load_transformer(
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
-        guidance: ``pairs`` for a bundle of ``--cfg 2`` in a pipeline that calls the model once a
-            branch: as many calls are one forward. ``None``: a call has all branches.
+        guidance: ``pairs`` where a pipeline calls once a guidance branch (see :mod:`.pairs`).
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
     """
     _check_executor(executor)
-    if guidance not in (None, PAIRS):
-        raise UsageError(f"guidance {guidance!r}: there is none.", hint=f"{PAIRS!r}, or None.")
     kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
-    seconds = timeout or (600.0 if compiled else 60.0)
-    if guidance == PAIRS:
-        of_one_branch(manifest)  # refuses others, before ranks wait for one another
+    pairs, seconds = _is_pairs(guidance, manifest), timeout or (600.0 if compiled else 60.0)
     with ExitStack() as stack:
-        where = _joined(manifest, device, communicator, seconds, stack)
-        if manifest.world > 1:
-            agree(manifest, {}, where, communicator)
+        where = _met(manifest, device, communicator, seconds, stack)
         opened = stack.enter_context(
             runtime.open(
                 bundle, executor=executor, device=str(where), communicator=communicator,
@@ -81,7 +74,6 @@ def load_transformer(
         channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
         told = {**(manifest.model.config or {}), **(config or {})}
         ranks = Ranks(channel, check=check)
-        pairs = guidance == PAIRS
         module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all(), pairs=pairs)
         return _ended(module, ranks)
 
@@ -97,6 +89,23 @@ def _check_executor(name: str) -> None:
         raise UsageError(
             f"executor {name!r}: there is none.", hint=f"one of {', '.join(runtime.EXECUTORS)}."
         )
+
+
+def _is_pairs(guidance: str | None, manifest: Manifest) -> bool:
+    """Whether a call has one branch; what cannot be is refused before ranks wait for others."""
+    if guidance not in (None, PAIRS):
+        raise UsageError(f"guidance {guidance!r}: there is none.", hint=f"{PAIRS!r}, or None.")
+    return guidance == PAIRS and bool(of_one_branch(manifest))
+
+
+def _met(
+    manifest: Manifest, device: str | None, communicator: Any, timeout: float, stack: ExitStack
+) -> torch.device:
+    """This rank's device, after all ranks have agreed that they open the same."""
+    where = _joined(manifest, device, communicator, timeout, stack)
+    if manifest.world > 1:
+        agree(manifest, {}, where, communicator)
+    return where
 
 
 def _joined(

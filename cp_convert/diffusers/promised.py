@@ -35,7 +35,7 @@ class Promised(Tensor):
         cls, sizes: Sequence[int], dtype: torch.dtype, device: torch.device, find: Find
     ) -> Promised:
         """A promise of a tensor of this kind."""
-        made: Promised = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Promised = torch.Tensor._make_wrapper_subclass(
             cls, tuple(sizes), dtype=dtype, device=device
         )
         made._find, made._value = find, None
@@ -48,7 +48,7 @@ class Promised(Tensor):
         return self._value
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # it is given the operator first
         cls, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         """Put off what only looks at the promise in another way; do everything else."""

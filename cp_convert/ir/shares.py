@@ -119,3 +119,7 @@ class Divided:
     shares: Mapping[str, Share]
     moves: tuple[Move, ...]
     kept: tuple[Kept, ...]
+
+    def named(self, names: Mapping[str, str]) -> Shares:
+        """The shares by other ``names`` of the placeholders."""
+        return Shares({names[node]: share for node, share in self.shares.items()}, self.axis)

@@ -8,7 +8,7 @@ Guidance: Ho and Salimans, *Classifier-Free Diffusion Guidance*, arXiv:2207.1259
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Final
 
 import torch
@@ -23,7 +23,11 @@ SCALE: Final = 4.0
 
 
 def branched(
-    inputs: Mapping[str, Any], module: nn.Module, count: int, combine: str | None = None
+    inputs: Mapping[str, Any],
+    module: nn.Module,
+    count: int,
+    combine: str | None = None,
+    frozen: Collection[str] = (),
 ) -> tuple[dict[str, Any], Branches]:
     """Example inputs with ``count`` branches, and what was found and done.
 
@@ -36,13 +40,14 @@ def branched(
         module: whose forward it is.
         count: how many branches.
         combine: name of the input that has the scale, where the engines combine them.
+        frozen: arguments that become part of the engines, as they are.
 
     Raises:
         UsageError: the batch has not as many rows, or a multiple; or the name is taken.
     """
     if count == 1:
         return dict(inputs), Branches()
-    rows = _rows(inputs, module)
+    rows = _rows(inputs, module, frozen)
     if rows > 1 and rows % count:
         raise UsageError(
             f"--cfg {count}: the example inputs have a batch of {rows}, which {count} branches do "
@@ -56,13 +61,14 @@ def branched(
         )
     added = {} if combine is None else {combine: torch.tensor([SCALE])}
     known = Branches(max(rows, count), rows == 1, added)
-    return (_widened(inputs, count) if rows == 1 else dict(inputs)), known
+    return (_widened(inputs, count, frozen) if rows == 1 else dict(inputs)), known
 
 
-def _rows(inputs: Mapping[str, Any], module: nn.Module) -> int:
+def _rows(inputs: Mapping[str, Any], module: nn.Module, frozen: Collection[str]) -> int:
     """The batch: how many rows forward's first tensor of two dimensions or more has."""
-    names = [name for name in inspect.signature(module.forward).parameters if name in inputs]
-    leaves = pytree.tree_leaves([inputs[name] for name in names])
+    parameters = inspect.signature(module.forward).parameters
+    given = [inputs[name] for name in parameters if name in inputs and name not in frozen]
+    leaves = pytree.tree_leaves(given)
     found = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
     if not found:
         raise UsageError(
@@ -72,7 +78,7 @@ def _rows(inputs: Mapping[str, Any], module: nn.Module) -> int:
     return int(found[0])
 
 
-def _widened(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+def _widened(inputs: Mapping[str, Any], count: int, frozen: Collection[str]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def widened(leaf: Any) -> Any:
@@ -81,7 +87,10 @@ def _widened(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
         others = [_shuffled(leaf, generator) for _ in range(count - 1)]
         return torch.cat([leaf, *others])
 
-    return {name: pytree.tree_map(widened, value) for name, value in inputs.items()}
+    return {
+        name: value if name in frozen else pytree.tree_map(widened, value)
+        for name, value in inputs.items()
+    }
 
 
 def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Source
+from ..ir.source import Branches, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
 from .adapters import check_no_adapters
@@ -66,13 +66,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, external=external)
     else:
         stand_in(given.module)
-    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
-    inputs, branches = branched(inputs, given.module, job.cfg, job.combine)
+    freeze = (*given.freeze, *job.freeze)
+    inputs, branches = _inputs(given, job, dtype, freeze)
     return Source(
         module=given.module,
         inputs=inputs,
         plan=_plan(given, job),
-        freeze=(*given.freeze, *job.freeze),
+        freeze=freeze,
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in given.module.parameters()),
         bytes=size,
@@ -85,6 +85,14 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         precision=precision,
         branches=branches,
     )
+
+
+def _inputs(
+    given: Given, job: Job, dtype: torch.dtype, freeze: Collection[str]
+) -> tuple[dict[str, Any], Branches]:
+    """The example inputs in the job's precision, with all guidance branches."""
+    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
+    return branched(inputs, given.module, job.cfg, job.combine, freeze)
 
 
 def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..errors import ProofFailed
 from ..ir.program import Executable
 from ..ir.proof import Error
-from ..mesh import GUIDANCE, Axis
+from ..mesh import GUIDANCE, TENSOR, Axis
 from .errors import worst
 from .lockstep import is_along, run
 
-_WHAT: Final = {GUIDANCE: "guidance branches"}
+_WHAT: Final = {GUIDANCE: "guidance branches", TENSOR: "partial sums"}
 
 
 def controls_along(

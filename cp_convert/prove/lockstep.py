@@ -78,13 +78,10 @@ def run(
                 env[node] = PerRank(tuple(widened(v) if widen else v for v in values))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
-            elif partial is not None and reduces_over(node, partial):
-                env[node] = env[node.all_input_nodes[0]]
-            elif alone is not None and is_along(node, alone):
-                env[node] = _by_itself(node, env)
             else:
-                assert node.op == "call_function", node.format_node()
-                env[node] = _call(node, env, world, widen=widen, own=node in own)
+                env[node] = _left_out(node, env, partial, alone) or _call(
+                    node, env, world, widen=widen, own=node in own
+                )
             if alter is not None and node in env:
                 env[node] = alter(node, env[node])
             if watch is not None and node in env:
@@ -108,6 +105,15 @@ def reduces_over(node: fx.Node, axis: Axis) -> bool:
         axis.flat,
         axis.size,
     )
+
+
+def _left_out(
+    node: fx.Node, env: Mapping[fx.Node, PerRank], partial: Axis | None, alone: Axis | None
+) -> PerRank | None:
+    """What every rank has where ``node`` communicates along an axis on which it must not."""
+    if partial is not None and reduces_over(node, partial):
+        return env[node.all_input_nodes[0]]
+    return _by_itself(node, env) if alone is not None and is_along(node, alone) else None
 
 
 def is_along(node: fx.Node, axis: Axis) -> bool:
@@ -138,6 +144,7 @@ def _call(
         held = [tuple(env[x][rank] for x in operands) for rank in range(world)]
         values = held if len(operands) > 1 else [value for (value,) in held]
         return merged(ops.on_all_ranks(node.target, values, given[len(operands) :]))
+    assert node.op == "call_function", node.format_node()
     differs = own or any(not env[n].is_common for n in node.all_input_nodes)
     count = world if differs else 1
     function: Any = node.target

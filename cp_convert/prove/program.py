@@ -121,10 +121,7 @@ def prove(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
         )
     control = _control(stages, inputs, reference, widen=not is_wide)
-    flat = flat_inputs(stages.rewritten, inputs)
-    controls = controls_along(
-        stages.others, stages.rewritten, flat, reference, widen=not is_wide, least=CONTROL * FLOOR
-    )
+    controls = _controls(stages, inputs, reference, widen=not is_wide)
     return Proof(
         algebra,
         ranks,
@@ -233,6 +230,15 @@ def _control(
             "numbers other than zero, or convert with --no-proof.",
         )
     return control
+
+
+def _controls(
+    stages: Stages, inputs: Mapping[str, Any], reference: Sequence[Tensor], *, widen: bool
+) -> dict[str, Error]:
+    """The same along the mesh's other axes."""
+    program, least = stages.rewritten, CONTROL * FLOOR
+    flat = flat_inputs(program, inputs)
+    return controls_along(stages.others, program, flat, reference, widen=widen, least=least)
 
 
 def _vanishing_point(inputs: Mapping[str, Any], stages: Stages) -> Place | None:

@@ -21,7 +21,6 @@ from .device import exact
 from .layers import LAYERS
 from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 
-
 NOTHING: Final[Mapping[str, tuple[Tensor, ...]]] = {}
 
 

@@ -24,10 +24,10 @@ def all_cuts(dims: Mapping[fx.Node, int], rules: Mapping[fx.Node, Rule]) -> Cuts
     before: Cuts | None = None
     while before != cuts:
         before = dict(cuts)
-        for node in reversed(dims):
+        for node in reversed(list(dims)):
             if node.target is GETITEM:
                 _piece(node, dims, rules, cuts)
-        for node, rule in (*rules.items(), *reversed(rules.items())):
+        for node, rule in (*rules.items(), *reversed(list(rules.items()))):
             _alike(node, rule, cuts)
     return cuts
 

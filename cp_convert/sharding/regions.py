@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from torch import fx
@@ -149,15 +150,13 @@ def _checked(region: Region | str, size: int) -> Region | str:
     region.cuts.update(all_cuts(region.dims, region.rules))
     for node, dim in region.dims.items():
         ends = sorted({0, shape(node)[dim], *region.cuts[node]})
-        for start, stop in zip(ends, ends[1:], strict=False):
+        for start, stop in pairwise(ends):
             if (stop - start) % size:
                 return f"{stop - start} of {node.name} cannot be shared equally by {size} ranks"
     return region
 
 
-def grown(
-    seed: fx.Node, dim: int, rules: Rules, end: fx.Node | None = None
-) -> Region | str:
+def grown(seed: fx.Node, dim: int, rules: Rules, end: fx.Node | None = None) -> Region | str:
     """All that has to be split where ``seed`` is split along ``dim``; or why it cannot be.
 
     ``end`` is gathered at once, so that nobody has to read parts of it.

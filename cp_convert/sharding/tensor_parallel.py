@@ -1,4 +1,4 @@
-"""Tensor parallelism: a dense program comes in, one whose ranks hold slices of its weights goes out.
+"""Tensor parallelism: a dense program comes in, one whose ranks share its weights goes out.
 
 ::
 

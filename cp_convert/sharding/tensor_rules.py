@@ -33,7 +33,7 @@ def tensor_rules_of(node: fx.Node) -> list[Rule]:
 
 def weight_of(node: fx.Node) -> fx.Node | None:
     """The matrix of a linear layer, ``[out, in]`` or ``[in, out]``; ``None`` for what is none."""
-    position = {LINEAR: 1, aten.mm.default: 1, ADDMM: 2}.get(node.target)
+    position = _MATRIX.get(node.target)
     return None if position is None else operands(node)[position]
 
 
@@ -109,9 +109,7 @@ def _within(
     def to_narrow(cuts: frozenset[int]) -> frozenset[int]:
         return frozenset({c % block // inner for c in cuts if not c % inner} - {0})
 
-    carry, back, forth = (
-        (narrowed, to_wide, to_narrow) if split else (widened, to_narrow, to_wide)
-    )
+    carry, back, forth = (narrowed, to_wide, to_narrow) if split else (widened, to_narrow, to_wide)
 
     def localise(args: Any, kwargs: Any, layouts: Layouts) -> Arguments:
         own = carry(layouts[0])
@@ -130,10 +128,8 @@ def _within(
     )
 
 
-def _runs(
-    ins: tuple[int, ...], outs: tuple[int, ...]
-) -> Iterator[tuple[int, list[int], bool]]:
-    """Where one dimension becomes several, or several one: it, them, and whether it is taken apart."""
+def _runs(ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[tuple[int, list[int], bool]]:
+    """Where one dimension becomes several, or several one: it, they, and whether it is apart."""
     i = j = 0
     while i < len(ins) and j < len(outs):
         a, b = [i], [j]
@@ -150,6 +146,7 @@ def _runs(
 
 LINEAR: Final = aten.linear.default
 ADDMM: Final = aten.addmm.default
+_MATRIX: Final[dict[Any, int]] = {LINEAR: 1, aten.mm.default: 1, ADDMM: 2}
 _MORE: Final[dict[Any, Callable[[fx.Node], list[Rule]]]] = {
     LINEAR: _linear,
     ADDMM: _addmm,

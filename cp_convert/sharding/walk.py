@@ -16,7 +16,15 @@ from torch import Tensor, fx
 from ..errors import CannotShard
 from ..ir.layout import Layout
 from ..ir.ops import MARK
-from ..ir.program import Lowered, erase_dead, fake_mode_of, module_of, module_path, shape, source_line
+from ..ir.program import (
+    Lowered,
+    erase_dead,
+    fake_mode_of,
+    module_of,
+    module_path,
+    shape,
+    source_line,
+)
 from ..ir.sharded import Move
 from ..mesh import Axis
 from .parts import PartWriter

@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bundle.folder import Check
-from ..bundle.manifest import Attention, Manifest, Proof
+from ..bundle.manifest import Attention, Manifest, Proof, of_rank
 from ..mesh import SEQUENCE
 from .lora import sets_table
-from .mesh import axes_rows, guidance_line, place_of, ranks_of
+from .mesh import axes_rows, guidance_line, place_of, ranks_of, tensor_line
 from .screen import Screen
 from .words import count, local_of, plural, size, starred, table_of
 
@@ -44,6 +44,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("proof", _proof_line(manifest.proof)),
         ("weights", _weights_line(manifest)),
         *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
+        *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
         ("built by", _backend_line(manifest)),
@@ -139,6 +140,7 @@ def _facts(manifest: Manifest) -> Table:
         ),
         *((f"axis {name}", groups) for name, groups in axes_rows(manifest)),
         *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
+        *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
         ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
         ("runs on", runs_on_line(manifest)),
@@ -167,8 +169,10 @@ def _weights_line(manifest: Manifest) -> str:
         return f"in every engine{shared}"
     files = sorted({weight.file for weight in manifest.weights})
     where = ", ".join(files) if len(files) < 3 else f"{len(files)} files such as {files[0]}"
-    total = sum(weight.bytes for weight in manifest.weights)
-    return f"{plural(len(manifest.weights), 'engine input')}, {size(total)}, from {where}{shared}"
+    own = of_rank(manifest.weights, 0)
+    total = size(sum(weight.bytes for weight in own))
+    each = " of every rank" if len(own) < len(manifest.weights) else ""
+    return f"{plural(len(own), 'engine input')}, {total}{each}, from {where}{shared}"
 
 
 def _engines_table(manifest: Manifest) -> Table:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ..bundle.manifest import Manifest, Proof
+from ..bundle.manifest import Manifest, Proof, of_rank
 from ..version import __version__
 from .mesh import axes_of, guidance_line, place_of, ranks_of
 from .page import STYLE
@@ -122,7 +122,7 @@ def _sites(manifest: Manifest) -> Iterable[Sequence[str]]:
 
 
 def _memory(manifest: Manifest) -> list[tuple[str, int]]:
-    own = {(w.file, w.offset): w.bytes for w in manifest.weights}
+    own = {(w.file, w.offset): w.bytes for w in of_rank(manifest.weights, 0)}
     needs = [e.activation_bytes for e in manifest.engines if e.activation_bytes is not None]
     return [
         ("engine", max((e.bytes for e in manifest.engines), default=0)),

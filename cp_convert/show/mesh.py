@@ -38,6 +38,19 @@ def axes_rows(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
+def tensor_line(manifest: Manifest) -> str | None:
+    """How much of the weights ranks share; ``None`` where each holds all."""
+    known = manifest.tensor
+    if known is None:
+        return None
+    percent = 100 * known.bytes / max(1, known.of_bytes)
+    line = f"{plural(len(known.weights), 'weight')}, {percent:.0f} % of all bytes"
+    if known.whole:
+        first = known.whole[0]
+        line += f"; {plural(len(known.whole), 'attention')} whole: {first.reason} ({first.module})"
+    return line
+
+
 def guidance_line(manifest: Manifest) -> str | None:
     """What the engines do with guidance branches; ``None`` where ranks do not share them."""
     known = manifest.guidance

@@ -150,9 +150,9 @@ def test_the_proof_lends_the_module_other_numbers_and_the_bundle_gets_its_own(
     """The thread that writes is held until the module is in float32 for its reference."""
     is_wide, real = Event(), external.save
 
-    def late(*args: Any) -> Any:
+    def late(*args: Any, **more: Any) -> Any:
         assert is_wide.wait(60)
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(external, "save", late)
     module = torch.nn.Linear(2, 3, bias=False).half()
