@@ -70,6 +70,8 @@ class Placing:
         """
         if self._found is not None:
             return
+        outside = {n: share for n, share in shares.of.items() if n in self._given[0]}
+        shares = replace(shares, of=outside)
         check_space(self._folder, bytes_of_parts(*self._given, shares))
         self._found = self._pool.submit(self._begin, shares=shares)
 

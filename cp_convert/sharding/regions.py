@@ -90,8 +90,9 @@ def regions(graph: fx.Graph, rules: Rules, size: int) -> Found:
                 found.append(region)
     candidates: list[Region] = []
     for node in _matrices(graph):
-        taken = (node in region.dims or node in region.rules for region in (*found, *candidates))
-        if not is_few(node) and not any(taken):
+        taken = any(node in region.rules for region in found)
+        known = any(node in region.dims for region in candidates)  # it would grow to the same
+        if not is_few(node) and not taken and not known:
             region = _checked(grown(node, len(shape(node)) - 1, rules), size)
             candidates += [] if isinstance(region, str) else [region]
     for region in sorted(candidates, key=lambda r: -r.worth):
