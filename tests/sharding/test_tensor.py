@@ -23,6 +23,7 @@ from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL
 from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import networks_of, sharpened, strategy, table, tiny, tiny_inputs
+from tests.runtime.test_tensor import MODELS
 
 WIDTH, HEADS = 96, 12
 Sabotage = Callable[[Lowered, Mesh], Lowered]
@@ -362,3 +363,30 @@ def not_reduced(program: Lowered, mesh: Mesh) -> Lowered:
 def test_planted_faults_are_found(sabotage: Sabotage) -> None:
     with pytest.raises(ProofFailed, match="astray"):
         proven(block(Packed()), inputs(), Mesh.of(4, tp=2), sabotage=sabotage)
+
+
+# ---------------------------------------------------------------- against diffusers' own plans
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
+def test_what_is_found_contains_what_diffusers_plans(name: str) -> None:
+    """Every matrix and bias of ``_tp_plan``, along the same dimension, in the same blocks."""
+    from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
+
+    namespace: dict[str, Any] = {}
+    exec(MODELS[name], namespace)
+    module, given = namespace["build_model"]().eval(), namespace["example_inputs"]()
+    program, _ = trace(module, given, {}, ("img_shapes",) if name == "qwen" else ())
+    _, divided = along_others(decompose(program, table()), Mesh.of(2, tp=2))
+    found = {program.parameters[node]: share for node, share in divided.shares.items()}
+    placeholders = divided.program.graph_module.graph.find_nodes(op="placeholder")
+    read = {program.parameters.get(n.name) for n in placeholders if n.users}
+    planned = resolve_tp_shard_specs(module, module._tp_plan, 2)
+    for parameter, (dim, blocks) in planned.items():
+        if parameter not in read:
+            continue  # the last block's text, which nothing returns
+        if dim is None:
+            assert parameter not in found
+            continue
+        assert found[parameter].dim == dim
+        assert [s.length for s in found[parameter].layout.segments] == blocks, parameter
