@@ -12,7 +12,7 @@ from torch.nn import functional
 from cp_convert.capture.combine import combine
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
-from cp_convert.errors import CannotShard, ProofFailed
+from cp_convert.errors import CannotShard, ProofFailed, UsageError
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.sharded import Guided
 from cp_convert.ir.source import Branches
@@ -236,4 +236,10 @@ def test_one_branch_is_repeated_and_not_copied() -> None:
     assert all(torch.equal(row.flatten().sort().values, x[0].flatten().sort().values) for row in x)
     assert torch.equal(found["ids"], given["ids"].expand(3, -1)), "positions are the same"
     assert found["how"] == "so"
+    kept, _ = branched({"x": given["x"], "ids": given["ids"]}, Takes(), 2, kept=("ids",))
+    assert kept["ids"].shape == (1, 5)
+    same, _ = branched({"x": given["x"], "text": given["text"]}, Takes(), 2, frozen=("text",))
+    assert torch.equal(same["text"], given["text"].expand(2, -1, -1)), "part of the engines"
+    with pytest.raises(UsageError, match="no argument idz"):
+        branched({"x": x}, Takes(), 3, kept=("idz",))
     assert replace(known, widened=False) == branched({"x": x}, Takes(), 3)[1]
