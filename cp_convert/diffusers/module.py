@@ -89,6 +89,7 @@ class Transformer(Refusing, nn.Module):
         forward = self._on_all_ranks if self._branches is None else self._branches.called
         return answered(manifest.forward.returned, forward(given), return_dict)
 
+    @torch.no_grad()
     def _on_all_ranks(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self._ranks.run(given, self._run)
 
