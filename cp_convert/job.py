@@ -50,6 +50,7 @@ class Job:
         tp: how many ranks share every weight.
         combine: name of an input of the engines, the scale of guidance, by which they combine two
             branches; ``None``: they return every branch.
+        unbatched: arguments of forward that have one row whatever the batch is.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
         hardware: what ``auto`` estimates for, see :mod:`cp_convert.advise.hardware`.
@@ -97,6 +98,7 @@ class Job:
     cfg: int = 1
     tp: int = 1
     combine: str | None = None
+    unbatched: tuple[str, ...] = ()
     ulysses: int | None = None
     hardware: str = "h200"
     precision: str | None = None
@@ -160,11 +162,22 @@ class Job:
 
     def _check_mesh(self) -> None:
         sharing = self.mesh.size(SEQUENCE)
+        if self.unbatched and self.cfg == 1:
+            raise UsageError(
+                "--unbatched is for --cfg, which repeats one row of the others.",
+                hint="leave it out.",
+            )
         if self.combine is not None and (self.cfg != 2 or not self.combine.isidentifier()):
             raise UsageError(
                 f"--combine {self.combine}: it names the engines' new input, the scale s in "
                 "uncond + s * (cond - uncond), which two branches have.",
                 hint="--cfg 2 --combine guidance_scale.",
+            )
+        if self.strategy == FUSED and sharing < self.world:
+            raise UsageError(
+                f"--strategy fused --mesh {self.mesh.words}: TensorRT's multi-device attention is "
+                "of all ranks.",
+                hint="another strategy.",
             )
         if (self.strategy == "usp") != (self.ulysses is not None):
             raise UsageError(

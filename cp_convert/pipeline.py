@@ -51,7 +51,7 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
         _check_own_groups(loaded, clock.progress)
-        for told in loaded.source.told:
+        for told in (*loaded.source.told, *_repeated(loaded)):
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
             trace = traced(loaded.source, clock)
@@ -79,6 +79,15 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
 
 def _check_groups(job: Job, backend: Backend, what: str) -> None:
     check_groups(backend.name, backend.version, what, unsafe=job.unsafe_groups)
+
+
+def _repeated(loaded: Loaded) -> Iterator[str]:
+    """What was made of example inputs of one branch; forward may not take it."""
+    if loaded.source.branches.widened:
+        yield (
+            f"the example inputs have one row, which --cfg {loaded.job.cfg} repeats for every "
+            "branch; --unbatched ARGUMENT keeps one as it is"
+        )
 
 
 def _check_own_groups(loaded: Loaded, progress: Progress) -> None:

@@ -136,9 +136,9 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     trace = traced(loaded.source, clock) if trace is None else trace
     key = program_key(loaded.tool, trace) if cache.folder is not None else None
     captured = capture(loaded.source, trace, table, cache, key, clock)
-    captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
+    captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     truth = _measured_further(loaded, captured, truth, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 

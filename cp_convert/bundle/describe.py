@@ -25,6 +25,7 @@ from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_tensor import tensor_entry
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -44,7 +45,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
         guidance=_guidance(made),
-        tensor=_tensor(made),
+        tensor=tensor_entry(made),
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
@@ -118,29 +119,6 @@ def _guidance(made: Made) -> m.Guidance | None:
         inputs=list(made.rewritten.guided.inputs),
         combine=job.combine,
         pairs=known.widened,
-    )
-
-
-def _tensor(made: Made) -> m.Tensor | None:
-    divided, dense = made.rewritten.divided, made.captured.dense
-    if divided.axis.size == 1:
-        return None
-    names = made.captured.signature.parameters
-    return m.Tensor(
-        bytes=sum(dense.state[node].nbytes for node in divided.shares),
-        of_bytes=made.loaded.source.bytes,
-        weights=[
-            m.SharedWeight(
-                name=names[node],
-                dim=share.dim,
-                segments=[segment.length for segment in share.layout.segments],
-            )
-            for node, share in divided.shares.items()
-        ],
-        whole=[
-            m.WholeAttention(module=one.module, source=one.source, reason=one.reason)
-            for one in divided.kept
-        ],
     )
 
 

@@ -31,6 +31,11 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="With --cfg 2: the engines return uncond + s * (cond - uncond), s being a new input "
         "of this name, and not both branches.",
     ),
+    click.option(
+        "--unbatched", multiple=True, metavar="ARGUMENT",
+        help="With --cfg: this argument has one row whatever the batch is, and keeps it; "
+        "repeatable.",
+    ),
     click.option("--tp", type=int, help="Short for --mesh tp=N.  [default: 1]"),
 )  # fmt: skip
 

@@ -72,9 +72,8 @@ def load_transformer(
             )
         )  # fmt: skip
         channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
-        told = {**(manifest.model.config or {}), **(config or {})}
-        ranks = Ranks(channel, check=check)
-        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all(), pairs=pairs)
+        ranks, ends = Ranks(channel, check=check), stack.pop_all()
+        module = kind(opened, where, config=config or {}, ranks=ranks, ends=ends, pairs=pairs)
         return _ended(module, ranks)
 
 

@@ -44,12 +44,13 @@ class Transformer(Refusing, nn.Module):
         pairs: bool = False,
     ) -> None:
         super().__init__()
-        self.config = Config(config)
+        self.config = Config({**(opened.manifest.model.config or {}), **config})
         self.rank, self.world = opened.rank, opened.manifest.world
         self._opened, self._device = opened, device
         manifest = of_one_branch(opened.manifest) if pairs else opened.manifest
-        self._arguments = Arguments(manifest, device)
         self._branches = Branches(opened.manifest, device, self._on_all_ranks) if pairs else None
+        count = 1 if self._branches is None else self._branches.known.branches
+        self._arguments = Arguments(manifest, device, count)
         self._ranks, self._ends = ranks, ends
         # diffusers asks a module's first parameter or buffer where the module is.
         marker = torch.empty(0, dtype=self.dtype, device=device)
@@ -88,6 +89,7 @@ class Transformer(Refusing, nn.Module):
         forward = self._on_all_ranks if self._branches is None else self._branches.called
         return answered(manifest.forward.returned, forward(given), return_dict)
 
+    @torch.no_grad()
     def _on_all_ranks(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self._ranks.run(given, self._run)
 

@@ -61,12 +61,9 @@ class Branches:
         self.outputs = [one for one in manifest.io if one.mode == "output"]
         self._group = _Group()
 
-    def settle(self) -> None:
+    def _settle(self, group: _Group) -> None:
         """Compute what was called; the next call begins another group."""
-        group, self._group = self._group, _Group()
-        count = len(group.calls)
-        if not count:
-            return
+        self._group, count = _Group(), len(group.calls)
         # Branches that did not come are copies of the last one; nobody reads theirs.
         calls = [*group.calls, *[group.calls[-1]] * (self.known.branches - count)]
         outputs = self.run({name: self._joined(name, calls) for name in calls[0]})
@@ -82,14 +79,14 @@ class Branches:
         group, number = self._group, len(self._group.calls)
         group.calls.append(given)
         if number + 1 == self.known.branches:
-            self.settle()
+            self._settle(group)
             return group.results[number]
         return {io.name: self._promise(io, group, number) for io in self.outputs}
 
     def _promise(self, io: Io, group: _Group, number: int) -> Tensor:
         def find() -> Tensor:
             if not group.results:
-                self.settle()
+                self._settle(group)
             return group.results[number][io.name]
 
         return Promised(self._sizes(io), getattr(torch, io.dtype), self.device, find)

@@ -29,6 +29,7 @@ class Promised(Tensor):
 
     _find: Find
     _value: Tensor | None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import UsageError
 from ..ir.source import Branches
+from ..words import near
 
 SCALE: Final = 4.0
 """Example value of the scale: as pipelines have it, and exact in every type."""
@@ -27,6 +28,7 @@ def branched(
     module: nn.Module,
     count: int,
     combine: str | None = None,
+    kept: Collection[str] = (),
     frozen: Collection[str] = (),
 ) -> tuple[dict[str, Any], Branches]:
     """Example inputs with ``count`` branches, and what was found and done.
@@ -40,14 +42,21 @@ def branched(
         module: whose forward it is.
         count: how many branches.
         combine: name of the input that has the scale, where the engines combine them.
-        frozen: arguments that become part of the engines, as they are.
+        kept: arguments without a batch, which stay as they are.
+        frozen: arguments that become part of the engines, the same ones for every branch.
 
     Raises:
         UsageError: the batch has not as many rows, or a multiple; or the name is taken.
     """
     if count == 1:
         return dict(inputs), Branches()
-    rows = _rows(inputs, module, frozen)
+    unknown = sorted(set(kept) - set(inputs))
+    if unknown:
+        raise UsageError(
+            f"the example inputs have no argument {unknown[0]}, which --unbatched names.",
+            hint=near(unknown[0], inputs),
+        )
+    rows = _rows(inputs, module, {*kept, *frozen})
     if rows > 1 and rows % count:
         raise UsageError(
             f"--cfg {count}: the example inputs have a batch of {rows}, which {count} branches do "
@@ -61,13 +70,13 @@ def branched(
         )
     added = {} if combine is None else {combine: torch.tensor([SCALE])}
     known = Branches(max(rows, count), rows == 1, added)
-    return (_widened(inputs, count, frozen) if rows == 1 else dict(inputs)), known
+    return (_widened(inputs, count, kept, frozen) if rows == 1 else dict(inputs)), known
 
 
-def _rows(inputs: Mapping[str, Any], module: nn.Module, frozen: Collection[str]) -> int:
+def _rows(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
     """The batch: how many rows forward's first tensor of two dimensions or more has."""
     parameters = inspect.signature(module.forward).parameters
-    given = [inputs[name] for name in parameters if name in inputs and name not in frozen]
+    given = [inputs[name] for name in parameters if name in inputs and name not in others]
     leaves = pytree.tree_leaves(given)
     found = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
     if not found:
@@ -78,19 +87,32 @@ def _rows(inputs: Mapping[str, Any], module: nn.Module, frozen: Collection[str])
     return int(found[0])
 
 
-def _widened(inputs: Mapping[str, Any], count: int, frozen: Collection[str]) -> dict[str, Any]:
+def _widened(
+    inputs: Mapping[str, Any], count: int, kept: Collection[str], frozen: Collection[str]
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def widened(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != 1:
             return leaf
-        others = [_shuffled(leaf, generator) for _ in range(count - 1)]
-        return torch.cat([leaf, *others])
+        return torch.cat([leaf, *(_shuffled(leaf, generator) for _ in range(count - 1))])
 
-    return {
-        name: value if name in frozen else pytree.tree_map(widened, value)
-        for name, value in inputs.items()
-    }
+    def own(name: str, value: Any) -> Any:
+        if name in kept:
+            return value
+        return repeated(value, count) if name in frozen else pytree.tree_map(widened, value)
+
+    return {name: own(name, value) for name, value in inputs.items()}
+
+
+def repeated(value: Any, count: int) -> Any:
+    """Tensors of one row in ``value`` with ``count`` equal ones."""
+
+    def copies(leaf: Any) -> Any:
+        is_row = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == 1
+        return torch.cat([leaf] * count) if is_row else leaf
+
+    return pytree.tree_map(copies, value)
 
 
 def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:

@@ -92,7 +92,8 @@ def _inputs(
 ) -> tuple[dict[str, Any], Branches]:
     """The example inputs in the job's precision, with all guidance branches."""
     inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
-    return branched(inputs, given.module, job.cfg, job.combine, freeze)
+    kept, combine = job.unbatched, job.combine
+    return branched(inputs, given.module, job.cfg, combine, kept=kept, frozen=freeze)
 
 
 def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:

@@ -36,7 +36,7 @@ def split_branches(program: Lowered, axis: Axis) -> Guided:
     walk = _BatchWalk(program, axis)
     walk.run()
     _check(walk)
-    split = {move.operator for move in walk.moves if move.kind == "split"}
+    split = {move.operator for move in walk.moves if move.kind == "split" and move.dim == 0}
     return Guided(
         replace(program, graph_module=walk.module(), outputs=walk.outputs),
         tuple(binding.name for binding in program.inputs if binding.node in split),

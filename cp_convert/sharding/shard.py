@@ -5,7 +5,7 @@ dimension, or both. An operator for which :mod:`.rules` knows how to work on par
 operands are parts; any other is given whole tensors. A whole tensor becomes a part by a slice,
 which costs nothing; a part becomes whole by an all-gather, which is right wherever it happens. So
 no wrong program can come out of a missing rule, only one that communicates more, and
-:class:`Move` tells where.
+:class:`..ir.sharded.Move` tells where.
 
 Where splitting begins is said by the plan's marks (``cp::mark``) or found by :mod:`.propagation`.
 """

@@ -31,7 +31,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         strategy="ulysses",
         axes={"cp": world},
         groups={},
-        guidance=None,
+        guidance=None, tensor=None,
         layout="per-rank",
         weights_mode="embedded",
         weights=[],

@@ -140,6 +140,7 @@ def test_a_promise_waits_through_views_and_is_kept_by_the_last_call() -> None:
 def test_a_promise_that_is_looked_at_early_costs_a_forward_and_is_right() -> None:
     both, ran = branches()
     alone = both.called(given(1.0))["y"] + 0
+    assert type(alone) is Tensor
     assert alone.tolist() == [[2.0] * 4]
     pair = [both.called(given(v))["y"] for v in (3.0, 4.0)]
     assert [float(x.sum()) for x in pair] == [24, 32]
@@ -148,7 +149,9 @@ def test_a_promise_that_is_looked_at_early_costs_a_forward_and_is_right() -> Non
 
 def test_what_is_taken_once_must_be_the_same_in_all_calls() -> None:
     both, _ = branches()
-    both.called(given(1.0, t=1.0))
+    first = both.called(given(1.0, t=1.0))["y"]
     with pytest.raises(UsageError, match="t differs between the calls of one step"):
         both.called(given(2.0, t=2.0))
+    with pytest.raises(UsageError, match="t differs"):
+        first + 1
     assert float(both.called(given(1.0))["y"].sum()) == 8, "nothing is left of them"

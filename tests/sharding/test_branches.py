@@ -9,22 +9,28 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from cp_convert.backends import BACKENDS
 from cp_convert.capture.combine import combine
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
-from cp_convert.errors import CannotShard, ProofFailed
+from cp_convert.engine.build import prepare
+from cp_convert.engine.lower import lower
+from cp_convert.engine.specialise import specialise
+from cp_convert.errors import CannotShard, ProofFailed, UsageError
+from cp_convert.ir import ops
+from cp_convert.ir.program import Lowered
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.sharded import Guided
 from cp_convert.ir.source import Branches
 from cp_convert.mesh import GUIDANCE, Mesh
 from cp_convert.model.branches import branched
 from cp_convert.model.cast import cast_inputs, cast_module
-from cp_convert.prove import Stages, measure, prove
+from cp_convert.prove import Stages, measure, prove, prove_networks
 from cp_convert.sharding.branches import split_branches
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL
 from cp_convert.strategies.rewrite import rewrite
-from tests.conftest import strategy, table, tiny, tiny_inputs
+from tests.conftest import networks_of, strategy, table, tiny, tiny_inputs
 from tests.sharding.test_shard import Attends, model, sdpa, tokens
 
 Sabotage = Callable[[fx.Graph, Mesh], None]
@@ -39,8 +45,9 @@ def proven(
     *,
     branches: Branches = NONE,
     sabotage: Sabotage | None = None,
+    seen: list[Lowered] | None = None,
 ) -> tuple[Proof, Guided]:
-    """What the proof says of ``module`` on this mesh, after ``sabotage``."""
+    """What the proof says of ``module`` on this mesh, after ``sabotage``; ``seen`` is proven."""
     truth = measure(module, inputs, branches=branches)
     program, _ = trace(module, inputs, {})
     dense = combine(decompose(program, table()), branches)
@@ -51,19 +58,25 @@ def proven(
     done, outcomes = rewrite(split, strategy(name, axis.size), name, axis, table())
     if sabotage is not None:
         sabotage(done.graph_module.graph, mesh)
+    if seen is not None:
+        seen.append(done)
     sites = [(o.site, o.node) for o in outcomes]
     stages = Stages(dense, control, done, done, sites, axis, mesh.others)
     return prove(truth, {**inputs, **branches.added}, stages), guided
 
 
-@pytest.mark.parametrize(
-    ("cfg", "cp", "batch", "name"),
-    [
-        (2, 1, 2, "ulysses"), (3, 1, 3, "ring"), (4, 1, 8, "ulysses"),
-        (2, 2, 2, "ulysses"), (2, 2, 4, "ring"), (2, 3, 2, "allgather-kv"),
-        (2, 4, 2, "usp"), (3, 2, 6, "stream-kv"), (4, 2, 4, "ring"),
-    ],
-)  # fmt: skip
+SELDOM = pytest.mark.slow
+MESHES = [
+    (2, 1, 2, "ulysses"), (3, 1, 3, "ring"), (4, 1, 8, "ulysses"), (2, 2, 2, "ulysses"),
+    (3, 2, 6, "stream-kv"), *(
+        pytest.param(*mesh, marks=SELDOM) for mesh in (
+            (2, 2, 4, "ring"), (2, 3, 2, "allgather-kv"), (2, 4, 2, "usp"), (4, 2, 4, "ring"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cfg", "cp", "batch", "name"), MESHES)
 def test_every_rank_returns_every_branch(cfg: int, cp: int, batch: int, name: str) -> None:
     proof, guided = proven(tiny(), tiny_inputs(batch), Mesh.of(cfg * cp, cfg), name)
     assert len(proof.ranks) == cfg * cp
@@ -194,6 +207,28 @@ def test_branches_are_combined_by_one_all_reduce(
     assert proof.reference[0].shape[0] == batch // 2
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("combined", [True, False])
+def test_networks_have_groups_of_both_axes(combined: bool) -> None:
+    prepare(BACKENDS["tensorrt-rtx"])
+    module, inputs, mesh = tiny(), tiny_inputs(), Mesh.of(4, 2)
+    branches = scaled(2) if combined else NONE
+    made: list[Lowered] = []
+    proof, _ = proven(module, inputs, mesh, branches=branches, seen=made)
+    lowered = lower(made[0])
+    networks = networks_of(lowered, 4)
+    flat = {**inputs, **branches.added}
+    assert prove_networks(networks, flat, proof, lowered).ranks[0].max < 1e-5
+    called = [
+        list(node.args[-2])
+        for node in specialise(lowered, 3).graph_module.graph.nodes
+        if node.target in ops.COLLECTIVES
+    ]
+    along_cfg, along_cp = [1, 3, 0, 2], [2, 3, 0, 1]
+    assert called.count(along_cfg) == 1, "rank 3's own group stands first"
+    assert called.count(along_cp) == len(called) - 1 > 1
+
+
 def test_the_scale_is_an_input_and_the_first_half_is_uncond() -> None:
     module, inputs = tiny(), tiny_inputs(2)
     uncond, cond = module(**inputs).detach().chunk(2)
@@ -236,4 +271,10 @@ def test_one_branch_is_repeated_and_not_copied() -> None:
     assert all(torch.equal(row.flatten().sort().values, x[0].flatten().sort().values) for row in x)
     assert torch.equal(found["ids"], given["ids"].expand(3, -1)), "positions are the same"
     assert found["how"] == "so"
+    kept, _ = branched({"x": given["x"], "ids": given["ids"]}, Takes(), 2, kept=("ids",))
+    assert kept["ids"].shape == (1, 5)
+    same, _ = branched({"x": given["x"], "text": given["text"]}, Takes(), 2, frozen=("text",))
+    assert torch.equal(same["text"], given["text"].expand(2, -1, -1)), "part of the engines"
+    with pytest.raises(UsageError, match="no argument idz"):
+        branched({"x": x}, Takes(), 3, kept=("idz",))
     assert replace(known, widened=False) == branched({"x": x}, Takes(), 3)[1]

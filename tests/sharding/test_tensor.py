@@ -324,8 +324,6 @@ def stale_group(program: Lowered, mesh: Mesh) -> Lowered:
     return _edited(program, edit)
 
 
-
-
 def swapped(program: Lowered, mesh: Mesh) -> Lowered:
     """Members hold each other's rows of one matrix."""
     assert isinstance(program.own, Shared)
