@@ -232,7 +232,8 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
             hardware = read_hardware(job.hardware)
             backend = begun.loaded.backend
             groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
-            name, factor = cheapest(sharded, axis, hardware, source.bytes, table, groups=groups)
+            held = source.bytes - divided.spared
+            name, factor = cheapest(sharded, axis, hardware, held, table, groups=groups)
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)

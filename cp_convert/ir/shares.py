@@ -120,6 +120,12 @@ class Divided:
     moves: tuple[Move, ...]
     kept: tuple[Kept, ...]
 
+    @property
+    def spared(self) -> int:
+        """Bytes of weights that a rank leaves to the others."""
+        parts = sum(self.program.state[name].nbytes for name in self.shares)
+        return (self.axis.size - 1) * parts
+
     def named(self, names: Mapping[str, str]) -> Shares:
         """The shares by other ``names`` of the placeholders."""
         return Shares({names[node]: share for node, share in self.shares.items()}, self.axis)
