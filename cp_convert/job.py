@@ -11,6 +11,7 @@ from typing import Final
 import psutil
 
 from .errors import UsageError
+from .mesh import SEQUENCE, Mesh
 
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "stream-kv", "ulysses", "usp")
 FUSED: Final = "fused"
@@ -45,6 +46,11 @@ class Job:
             shortest estimated forward that fits into memory.
         world: the world size, at least 1.
         out: directory of the bundle.
+        cfg: how many groups of ranks share the guidance branches of a batch.
+        tp: how many ranks share every weight.
+        combine: name of an input of the engines, the scale of guidance, by which they combine two
+            branches; ``None``: they return every branch.
+        unbatched: arguments of forward that have one row whatever the batch is.
         ulysses: for ``usp``, how many neighbouring ranks exchange heads for tokens; the others
             form the ring.
         hardware: what ``auto`` estimates for, see :mod:`cp_convert.advise.hardware`.
@@ -89,6 +95,10 @@ class Job:
     strategy: str
     world: int
     out: Path
+    cfg: int = 1
+    tp: int = 1
+    combine: str | None = None
+    unbatched: tuple[str, ...] = ()
     ulysses: int | None = None
     hardware: str = "h200"
     precision: str | None = None
@@ -134,15 +144,7 @@ class Job:
                 f"--world {self.world}: a world has at least one rank.",
                 hint="--world 1 builds one plain engine; 2 and more distribute the attention.",
             )
-        if (self.strategy == "usp") != (self.ulysses is not None):
-            raise UsageError(
-                "--strategy usp needs --ulysses and --ring, and no other strategy has them.",
-                hint="--strategy usp --ulysses 4 --ring 2 takes eight ranks.",
-            )
-        if self.ulysses is not None and (self.ulysses < 1 or self.world % self.ulysses):
-            raise UsageError(
-                f"--ulysses {self.ulysses}: {self.world} ranks cannot be put into such groups."
-            )
+        self._check_mesh()
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
@@ -156,6 +158,35 @@ class Job:
             raise UsageError(
                 f"--tiny and --resolution are for presets; {self.model} is a Python file.",
                 hint="its build_model() and example_inputs() say how large it is.",
+            )
+
+    def _check_mesh(self) -> None:
+        sharing = self.mesh.size(SEQUENCE)
+        if self.unbatched and self.cfg == 1:
+            raise UsageError(
+                "--unbatched is for --cfg, which repeats one row of the others.",
+                hint="leave it out.",
+            )
+        if self.combine is not None and (self.cfg != 2 or not self.combine.isidentifier()):
+            raise UsageError(
+                f"--combine {self.combine}: it names the engines' new input, the scale s in "
+                "uncond + s * (cond - uncond), which two branches have.",
+                hint="--cfg 2 --combine guidance_scale.",
+            )
+        if self.strategy == FUSED and sharing < self.world:
+            raise UsageError(
+                f"--strategy fused --mesh {self.mesh.words}: TensorRT's multi-device attention is "
+                "of all ranks.",
+                hint="another strategy.",
+            )
+        if (self.strategy == "usp") != (self.ulysses is not None):
+            raise UsageError(
+                "--strategy usp needs --ulysses and --ring, and no other strategy has them.",
+                hint="--strategy usp --ulysses 4 --ring 2 takes eight ranks.",
+            )
+        if self.ulysses is not None and (self.ulysses < 1 or sharing % self.ulysses):
+            raise UsageError(
+                f"--ulysses {self.ulysses}: {sharing} ranks cannot be put into such groups."
             )
 
     def _check_precision(self) -> None:
@@ -179,9 +210,17 @@ class Job:
         return self.model.suffix == ".toml"
 
     @property
-    def names_groups(self) -> bool:
-        """Whether its strategy communicates in a part of the ranks; ``auto`` is not decided yet."""
-        return self.ulysses is not None and 1 < self.ulysses < self.world
+    def mesh(self) -> Mesh:
+        """How the ranks are arranged."""
+        return Mesh.of(self.world, self.cfg, self.tp)
+
+    @property
+    def named_groups(self) -> str | None:
+        """The option that has a part of the ranks communicate; ``auto`` is not decided yet."""
+        if self.mesh.names_groups:
+            return f"--mesh {self.mesh.words}"
+        is_split = self.ulysses is not None and 1 < self.ulysses < self.mesh.size(SEQUENCE)
+        return "--strategy usp" if is_split else None
 
     @property
     def workers(self) -> int:

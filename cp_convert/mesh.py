@@ -1,7 +1,8 @@
 """Ranks, axes and groups: pure arithmetic, no torch, no environment.
 
 Ranks are numbered row-major over the axes, the last axis varying fastest, as in
-``torch.distributed.DeviceMesh``. A mesh of one axis is what a plain ``--world N`` means.
+``torch.distributed.DeviceMesh``. Sizes come in (``--world 8 --mesh cfg=2,tp=2``), groups of ranks
+go out. docs/adr/0020 says why the axes stand in this order.
 """
 
 from __future__ import annotations
@@ -9,8 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Final
 
 from .errors import UsageError
+
+GUIDANCE: Final = "cfg"
+SEQUENCE: Final = "cp"
+TENSOR: Final = "tp"
+AXES: Final = (GUIDANCE, SEQUENCE, TENSOR)
+"""Outermost first. Neighbours have the fastest wires, so that the axis with the most traffic is
+innermost: tensor parallelism reduces every block's whole activations twice, context parallelism
+exchanges a share of Q, K, V and O once, guidance gathers the output once a forward."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,50 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Named axes and their sizes, for example ``(("cp", 8),)``."""
+    """Named axes and their sizes, for example ``(("cfg", 2), ("cp", 4), ("tp", 1))``."""
 
     axes: tuple[tuple[str, int], ...]
 
     @classmethod
     def line(cls, world: int) -> Mesh:
         """A mesh of one axis called ``cp``."""
-        return cls((("cp", world),))
+        return cls(((SEQUENCE, world),))
+
+    @classmethod
+    def of(cls, world: int, cfg: int = 1, tp: int = 1) -> Mesh:
+        """``world`` ranks over :data:`AXES`; the sequence has what guidance and weights leave.
+
+        Raises:
+            UsageError: they leave no whole number of ranks.
+        """
+        for name, size in ((GUIDANCE, cfg), (TENSOR, tp)):
+            if size < 1:
+                raise UsageError(f"--{name} {size}: an axis has at least one rank.")
+        if world % (cfg * tp):
+            raise UsageError(
+                f"--cfg {cfg} times --tp {tp} does not divide the world of {world}.",
+                hint=f"--world {cfg * tp} or a multiple of it.",
+            )
+        return cls(((GUIDANCE, cfg), (SEQUENCE, world // (cfg * tp)), (TENSOR, tp)))
+
+    @classmethod
+    def sizes(cls, text: str) -> dict[str, int]:
+        """What ``--mesh`` says, by axis: ``cfg=2,tp=2,cp=2``.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, size = (word.strip() for word in part.partition("="))
+            if name not in AXES or not size.isdecimal() or int(size) < 1 or name in found:
+                raise UsageError(
+                    f"--mesh {text}: {part.strip()!r} is not one of cfg=N, cp=N and tp=N, each "
+                    "once.",
+                    hint="--mesh cfg=2,tp=2,cp=2 takes eight ranks.",
+                )
+            found[name] = int(size)
+        return found
 
     @property
     def world(self) -> int:
@@ -84,6 +130,51 @@ class Mesh:
         stride = prod(s for _, s in self.axes[position + 1 :])
         starts = [r for r in self.ranks if (r // stride) % size == 0]
         return Axis(name, tuple(tuple(s + i * stride for i in range(size)) for s in starts))
+
+    def size(self, name: str) -> int:
+        """How many ranks the axis called ``name`` has; 1 where there is none."""
+        return dict(self.axes).get(name, 1)
+
+    @property
+    def words(self) -> str:
+        """The axes that communicate, as ``--mesh`` takes them: ``cfg=2,cp=4``."""
+        return ",".join(f"{name}={size}" for name, size in self.axes if size > 1)
+
+    @property
+    def others(self) -> tuple[Axis, ...]:
+        """The axes that communicate, besides the sequence's."""
+        return tuple(self.axis(name) for name, n in self.axes if name != SEQUENCE and n > 1)
+
+    @property
+    def names_groups(self) -> bool:
+        """Whether an axis communicates in a part of the ranks."""
+        return any(1 < size < self.world for _, size in self.axes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where ``rank`` stands on every axis."""
+        found = {}
+        for name, size in reversed(self.axes):
+            rank, found[name] = divmod(rank, size)
+        return dict(reversed(found.items()))
+
+    def sequence(self, own: Iterable[Axis] = ()) -> Axis:
+        """The ranks that share a sequence, in groups.
+
+        Args:
+            own: groups in which the model communicates by itself, see :meth:`free`.
+
+        Raises:
+            UsageError: ``own`` beside other axes, or cells of different sizes.
+        """
+        taken = tuple(own)
+        if not taken:
+            return self.axis(SEQUENCE)
+        if self.size(SEQUENCE) < self.world:
+            raise UsageError(
+                f"--mesh {self.words}: the model has process groups of its own.",
+                hint="leave --cfg, --tp and --mesh out: its groups are the other axes.",
+            )
+        return Mesh.line(self.world).free(taken)
 
     @property
     def whole(self) -> Axis:

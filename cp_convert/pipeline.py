@@ -18,7 +18,6 @@ from .cache.store import Cache
 from .capture.capture import traced
 from .ir.records import Loaded, Traced
 from .job import FUSED, Job
-from .mesh import Mesh
 from .model.load import load, surroundings
 from .progress import Clock, Progress
 from .prove import check_device
@@ -37,7 +36,8 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     check_device(job.proof_device)
     check_target(job.out, force=job.force)
     check_gpu(backend, fused=job.strategy == FUSED)
-    _check_groups(job, backend, "--strategy usp", named=job.names_groups)
+    if job.named_groups is not None:
+        _check_groups(job, backend, job.named_groups)
     with staged(job.out) as folder:
         manifest = _converted(job, backend, folder, cache, clock)
         publish(folder, job.out, manifest, force=job.force)
@@ -51,7 +51,7 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
         _check_own_groups(loaded, clock.progress)
-        for told in loaded.source.told:
+        for told in (*loaded.source.told, *_repeated(loaded)):
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
             trace = traced(loaded.source, clock)
@@ -77,19 +77,27 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
         return manifest
 
 
-def _check_groups(job: Job, backend: Backend, what: str, *, named: bool) -> None:
-    if named:
-        check_groups(backend.name, backend.version, what, unsafe=job.unsafe_groups)
+def _check_groups(job: Job, backend: Backend, what: str) -> None:
+    check_groups(backend.name, backend.version, what, unsafe=job.unsafe_groups)
+
+
+def _repeated(loaded: Loaded) -> Iterator[str]:
+    """What was made of example inputs of one branch; forward may not take it."""
+    if loaded.source.branches.widened:
+        yield (
+            f"the example inputs have one row, which --cfg {loaded.job.cfg} repeats for every "
+            "branch; --unbatched ARGUMENT keeps one as it is"
+        )
 
 
 def _check_own_groups(loaded: Loaded, progress: Progress) -> None:
     """Refuse a model's own groups where they are ignored; tell where the result may not run."""
     job, backend, own = loaded.job, loaded.backend, loaded.source.groups.values()
     ranks = [group for axis in own for group in axis.groups]
-    ranks += Mesh.line(job.world).free(own).groups
-    parts = are_parts(ranks, job.world)
-    _check_groups(job, backend, f"{job.model} has process_groups and", named=parts)
-    parts = parts or job.names_groups
+    ranks += job.mesh.sequence(own).groups
+    parts = job.named_groups is not None or are_parts(ranks, job.world)
+    if own and parts:
+        _check_groups(job, backend, f"{job.model} has process_groups and")
     if why := doubt(backend.name, backend.version, devices=job.world > 1, groups=parts):
         progress.note(f"{why} ({NEWER[backend.name]}).")
 
@@ -105,7 +113,9 @@ def _loaded(
             job = replace(job, precision=source.precision)
             check_space(job.out, bytes_needed(job, source))
             outside, located = source.parameters_outside, source.located
-            placing = Placing(outside, located, folder, copy=job.copy_weights, cache=cache)
+            placing = Placing(
+                outside, located, folder, copy=job.copy_weights, cache=cache, waits=job.tp > 1
+            )
             values = values_key(job, source) if cache.folder is not None else None
         with placing:
             yield Loaded(job, backend, source, tool, values, folder), placing

@@ -32,9 +32,12 @@ from .cache.store import ENGINE, Cache, key_of
 from .errors import CannotLower
 from .files import file_state, place
 from .ir.identity import readable
+from .ir.layout import Layout
+from .ir.shares import Share, Shares
 from .ir.source import Source
 from .ir.tensors import numbers
 from .job import AUTO, EXTERNAL_FROM, Job
+from .mesh import TENSOR
 
 _MANIFEST: Final = "manifest.json"
 _ENGINES: Final = "engines.json"
@@ -134,9 +137,8 @@ def recall(
         if found is None:
             return None
         files[engine] = found / ENGINE
-    weights = [
-        w if w.file == CONSTANTS else weight_entry(placing.weights[w.name]) for w in known.weights
-    ]
+    placing.share(_shares(known, job))
+    weights = [w if w.file == CONSTANTS else _found(placing, w) for w in known.weights]
     if [_content(w) for w in weights] != [_content(w) for w in known.weights]:
         return None
     for name, engine in engines.items():
@@ -151,6 +153,17 @@ def recall(
         proof=replace(known.proof, recalled=known.proof.status == "passed"),
         command=job.command,
     )
+
+
+def _shares(known: m.Manifest, job: Job) -> Shares:
+    axis, told = job.mesh.axis(TENSOR), () if known.tensor is None else known.tensor.weights
+    return Shares({w.name: Share(w.dim, Layout.even(w.segments, axis.size)) for w in told}, axis)
+
+
+def _found(placing: Placing, told: m.Weight) -> m.Weight:
+    """Where the same weight, or the same ranks' part of it, is now."""
+    found = map(weight_entry, placing.weights[told.name])
+    return next((one for one in found if one.ranks == told.ranks), told)
 
 
 def _content(weight: m.Weight) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
+from .capture.combine import combine
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
@@ -44,7 +46,6 @@ from .ir.records import (
 from .ir.source import Source
 from .ir.tensors import Weight
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
-from .mesh import Mesh
 from .progress import Clock
 from .prove import (
     Stages,
@@ -58,6 +59,7 @@ from .prove import (
     prove_networks,
 )
 from .releases import release_of
+from .sharding.others import along_others
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
@@ -109,7 +111,7 @@ def make(
     job = loaded.job
     with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
         begun = begin(loaded, trace, cache, clock)
-        made = build(begun, pool, cache, clock)
+        made = build(begun, pool, cache, clock, placing)
     made = check_networks(made, clock)
     made = replace(made, weights=_weights(made, placing, clock))
     made = replace(made, program=_stored(made, placing, clock))
@@ -136,23 +138,46 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     captured = capture(loaded.source, trace, table, cache, key, clock)
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
+    captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     truth = _measured_further(loaded, captured, truth, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 
 
-def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
+def build(
+    begun: Begun, pool: Pool, cache: Cache, clock: Clock, placing: Placing | None = None
+) -> Made:
     """Shard, rewrite, lower, prove and build, by the job's strategy; nothing else is made yet.
+
+    Args:
+        begun: the program, and what it has to compute.
+        pool: of workers.
+        cache: knows engines that were built before.
+        clock: times the stages.
+        placing: is told which ranks share which weights, as soon as that is known.
 
     Raises:
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
     loaded, captured = begun.loaded, begun.captured
-    rewritten = _rewritten(begun, clock)
-    emitted = _emitted(rewritten, captured, loaded.source, clock)
-    proof = _proven(begun, rewritten, emitted, clock)
+    rewritten, emitted, proof = program_of(begun, clock, placing)
     built = _built(loaded, emitted, pool, cache, clock)
     built = replace(built, workarounds=begun.workarounds)
     return Made(loaded, captured, rewritten, emitted, proof, built, None)
+
+
+def program_of(
+    begun: Begun, clock: Clock, placing: Placing | None = None
+) -> tuple[Rewritten, Emitted, Proof | None]:
+    """The part of :func:`build` that needs no TensorRT: the program, as it was made and proven.
+
+    Raises:
+        ConvertError: the strategy or the mesh does not fit, or the proof failed.
+    """
+    rewritten = _rewritten(begun, clock)
+    if placing is not None:
+        placing.share(rewritten.divided.named(begun.captured.signature.parameters))
+    emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
+    return rewritten, emitted, _proven(begun, rewritten, emitted, clock)
 
 
 def check_networks(made: Made, clock: Clock) -> Made:
@@ -172,7 +197,9 @@ def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
     with clock.stage("measure"):
         device = check_device(job.proof_device)
         rounded = RESIDUAL not in job.float32
-        return measure(source.module, source.inputs, device, rounded=rounded)
+        return measure(
+            source.module, source.inputs, device, rounded=rounded, branches=source.branches
+        )
 
 
 def _measured_further(
@@ -189,25 +216,29 @@ def _measured_further(
     with clock.stage("measure"):
         if truth is None:
             return measure_ranks(program, source.inputs, job.world, device)
-        return measure_program(truth, program, source.inputs, device)
+        return measure_program(truth, program, source.all_inputs, device)
 
 
 def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
     job, source, table = begun.loaded.job, begun.loaded.source, begun.table
-    axis = Mesh.line(job.world).free(source.groups.values())
+    axis = job.mesh.sequence(source.groups.values())
+    mesh, dense = job.mesh, begun.captured.dense
+    with clock.stage("split") if mesh.others else nullcontext():
+        guided, divided = along_others(dense, mesh)
     with clock.stage("shard"):
-        sharded = shard(begun.captured.dense, axis)
+        sharded = shard(divided.program, axis)
     if job.strategy == AUTO:
         with clock.stage("choose"):
             hardware = read_hardware(job.hardware)
             backend = begun.loaded.backend
             groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
-            name, factor = cheapest(sharded, axis, hardware, source.bytes, table, groups=groups)
+            held = source.bytes - divided.spared
+            name, factor = cheapest(sharded, axis, hardware, held, table, groups=groups)
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
         program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-    return Rewritten(job, axis, sharded, program, outcomes)
+    return Rewritten(job, axis, guided, divided, sharded, program, outcomes)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
@@ -237,19 +268,20 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
 def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) -> Proof | None:
     if begun.truth is None:
         return None
-    job, axis, inputs = begun.loaded.job, rewritten.axis, begun.loaded.source.inputs
+    job, axis, inputs = begun.loaded.job, rewritten.axis, begun.loaded.source.all_inputs
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
         dense = begun.captured.dense
-        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis)
+        others, done = job.mesh.others, emitted.rewritten
+        stages = Stages(dense, control, done, emitted.program, sites, axis, others)
         device = check_device(job.proof_device)
         return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
     """Engines of all ranks; with the layout ``shared`` one, under all their names."""
-    world = Mesh.line(loaded.job.world).ranks
+    world = loaded.job.mesh.ranks
     ranks = world if emitted.layout == "per-rank" else range(1)
     with clock.stage("build", total=len(ranks)):
         wanted = Wanted(
@@ -273,10 +305,13 @@ def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
     program = emitted.program
     with clock.stage("replay"):
         networks = [engine.network for engine in engines if engine.network is not None]
-        inputs = flat_inputs(program, made.loaded.source.inputs)
-        inputs |= {name: program.state[node] for node, name in emitted.names.items()}
+        inputs = flat_inputs(program, made.loaded.source.all_inputs)
+        shared = {node: name for node, name in emitted.names.items() if node in program.own}
+        whole = emitted.names.keys() - shared
+        inputs |= {emitted.names[node]: program.state[node] for node in whole}
+        own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        return prove_networks(networks, inputs, made.proof, program, device)
+        return prove_networks(networks, inputs, made.proof, program, device, own)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
@@ -288,8 +323,8 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
 
 def _weights(made: Made, placing: Placing, clock: Clock) -> tuple[Weight, ...]:
     with clock.stage("weights"):
-        found = placing.weights | store(made.emitted.constants, made.loaded.folder)
-        return tuple(found[name] for name in made.emitted.names.values())
+        found = {**placing.weights, **store(made.emitted.constants, made.loaded.folder)}
+        return tuple(one for name in made.emitted.names.values() for one in found[name])
 
 
 def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
@@ -303,4 +338,4 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
         files = write_program(emitted.rewritten, names, made.loaded.folder)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)
-        return StoredProgram(*files, tuple(rest))
+        return StoredProgram(*files, tuple(one for of_one in rest for one in of_one))

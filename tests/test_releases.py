@@ -53,10 +53,19 @@ def test_a_group_is_a_part_of_the_ranks() -> None:
     assert not are_parts([(0,), (1,)], 2)
 
 
-@pytest.mark.parametrize(("ulysses", "named"), [(1, False), (2, True), (4, False)])
-def test_usp_with_a_factor_of_one_names_no_groups(ulysses: int, named: bool) -> None:
-    job = Job(EXAMPLES / "plain_dit.py", "usp", 4, Path("out"), ulysses=ulysses)
-    assert job.names_groups == named
+@pytest.mark.parametrize(
+    ("ulysses", "cfg", "named"),
+    [
+        (1, 1, None),
+        (2, 1, "--strategy usp"),
+        (4, 1, None),
+        (1, 4, None),
+        (2, 2, "--mesh cfg=2,cp=2"),
+    ],
+)
+def test_only_a_part_of_the_ranks_is_a_group(ulysses: int, cfg: int, named: str | None) -> None:
+    job = Job(EXAMPLES / "plain_dit.py", "usp", 4, Path("out"), cfg=cfg, ulysses=ulysses)
+    assert job.named_groups == named
 
 
 def test_groups_are_refused_where_they_are_ignored_unless_asked_for() -> None:

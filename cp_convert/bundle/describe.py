@@ -21,10 +21,11 @@ from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
 from ..job import Job
-from ..mesh import Axis, bytes_sent
+from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_tensor import tensor_entry
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -43,6 +44,8 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         strategy=job.strategy,
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
+        guidance=_guidance(made),
+        tensor=tensor_entry(made),
         world=job.world,
         precision=job.precision,  # type: ignore[arg-type]
         float32=list(job.float32),
@@ -58,7 +61,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         forward=_forward(source, signature),
         plan_source=_plan_source(axis, signature.applied),  # type: ignore[arg-type]
         plan=[_plan_entry(a) for a in signature.applied],
-        sharding=[_sharding(move) for move in made.rewritten.sharded.moves],
+        sharding=[_sharding(move) for move in _moves(made)],
         attention=[_attention(outcome) for outcome in made.rewritten.outcomes],
         collectives=_collectives(made.built.engines[0]),
         layout=made.emitted.layout,  # type: ignore[arg-type]
@@ -104,6 +107,24 @@ def _runs_on(made: Made) -> m.RunsOn:
         compute_capabilities=list(engine.capabilities) or _backend(made).compute_capabilities,
         doubt=doubt(name, version, devices=devices, groups=groups),
     )
+
+
+def _guidance(made: Made) -> m.Guidance | None:
+    job, known = made.loaded.job, made.loaded.source.branches
+    if job.cfg == 1:
+        return None
+    return m.Guidance(
+        branches=job.cfg,
+        rows=known.rows // job.cfg,
+        inputs=list(made.rewritten.guided.inputs),
+        combine=job.combine,
+        pairs=known.widened,
+    )
+
+
+def _moves(made: Made) -> tuple[Move, ...]:
+    rewritten = made.rewritten
+    return rewritten.guided.moves + rewritten.divided.moves + rewritten.sharded.moves
 
 
 def _program(stored: StoredProgram) -> m.Program:
@@ -162,14 +183,17 @@ def weight_entry(weight: Weight) -> m.Weight:
         offset=weight.offset,
         bytes=weight.size,
         sha256=weight.sha256,
+        ranks=list(weight.ranks),
     )
 
 
 def _axes(job: Job, axis: Axis) -> dict[str, int]:
-    """How the ranks that share the sequence are arranged: row-major, the last being neighbours."""
-    if job.ulysses is None:
-        return {"cp": axis.size}
-    return {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
+    """The mesh: row-major, the last being neighbours; guidance and weights where they are split."""
+    sequence = {SEQUENCE: axis.size}
+    if job.ulysses is not None:
+        sequence = {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
+    sizes = {name: {name: size} for name, size in job.mesh.axes if size > 1} | {SEQUENCE: sequence}
+    return {name: size for axis in AXES for name, size in sizes.get(axis, {}).items()}
 
 
 def _io(binding: Binding, mode: str) -> m.Io:
@@ -204,6 +228,7 @@ def _sharding(move: Move) -> m.Sharding:
     layout = move.layout
     return m.Sharding(
         kind=move.kind,  # type: ignore[arg-type]
+        axis=move.axis,
         operator=move.operator,
         module=move.module,
         source=move.source,
@@ -273,6 +298,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
             spread=[],
             bound=None,
             control=None,
+            controls={},
             network=None,
             seconds=0,
             recalled=False,
@@ -289,6 +315,7 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         spread=[_error(e) for e in proof.spread],
         bound=_error(proof.bound),
         control=None if proof.control is None else _error(proof.control),
+        controls={axis: _error(error) for axis, error in proof.controls.items()},
         network=None
         if network is None
         else m.NetworkProof(

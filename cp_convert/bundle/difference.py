@@ -74,7 +74,7 @@ def _inputs(manifest: Manifest) -> Facts:
 def _weights(manifest: Manifest) -> Facts:
     """Every weight by what it is, not by where it lies."""
     casts = [f"{c.tensors} {c.stored} as {c.computed}" for c in manifest.model.casts]
-    own = {w.name: _content(w) for w in _all_weights(manifest)}
+    own = {_name(w): _content(w) for w in _all_weights(manifest)}
     return {"mode": manifest.weights_mode, "casts": _joined(casts), **own}
 
 
@@ -82,6 +82,10 @@ def _all_weights(manifest: Manifest) -> Iterator[Weight]:
     if manifest.program is not None:
         yield from manifest.program.weights
     yield from manifest.weights
+
+
+def _name(weight: Weight) -> str:
+    return f"{weight.name} of ranks {weight.ranks}" if weight.ranks else weight.name
 
 
 def _content(weight: Weight) -> str:
@@ -95,7 +99,8 @@ def _strategy(manifest: Manifest) -> Facts:
         for p in manifest.plan
     ]
     moves = [
-        f"{s.kind} {s.operator} ({s.module}), dimension {s.dim}: {s.local} of {s.segments}"
+        f"{s.kind} {s.operator} ({s.module}) over {s.axis}, dimension {s.dim}: {s.local} of "
+        f"{s.segments}"
         for s in manifest.sharding
     ]
     return {
@@ -103,6 +108,7 @@ def _strategy(manifest: Manifest) -> Facts:
         "world": str(manifest.world),
         "axes": repr(manifest.axes),
         "groups": repr(manifest.groups),
+        "guidance": None if manifest.guidance is None else repr(manifest.guidance),
         "layout": manifest.layout,
         "plan from": manifest.plan_source,
         **_numbered("plan", plan),
@@ -152,6 +158,7 @@ def _proof(proof: Proof) -> Facts:
         "ranks": _worst(proof.ranks),
         "bound": _worst([proof.bound] if proof.bound else []),
         "control": _worst([proof.control] if proof.control else []),
+        **{f"control along {axis}": _worst([error]) for axis, error in proof.controls.items()},
         "networks": _worst(network.algebra if network else []),
         "networks' ranks": _worst(network.ranks if network else []),
     }

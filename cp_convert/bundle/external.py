@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Final
@@ -19,11 +21,16 @@ from torch import Tensor
 
 from ..cache.store import Cache, key_of
 from ..errors import ProofFailed, WeightsError
+from ..ir.shares import Shares
 from ..ir.source import Source
 from ..ir.tensors import Location, Weight, is_finite, numbers, save, weight_of
 from ..job import Job
-from .folder import WEIGHTS
+from ..mesh import Axis
+from .folder import PART, WEIGHTS, check_space
 
+Placed = Mapping[str, tuple[Weight, ...]]
+"""By a parameter's name, where it is, or where its parts are."""
+NOTHING: Final = Shares({}, Axis("tp", ((0,),)))
 _PIECE: Final = 1 << 27
 """Numbers that are checked and hashed at once: between two pieces the thread waits its turn."""
 
@@ -31,6 +38,7 @@ _PIECE: Final = 1 << 27
 class Placing:
     """:func:`place` on a thread of its own: large files are read while the model is traced.
 
+    Where ranks share weights it begins later, by :meth:`share`, with what each of them needs.
     Leaving the ``with`` block ends it, finished or not.
     """
 
@@ -42,16 +50,30 @@ class Placing:
         *,
         copy: bool,
         cache: Cache,
+        waits: bool = False,
     ) -> None:
-        self._stop = Event()
+        """``waits``: nothing is read before it is told what ranks share."""
+        self._stop, self._folder, self._given = Event(), folder, (parameters, located)
         self._files = {at.file: at for name, at in located.items() if name in parameters}
         self._pool = ThreadPoolExecutor(1)
         # The numbers as they are now: the proof lends the module others for a while (prove.wide).
         held = {id(one): one.detach() for one in parameters.values()}
         now = {name: held[id(one)] for name, one in parameters.items()}
-        self._found = self._pool.submit(
-            place, now, located, folder, self._stop, copy=copy, cache=cache
-        )
+        self._begin = partial(place, now, located, folder, self._stop, copy=copy, cache=cache)
+        self._found: Future[Placed] | None = None if waits else self._pool.submit(self._begin)
+
+    def share(self, shares: Shares) -> None:
+        """Begin, if it waits; each rank's part of what is shared is found or written by itself.
+
+        Raises:
+            OutputError: what has to be written does not fit on the disk.
+        """
+        if self._found is not None:
+            return
+        outside = {n: share for n, share in shares.of.items() if n in self._given[0]}
+        shares = replace(shares, of=outside)
+        check_space(self._folder, bytes_of_parts(*self._given, shares))
+        self._found = self._pool.submit(self._begin, shares=shares)
 
     @contextmanager
     def to_blame(self) -> Iterator[None]:
@@ -59,16 +81,20 @@ class Placing:
         try:
             yield
         except ProofFailed:
-            self._found.result()
+            if self._found is not None:
+                self._found.result()
             raise
 
     @property
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> Placed:
         """Every parameter's place, by name; waits until all are found.
+
+        One that ranks share has as many places as parts.
 
         Raises:
             WeightsError: one is not finite, or its file is not the one that was read.
         """
+        assert self._found is not None, "nobody said what ranks share"
         found = self._found.result()
         for at in self._files.values():
             at.check_unchanged()
@@ -90,7 +116,8 @@ def place(
     *,
     copy: bool,
     cache: Cache,
-) -> dict[str, Weight]:
+    shares: Shares = NOTHING,
+) -> Placed:
     """Find every parameter in the user's files, or write it into ``folder``.
 
     Args:
@@ -100,23 +127,109 @@ def place(
         stop: ends the work early; what is returned then is incomplete.
         copy: write all of them, so that the bundle needs no other file.
         cache: knows the digests of files that are as they were.
+        shares: which parameters ranks share. A part that is one range of a user's file is left
+            there; others are written, a file for the ranks of each place on the axis.
     """
-    own = to_write(parameters, located, copy=copy)
-    left = {name: located[name] for name in parameters if name not in own}
-    weights: dict[str, Weight] = {}
-    by_file: dict[Path, dict[str, Location]] = {}
-    for name, at in left.items():
-        by_file.setdefault(at.file.resolve(), {})[name] = at
-    for file, places in sorted(by_file.items()):
-        digests = _digests(parameters, places, stop, cache)
-        if stop.is_set():
-            return {}
-        for name, at in places.items():
-            weights[name] = weight_of(name, parameters[name], str(file), at.offset, digests[name])
-    if own:
-        for name, (offset, digest) in save(own, folder / WEIGHTS, stop).items():
-            weights[name] = weight_of(name, own[name], WEIGHTS, offset, digest)
-    return weights
+    whole = {name: one for name, one in parameters.items() if name not in shares.of}
+    files = _Files(folder, stop, copy, cache)
+    found: dict[str, tuple[Weight, ...]] = {
+        name: (weight,) for name, weight in files.place(whole, located, WEIGHTS).items()
+    }
+    if not shares.of:
+        return found
+    # Together, because every part of a matrix in pieces reads the whole of it.
+    with ThreadPoolExecutor(shares.axis.size) as pool:
+        for own in pool.map(
+            lambda member: _place_parts(parameters, located, files, shares, member),
+            range(shares.axis.size),
+        ):
+            for name, weight in own.items():
+                found[name] = (*found.get(name, ()), weight)
+    return found
+
+
+def _place_parts(
+    parameters: Mapping[str, Tensor],
+    located: Mapping[str, Location],
+    files: _Files,
+    shares: Shares,
+    member: int,
+) -> dict[str, Weight]:
+    """What the ranks at the place ``member`` of the axis read of the parameters that they share."""
+    parts, left = {}, {}
+    for name, share in shares.of.items():
+        whole = parameters[name]
+        place = share.place(tuple(whole.shape), member)
+        parts[name] = described = whole.new_zeros(()).expand(share.shape(tuple(whole.shape)))
+        if place is not None:
+            parts[name] = share.of(whole, member)
+            if name in located and located[name].dtype == whole.dtype:
+                left[name] = _within(located[name], described, place[0])
+
+    def made(name: str) -> Tensor:
+        part = shares.of[name].of(parameters[name].detach(), member).contiguous()
+        if not is_finite(part):
+            raise WeightsError(f"{name} holds NaN or infinity.", hint="the checkpoint is broken.")
+        return part
+
+    found = files.place(parts, left, PART.format(member), made)
+    return {name: replace(one, ranks=shares.ranks(member)) for name, one in found.items()}
+
+
+def _within(at: Location, part: Tensor, first: int) -> Location:
+    """Where a part lies that begins with the number ``first`` of the whole."""
+    begin = at.offset + first * part.itemsize
+    return replace(at, offset=begin, size=part.nbytes, shape=tuple(part.shape))
+
+
+def bytes_of_parts(
+    parameters: Mapping[str, Tensor], located: Mapping[str, Location], shares: Shares
+) -> int:
+    """Bytes that shared weights take in the bundle: every part once, if no file has it."""
+    return sum(
+        parameters[name].nbytes
+        for name, share in shares.of.items()
+        if name not in located
+        or located[name].dtype != parameters[name].dtype
+        or share.place(tuple(parameters[name].shape), 0) is None
+    )
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The bundle's folder, and how weights are found or put there."""
+
+    folder: Path
+    stop: Event
+    copy: bool
+    cache: Cache
+
+    def place(
+        self,
+        parameters: Mapping[str, Tensor],
+        located: Mapping[str, Location],
+        target: str,
+        made: Callable[[str], Tensor] | None = None,
+    ) -> dict[str, Weight]:
+        """Every parameter's place: in the user's file, or in ``target`` of the bundle."""
+        own = to_write(parameters, located, copy=self.copy)
+        weights: dict[str, Weight] = {}
+        by_file: dict[Path, dict[str, Location]] = {}
+        for name in (name for name in parameters if name not in own):
+            by_file.setdefault(located[name].file.resolve(), {})[name] = located[name]
+        for file, places in sorted(by_file.items()):
+            digests = _digests(parameters, places, self.stop, self.cache)
+            if self.stop.is_set():
+                return {}
+            for name, at in places.items():
+                weights[name] = weight_of(
+                    name, parameters[name], str(file), at.offset, digests[name]
+                )
+        if own:
+            written = save(own, self.folder / target, self.stop, made=made)
+            for name, (offset, digest) in written.items():
+                weights[name] = weight_of(name, own[name], target, offset, digest)
+        return weights
 
 
 def _digests(

@@ -29,6 +29,8 @@ from .manifest import Manifest
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
 """External weights that stand in no file of the user's."""
+PART: Final = "weights.tp{}.safetensors"
+"""Those of which ranks share every one, by their place on the axis ``tp``."""
 PROGRAM: Final = "program"
 """The folder of the program, which is run where no TensorRT is."""
 LORA: Final = "lora"

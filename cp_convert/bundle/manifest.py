@@ -20,14 +20,19 @@ from .call import Io as Io
 from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
+from .guidance import Guidance as Guidance
 from .stored import BundleFile as BundleFile
 from .stored import FileName as FileName
 from .stored import LoraSet as LoraSet
 from .stored import Positive as Positive
 from .stored import Weight as Weight
+from .stored import of_rank as of_rank
+from .tensor import SharedWeight as SharedWeight
+from .tensor import Tensor as Tensor
+from .tensor import WholeAttention as WholeAttention
 
-SCHEMA_VERSION: Final = 6
-SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
+SCHEMA_VERSION: Final = 7
+SCHEMA_ID: Final = "urn:cp-convert:manifest:7"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -112,6 +117,7 @@ class PlanEntry(_Struct, frozen=True):
 class Sharding(_Struct, frozen=True):
     """Where a tensor is split, gathered or reduced outside attention.
 
+    ``axis`` is the mesh's; along ``cfg`` the ``tokens`` are rows of the batch.
     ``operator`` is, for a split, the input or operator whose value is split, otherwise the
     operator that needs the whole tensor or leaves partial results. ``segments`` are the lengths
     of the pieces that are split one by one (text, image); every rank holds ``local`` slots, and
@@ -119,6 +125,7 @@ class Sharding(_Struct, frozen=True):
     """
 
     kind: Literal["split", "gather", "all_reduce"]
+    axis: str
     operator: str
     module: str
     source: str | None
@@ -225,7 +232,8 @@ class Proof(_Struct, frozen=True):
     Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
     ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
     precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
-    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone.
+    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone,
+    ``controls`` by another axis of the mesh when every rank there keeps what is its own.
     ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
     in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
@@ -241,6 +249,7 @@ class Proof(_Struct, frozen=True):
     spread: list[Error]
     bound: Error | None
     control: Error | None
+    controls: dict[str, Error]
     network: NetworkProof | None
     seconds: Seconds
     recalled: bool
@@ -249,14 +258,16 @@ class Proof(_Struct, frozen=True):
 class Manifest(_Struct, frozen=True):
     """A bundle's manifest.
 
-    ``axes`` are the ranks that share a sequence; ``groups`` the process groups in which the model
-    itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
+    ``axes`` are the mesh, row-major, the last axis counting fastest: ``cfg`` shares the branches
+    of a batch, ``cp`` (or ``ring`` and ``ulysses``) a sequence, ``tp`` every weight; their groups
+    follow from the sizes. ``groups`` are the process groups in which the model itself
+    communicates, which divide the ``world`` beside them. ``float32`` names what computes in
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
     ``lora`` are sets that were added later, see ``cp-convert lora``.
     """
 
-    schema_version: Literal[6]
+    schema_version: Literal[7]
     tool: Tool
     created: str
     model: Model
@@ -264,6 +275,8 @@ class Manifest(_Struct, frozen=True):
     strategy: str
     axes: dict[str, Positive]
     groups: dict[str, list[list[Count]]]
+    guidance: Guidance | None
+    tensor: Tensor | None
     world: Positive
     precision: Literal["fp16", "bf16", "fp32"]
     float32: list[str]

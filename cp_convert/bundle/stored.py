@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -15,8 +16,10 @@ SetName = Annotated[str, msgspec.Meta(pattern=SET_NAME)]
 
 
 class Weight(Struct, frozen=True):
-    """A parameter that is an input of every engine.
+    """A parameter that is an input of every engine, or the part of one that is ``ranks``' input.
 
+    Where ``ranks`` share a parameter (the axis ``tp``) it is listed once for each part, and each
+    engine's input has the part's shape; an empty list means all ranks.
     ``constants.*`` are what forward computes from parameters alone. The ``bytes`` at ``offset`` of
     ``file`` are the numbers, row-major; ``file`` is a name in the bundle (``weights.safetensors``,
     ``constants.safetensors``) or the path of the user's own safetensors file.
@@ -29,6 +32,12 @@ class Weight(Struct, frozen=True):
     offset: Count
     bytes: Count
     sha256: Sha256
+    ranks: list[Count] = msgspec.field(default_factory=list)
+
+
+def of_rank(weights: Iterable[Weight], rank: int) -> list[Weight]:
+    """Those that ``rank`` reads."""
+    return [one for one in weights if not one.ranks or rank in one.ranks]
 
 
 class BundleFile(Struct, frozen=True):

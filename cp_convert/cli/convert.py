@@ -30,9 +30,10 @@ from ..job import (
     WEIGHTS_MODES,
     Job,
 )
+from ..mesh import SEQUENCE
 from ..model.preset import read as read_preset
 from ..words import near
-from . import options
+from . import mesh, options
 from .summary import option as summary_option
 from .summary import summarised
 
@@ -112,12 +113,13 @@ def _fits(option: click.Parameter, value: Any) -> bool:
 @click.option(
     "-w", "--world", type=int, help="The number of ranks (GPUs).  [a preset knows a good one]"
 )
+@mesh.option
 @options.hardware("What auto estimates for; see `cp-convert plan`.")
 @click.option("--ulysses", type=int, help="For usp: neighbours that trade heads for tokens.")
 @click.option("--ring", type=int, help="For usp: groups of such neighbours that form the ring.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path),
-    help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
+    help="Folder of the bundle.  [default: <model>-<strategy>-w<world>, and -cfg<N>, -tp<N>]",
 )  # fmt: skip
 @options.precision
 @options.float32(
@@ -252,9 +254,10 @@ def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]
     """What was asked for; ``rest`` are the options by name."""
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
     found = options.found(model, _commands())
+    mesh.taken(rest)
     rest |= _chosen(found.path, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
-    rest["ulysses"] = _factor(rest["ulysses"], ring, rest["world"])
+    rest["ulysses"] = _factor(rest["ulysses"], ring, mesh.sequence(rest))
     rest["proof"] = _proof(rest["proof"], no_proof)
     if rest["copy_weights"] and rest["weights_mode"] == "embedded":
         raise UsageError(
@@ -270,7 +273,8 @@ def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]
         **rest,
     )
     if out is None:
-        job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}"))
+        beside = "".join(f"-{n}{size}" for n, size in job.mesh.axes if n != SEQUENCE and size > 1)
+        job = replace(job, out=Path(f"{job.name}-{job.strategy}-w{job.world}{beside}"))
     return job
 
 
@@ -295,17 +299,17 @@ def _chosen(model: Path, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _factor(ulysses: int | None, ring: int | None, world: int) -> int | None:
-    """How many ranks exchange, from either factor of the world."""
+def _factor(ulysses: int | None, ring: int | None, sharing: int) -> int | None:
+    """How many ranks exchange, from either factor of those that share the sequence."""
     if ring is None:
         return ulysses
-    if ring < 1 or ring * (ulysses or world // ring) != world:
+    if ring < 1 or ring * (ulysses or sharing // ring) != sharing:
         raise UsageError(
-            f"--ulysses {ulysses} times --ring {ring} is not the world of {world}."
+            f"--ulysses {ulysses} times --ring {ring} is not the {sharing} ranks of the sequence."
             if ulysses
-            else f"--ring {ring} does not divide the world of {world}."
+            else f"--ring {ring} does not divide the {sharing} ranks of the sequence."
         )
-    return ulysses or world // ring
+    return ulysses or sharing // ring
 
 
 def _run(job: Job, screen: Any) -> Manifest:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..bundle.manifest import Frozen, Io, Manifest
 from ..errors import UsageError
 from ..ir.frozen_value import leaves
+from ..model.branches import repeated
 from ..runtime.arguments import inputs_of, unknown
 from ..runtime.frozen import check_frozen, is_same, literal, shown
 
@@ -24,10 +25,11 @@ class Arguments:
     Args:
         manifest: of the bundle.
         device: where its inputs are wanted.
+        branches: how many calls with one row each belong together.
     """
 
-    def __init__(self, manifest: Manifest, device: torch.device) -> None:
-        self.manifest, self.device = manifest, device
+    def __init__(self, manifest: Manifest, device: torch.device, branches: int = 1) -> None:
+        self.manifest, self.device, self.branches = manifest, device, branches
         self.inputs = inputs_of(manifest)
         self.defaults = {n: literal(text) for n, text in manifest.forward.defaults.items()}
         self._frozen: dict[str, list[Frozen]] = {}
@@ -96,8 +98,17 @@ class Arguments:
             x is y and m == n for (x, m), (y, n) in zip(known, state, strict=True)
         )
         if not same:
-            check_frozen(name, value, inside)
+            self._compare(name, value, inside)
             self._checked[name] = state
+
+    def _compare(self, name: str, value: Any, inside: Sequence[Frozen]) -> None:
+        """With the value itself, or with a row of it for every branch."""
+        try:
+            check_frozen(name, value, inside)
+        except UsageError:
+            if self.branches == 1:
+                raise
+            check_frozen(name, repeated(value, self.branches), inside)
 
     def _check_default(self, name: str, value: Any) -> None:
         """An argument that the model was converted without."""
@@ -130,9 +141,23 @@ class Arguments:
         return UsageError(
             f"{name} has the shape {list(tensor.shape)}; the bundle has "
             f"{f'{named}: ' if named else ''}{sizes}.",
-            hint="an engine's shapes are fixed. Run the pipeline at that size, or convert once "
+            hint=self._pairs(name, tensor)
+            or "an engine's shapes are fixed. Run the pipeline at that size, or convert once "
             "more for this one (--resolution of a preset, example_inputs() of a model file): "
             f"{self.manifest.command}",
+        )
+
+    def _pairs(self, name: str, tensor: Tensor) -> str | None:
+        """What helps a call of one branch, where the engines take all at once."""
+        known = self.manifest.guidance
+        if known is None or name not in known.inputs:
+            return None
+        of_one = [known.rows, *self.inputs[name].shape[1:]]
+        if list(tensor.shape) != of_one:
+            return None
+        return (
+            f"the engines take {known.branches} guidance branches at once, and this is one: "
+            'load_transformer(..., guidance="pairs") brings the calls of a step together.'
         )
 
 

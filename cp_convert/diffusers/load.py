@@ -21,6 +21,7 @@ from ..runtime.places import local_rank, place_of
 from ..runtime.torch_executor import checked_device, device_of
 from .channel import Channel
 from .module import Transformer
+from .pairs import PAIRS, of_one_branch
 from .ranks import Ranks
 
 
@@ -36,6 +37,7 @@ def load_transformer(
     check: bool = True,
     config: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    guidance: str | None = None,
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
@@ -53,17 +55,16 @@ def load_transformer(
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
+        guidance: ``pairs`` where a pipeline calls once a guidance branch (see :mod:`.pairs`).
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
     """
     _check_executor(executor)
     kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
-    seconds = timeout or (600.0 if compiled else 60.0)
+    pairs, seconds = _is_pairs(guidance, manifest), timeout or (600.0 if compiled else 60.0)
     with ExitStack() as stack:
-        where = _joined(manifest, device, communicator, seconds, stack)
-        if manifest.world > 1:
-            agree(manifest, {}, where, communicator)
+        where = _met(manifest, device, communicator, seconds, stack)
         opened = stack.enter_context(
             runtime.open(
                 bundle, executor=executor, device=str(where), communicator=communicator,
@@ -71,9 +72,9 @@ def load_transformer(
             )
         )  # fmt: skip
         channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
-        told = {**(manifest.model.config or {}), **(config or {})}
-        ranks = Ranks(channel, check=check)
-        return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
+        ranks, ends = Ranks(channel, check=check), stack.pop_all()
+        module = kind(opened, where, config=config or {}, ranks=ranks, ends=ends, pairs=pairs)
+        return _ended(module, ranks)
 
 
 def _ended(module: Transformer, ranks: Ranks) -> Transformer:
@@ -87,6 +88,23 @@ def _check_executor(name: str) -> None:
         raise UsageError(
             f"executor {name!r}: there is none.", hint=f"one of {', '.join(runtime.EXECUTORS)}."
         )
+
+
+def _is_pairs(guidance: str | None, manifest: Manifest) -> bool:
+    """Whether a call has one branch; what cannot be is refused before ranks wait for others."""
+    if guidance not in (None, PAIRS):
+        raise UsageError(f"guidance {guidance!r}: there is none.", hint=f"{PAIRS!r}, or None.")
+    return guidance == PAIRS and bool(of_one_branch(manifest))
+
+
+def _met(
+    manifest: Manifest, device: str | None, communicator: Any, timeout: float, stack: ExitStack
+) -> torch.device:
+    """This rank's device, after all ranks have agreed that they open the same."""
+    where = _joined(manifest, device, communicator, timeout, stack)
+    if manifest.world > 1:
+        agree(manifest, {}, where, communicator)
+    return where
 
 
 def _joined(

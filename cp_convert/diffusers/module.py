@@ -15,6 +15,8 @@ from ..model.cast import DTYPES
 from ..runtime.opened import Opened, named
 from .config import Config
 from .given import Arguments
+from .pairs import Branches, of_one_branch
+from .promised import kept
 from .ranks import Ranks
 from .refused import Refusing
 from .returned import answered, owned
@@ -39,12 +41,16 @@ class Transformer(Refusing, nn.Module):
         config: Mapping[str, Any],
         ranks: Ranks,
         ends: ExitStack,
+        pairs: bool = False,
     ) -> None:
         super().__init__()
-        self.config = Config(config)
+        self.config = Config({**(opened.manifest.model.config or {}), **config})
         self.rank, self.world = opened.rank, opened.manifest.world
         self._opened, self._device = opened, device
-        self._arguments = Arguments(opened.manifest, device)
+        manifest = of_one_branch(opened.manifest) if pairs else opened.manifest
+        self._branches = Branches(opened.manifest, device, self._on_all_ranks) if pairs else None
+        count = 1 if self._branches is None else self._branches.known.branches
+        self._arguments = Arguments(manifest, device, count)
         self._ranks, self._ends = ranks, ends
         # diffusers asks a module's first parameter or buffer where the module is.
         marker = torch.empty(0, dtype=self.dtype, device=device)
@@ -76,11 +82,16 @@ class Transformer(Refusing, nn.Module):
             RunFailed: the ranks are not called alike, or one is gone.
         """
         manifest = self._opened.manifest
-        arguments = named(manifest, args, kwargs)
+        arguments = kept(named(manifest, args, kwargs))
         if return_dict is None:
             return_dict = self._arguments.defaults.get("return_dict")
         given = self._arguments.bound(arguments)
-        return answered(manifest.forward.returned, self._ranks.run(given, self._run), return_dict)
+        forward = self._on_all_ranks if self._branches is None else self._branches.called
+        return answered(manifest.forward.returned, forward(given), return_dict)
+
+    @torch.no_grad()
+    def _on_all_ranks(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._ranks.run(given, self._run)
 
     def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return owned(self._opened.executor(**given))

@@ -55,7 +55,7 @@ def fold_weights(program: Lowered, names: Mapping[str, str]) -> Folded:
     """Compute what depends on weights alone; ``program`` stays as it is.
 
     Args:
-        program: the same for all ranks.
+        program: the same for all ranks; what differs from rank to rank is left as it is.
         names: by placeholder, the binding of a weight that is an input; empty where weights are
             embedded. Those that nothing reads are no inputs of the result.
     """
@@ -67,7 +67,8 @@ def fold_weights(program: Lowered, names: Mapping[str, str]) -> Folded:
     }
     moved = _exact(program, graph, weights) if names else {}
     found = {**moved, **in_float32(program.graph_module, graph, weights, moved)}
-    bindings = {n.name: names[n.name] for n in weights if n.users} if names else {}
+    read = (n for n in graph.find_nodes(op="placeholder") if n.name in names and n.users)
+    bindings = {n.name: names[n.name] for n in read}
     if not found and len(bindings) == len(names):
         return Folded(program, dict(names), {})
     state, constants = dict(program.state), {}
@@ -147,11 +148,12 @@ def _is_view(node: fx.Node) -> bool:
     return node.op != "call_function"
 
 
-def store(constants: Mapping[str, Tensor], folder: Path) -> dict[str, Weight]:
+def store(constants: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Weight, ...]]:
     """Write them into the bundle; returns where each is."""
     if not constants:
         return {}
     places = save(constants, folder / CONSTANTS, Event())
     return {
-        name: weight_of(name, constants[name], CONSTANTS, *place) for name, place in places.items()
+        name: (weight_of(name, constants[name], CONSTANTS, *place),)
+        for name, place in places.items()
     }

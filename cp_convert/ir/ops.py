@@ -307,6 +307,11 @@ def is_spmd(target: Any) -> bool:
     return target in _ON_A_GROUP
 
 
+def on_a_group(target: Any, values: list[Any], args: Sequence[Any]) -> list[Tensor]:
+    """Compute ``target`` on the members of one group; ``args`` are without ``groups, size``."""
+    return _ON_A_GROUP[target](values, *args)
+
+
 def on_all_ranks(target: Any, values: Sequence[Any], args: Sequence[Any]) -> list[Tensor]:
     """Compute ``target`` on every rank from every rank's operands.
 
@@ -318,6 +323,6 @@ def on_all_ranks(target: Any, values: Sequence[Any], args: Sequence[Any]) -> lis
     *rest, flat, size = args
     results: dict[int, Tensor] = {}
     for group in split_groups(flat, size):
-        parts = _ON_A_GROUP[target]([values[rank] for rank in group], *rest)
+        parts = on_a_group(target, [values[rank] for rank in group], rest)
         results.update(zip(group, parts, strict=True))
     return [results[rank] for rank in range(len(values))]

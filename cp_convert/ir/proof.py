@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 from torch import Tensor
@@ -41,6 +42,8 @@ class Proof:
         lost: what would be allowed relative to the reference; ``bound``, unless that shows nothing.
         rounded: what the dense model returns in the job's precision, where ``ranks`` are measured
             against that.
+        controls: by another axis of the mesh, what is lost when every rank takes its peers there
+            for copies of itself.
     """
 
     algebra: tuple[Error, ...]
@@ -54,6 +57,7 @@ class Proof:
     spread: tuple[Error, ...] = ()
     lost: Error = Error(FLOOR, FLOOR)
     rounded: tuple[Tensor, ...] | None = None
+    controls: Mapping[str, Error] = field(default_factory=dict)
 
     @property
     def against(self) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ from .attention import Outcome
 from .engine import Engine
 from .program import Lowered, Program
 from .proof import NetworkProof, Proof
-from .sharded import Sharded
+from .sharded import Guided, Sharded
+from .shares import Divided
 from .signature import Applied, Signature
 from .source import Source
 from .tensors import Weight
@@ -74,6 +75,8 @@ class Rewritten:
     Attributes:
         job: with the strategy that was chosen, where ``auto`` was asked for.
         axis: the ranks that share the sequence.
+        guided: the dense program, or that of the rank's own guidance branches.
+        divided: that, or the one whose ranks share its weights.
         sharded: the program before, and where it is split.
         program: the program.
         outcomes: what was done with each attention.
@@ -81,6 +84,8 @@ class Rewritten:
 
     job: Job
     axis: Axis
+    guided: Guided
+    divided: Divided
     sharded: Sharded
     program: Lowered
     outcomes: tuple[Outcome, ...]

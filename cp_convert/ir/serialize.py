@@ -80,7 +80,8 @@ def pack(program: Lowered, *, described: Collection[str] = (), provenance: bool 
 
     Args:
         program: any.
-        described: parameters of which the type and shape are kept, and not the numbers.
+        described: parameters of which the type and shape are kept, and not the numbers; those
+            that differ from rank to rank are not told apart.
         provenance: whether source lines are kept; modules are in any case, as layers are named
             after them.
 
@@ -109,15 +110,16 @@ def pack(program: Lowered, *, described: Collection[str] = (), provenance: bool 
     state = {}
     for name, tensor in program.state.items():
         state[name] = told_tensor(tensor)
-        if name not in described:
+        if name not in described and name not in program.own:
             tensors[f"parameter {name}"] = tensor
-    for name, of in program.own.items():
-        tensors |= {f"parameter {name} of {rank}": tensor for rank, tensor in enumerate(of)}
+    own = {name: _Numbered(program.own[name]) for name in program.own if name not in described}
+    for name, parts in own.items():
+        tensors |= {f"parameter {name} of {i}": one for i, one in enumerate(parts.distinct)}
     document = {
         "nodes": nodes,
         "stacks": stacks.rows,
         "state": state,
-        "own": {name: len(of) for name, of in program.own.items()},
+        "own": {name: parts.by_rank for name, parts in own.items()},
         "inputs": [_binding(b) for b in program.inputs],
         "outputs": [_binding(b) for b in program.outputs],
     }
@@ -149,8 +151,8 @@ def unpack(packed: Packed) -> Lowered:
         for name, told in document["state"].items()
     }
     own = {
-        name: tuple(packed.tensors[f"parameter {name} of {rank}"] for rank in range(size))
-        for name, size in document["own"].items()
+        name: tuple(packed.tensors[f"parameter {name} of {i}"] for i in by_rank)
+        for name, by_rank in document["own"].items()
     }
     return Lowered(
         module_of(root, graph),
@@ -159,6 +161,20 @@ def unpack(packed: Packed) -> Lowered:
         tuple(_bound(b) for b in document["outputs"]),
         own,
     )
+
+
+class _Numbered:
+    """Ranks' tensors; those that several ranks have in common are kept once.
+
+    Attributes:
+        distinct: the tensors.
+        by_rank: by rank, which.
+    """
+
+    def __init__(self, of: Sequence[Tensor]) -> None:
+        numbers = {id(one): i for i, one in enumerate({id(one): one for one in of}.values())}
+        self.distinct = list({id(one): one for one in of}.values())
+        self.by_rank = [numbers[id(one)] for one in of]
 
 
 class Table:

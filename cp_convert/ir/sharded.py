@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..mesh import SEQUENCE
 from .layout import Layout
 from .program import Lowered
 
@@ -21,6 +22,7 @@ class Move:
         dim: of the tensor.
         layout: how its tokens are spread.
         elements: how many numbers the whole tensor has.
+        axis: of the mesh, whose ranks hold the parts.
     """
 
     kind: str
@@ -30,6 +32,7 @@ class Move:
     dim: int
     layout: Layout
     elements: int
+    axis: str = SEQUENCE
 
     @property
     def where(self) -> str:
@@ -50,3 +53,18 @@ class Sharded:
     program: Lowered
     places: Mapping[str, tuple[Layout, Layout]]
     moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True)
+class Guided:
+    """A program in which every rank computes the branches of its place on the ``cfg`` axis.
+
+    Attributes:
+        program: still dense along the sequence.
+        inputs: names of the bindings that have the branches on dimension 0.
+        moves: what was split, gathered and reduced on the way.
+    """
+
+    program: Lowered
+    inputs: tuple[str, ...] = ()
+    moves: tuple[Move, ...] = ()

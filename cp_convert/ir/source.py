@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,25 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class Branches:
+    """What is known of a model's guidance branches.
+
+    Attributes:
+        rows: the batch, all branches together; 0 where nothing shares them.
+        widened: whether the example has one branch and was repeated.
+        added: inputs besides forward's: the scale, where the engines combine the branches.
+    """
+
+    rows: int = 0
+    widened: bool = False
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def are_in(self, sizes: Sequence[int]) -> bool:
+        """Whether a tensor of these sizes has the batch."""
+        return len(sizes) > 0 and sizes[0] == self.rows > 0
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, ready to be traced.
 
@@ -46,6 +65,7 @@ class Source:
         casts: types of weights that were changed.
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
+        branches: how guidance branches stand in ``inputs``.
     """
 
     module: nn.Module
@@ -62,6 +82,12 @@ class Source:
     casts: tuple[Cast, ...] = ()
     told: tuple[str, ...] = ()
     precision: str = "fp32"
+    branches: Branches = field(default_factory=Branches)
+
+    @property
+    def all_inputs(self) -> dict[str, Any]:
+        """The program's inputs: those of forward, and what was added to them."""
+        return {**self.inputs, **self.branches.added}
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

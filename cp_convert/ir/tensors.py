@@ -215,6 +215,7 @@ class Weight:
         offset: of the first byte in that file.
         size: in bytes.
         sha256: of these bytes.
+        ranks: whose it is, where ranks hold different parts; empty: all ranks'.
     """
 
     name: str
@@ -224,6 +225,7 @@ class Weight:
     offset: int
     size: int
     sha256: str
+    ranks: tuple[int, ...] = ()
 
 
 def weight_of(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:

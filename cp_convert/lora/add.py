@@ -44,8 +44,8 @@ def add(path: Path, file: Path, *, scale: float = 1.0, name: str | None = None) 
         name: of the set; ``None``: after the file.
 
     Raises:
-        UsageError: the bundle's weights are inside its engines, the name is none or taken, or a
-            constant could not follow.
+        UsageError: the bundle's weights are inside its engines or shared by ranks, the name is none
+            or taken, or a constant could not follow.
         WeightsError: the file is damaged, or no LoRA of this model.
         DamagedBundle: the bundle is.
         OutputError: the bundle's folder cannot be written.
@@ -110,6 +110,12 @@ def set_of(manifest: Manifest, name: str) -> LoraSet:
 
 
 def _check_external(manifest: Manifest) -> None:
+    if manifest.tensor is not None:
+        raise UsageError(
+            f"{manifest.axes['tp']} ranks share the bundle's weights, and the numbers of a LoRA "
+            "are not cut yet.",
+            hint="convert without --tp; or fuse the LoRA into the model, and convert that.",
+        )
     if manifest.weights_mode == "embedded":
         raise UsageError(
             "the bundle's weights are inside its engines, where a LoRA cannot reach them.",

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Source
+from ..ir.source import Branches, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job
-from ..mesh import Mesh
 from .adapters import check_no_adapters
+from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
 from .checks import check_no_step_cache
@@ -50,7 +50,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
             step cache is on.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
-        UsageError: the model's process groups leave no equal share of the world.
+        UsageError: the model's process groups leave no equal share of the world, or guidance
+            branches none of the batch.
     """
     located = _located(job) if allocate else {}
     given = _given(job, allocate, located)
@@ -65,11 +66,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, external=external)
     else:
         stand_in(given.module)
+    freeze = (*given.freeze, *job.freeze)
+    inputs, branches = _inputs(given, job, dtype, freeze)
     return Source(
         module=given.module,
-        inputs=cast_inputs(given.inputs, dtype, keep=given.keep_float32),
+        inputs=inputs,
         plan=_plan(given, job),
-        freeze=(*given.freeze, *job.freeze),
+        freeze=freeze,
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in given.module.parameters()),
         bytes=size,
@@ -80,7 +83,17 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         peers=given.peers,
         groups=given.groups,
         precision=precision,
+        branches=branches,
     )
+
+
+def _inputs(
+    given: Given, job: Job, dtype: torch.dtype, freeze: Collection[str]
+) -> tuple[dict[str, Any], Branches]:
+    """The example inputs in the job's precision, with all guidance branches."""
+    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
+    kept, combine = job.unbatched, job.combine
+    return branched(inputs, given.module, job.cfg, combine, kept=kept, frozen=freeze)
 
 
 def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
@@ -222,7 +235,7 @@ def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:
-    shares = Mesh.line(job.world).free(given.groups.values()).size
+    shares = job.mesh.sequence(given.groups.values()).size
     if shares == 1 or job.plan == "auto":
         return {}
     module = given.module

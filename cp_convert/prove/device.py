@@ -69,8 +69,14 @@ class Mover:
             {name: self.tensor(value) for name, value in program.state.items()},
             program.inputs,
             program.outputs,
-            {name: tuple(map(self.tensor, of)) for name, of in program.own.items()},
+            self._own(program),
         )
+
+    def _own(self, program: Executable) -> Mapping[str, tuple[Tensor, ...]]:
+        """On the CPU as they are: those of large models are made one by one, when they are read."""
+        if self.device.type == "cpu":
+            return program.own
+        return {name: tuple(map(self.tensor, of)) for name, of in program.own.items()}
 
     def _move_attribute(self, module: nn.Module, path: str) -> None:
         """Parameters become buffers: which of both an attribute is means nothing in a graph."""

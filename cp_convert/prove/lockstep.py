@@ -46,6 +46,7 @@ def run(
     *,
     widen: bool = False,
     partial: Axis | None = None,
+    alone: Axis | None = None,
     watch: Watch | None = None,
     alter: Alter | None = None,
 ) -> list[list[Tensor]]:
@@ -58,6 +59,7 @@ def run(
         widen: compute in float32 wherever the program says float16 or bfloat16.
         partial: leave all-reduces over this axis out, so that every rank keeps its own partial
             result.
+        alone: along this axis every rank communicates with copies of itself.
         watch: called with every node and its values, as they are computed.
         alter: the same, and gives the values that are put in their place.
 
@@ -76,11 +78,10 @@ def run(
                 env[node] = PerRank(tuple(widened(v) if widen else v for v in values))
             elif node.op == "output":
                 results = _outputs(node, env, program, world)
-            elif partial is not None and reduces_over(node, partial):
-                env[node] = env[node.all_input_nodes[0]]
             else:
-                assert node.op == "call_function", node.format_node()
-                env[node] = _call(node, env, world, widen=widen, own=node in own)
+                env[node] = _left_out(node, env, partial, alone) or _call(
+                    node, env, world, widen=widen, own=node in own
+                )
             if alter is not None and node in env:
                 env[node] = alter(node, env[node])
             if watch is not None and node in env:
@@ -106,6 +107,34 @@ def reduces_over(node: fx.Node, axis: Axis) -> bool:
     )
 
 
+def _left_out(
+    node: fx.Node, env: Mapping[fx.Node, PerRank], partial: Axis | None, alone: Axis | None
+) -> PerRank | None:
+    """What every rank has where ``node`` communicates along an axis on which it must not."""
+    if partial is not None and reduces_over(node, partial):
+        return env[node.all_input_nodes[0]]
+    return _by_itself(node, env) if alone is not None and is_along(node, alone) else None
+
+
+def is_along(node: fx.Node, axis: Axis) -> bool:
+    """Whether ``node`` is a collective of the ranks of ``axis``."""
+    return node.target in ops.COLLECTIVES and node.args[-2:] == (axis.flat, axis.size)
+
+
+def _by_itself(node: fx.Node, env: Mapping[fx.Node, PerRank]) -> PerRank:
+    """A collective in which every rank's peers are the rank itself."""
+    x, *rest, flat, size = node.args
+    assert isinstance(x, fx.Node) and isinstance(flat, list) and isinstance(size, int)
+    place = {rank: number % size for number, rank in enumerate(flat)}
+    held = env[x]
+    return PerRank(
+        tuple(
+            ops.on_a_group(node.target, [held[rank]] * size, rest)[place[rank]]
+            for rank in sorted(flat)
+        )
+    )
+
+
 def _call(
     node: fx.Node, env: Mapping[fx.Node, PerRank], world: int, *, widen: bool, own: bool
 ) -> PerRank:
@@ -115,6 +144,7 @@ def _call(
         held = [tuple(env[x][rank] for x in operands) for rank in range(world)]
         values = held if len(operands) > 1 else [value for (value,) in held]
         return merged(ops.on_all_ranks(node.target, values, given[len(operands) :]))
+    assert node.op == "call_function", node.format_node()
     differs = own or any(not env[n].is_common for n in node.all_input_nodes)
     count = world if differs else 1
     function: Any = node.target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -14,6 +15,8 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofFailed
 from ..ir.program import HALF, Executable
 from ..ir.proof import FLOOR, Error
+from ..ir.source import Branches
+from ..model.branches import combined
 from ..model.forward import blamed_on_forward, check_arguments
 from .blame import Place, first_not_finite, first_not_finite_in
 from .device import Mover, exact, on
@@ -59,6 +62,7 @@ def measure(
     device: torch.device = CPU,
     *,
     rounded: bool = True,
+    branches: Branches | None = None,
 ) -> Truth:
     """Run the dense ``module`` on ``device``, in the job's precision and in float32.
 
@@ -70,31 +74,35 @@ def measure(
         inputs: keyword arguments of its forward.
         device: where it computes.
         rounded: whether its loss is measured; else :func:`measure_program` has to do it.
+        branches: of guidance, which are combined as the engines will.
 
     Raises:
         CannotTrace: forward does not take these inputs, or fails.
         ProofFailed: it returns infinities or NaN.
     """
     check_arguments(module, inputs)
+    finished = partial(combined, branches=branches or Branches())
     with on(module, device), exact(), blamed_on_forward():
         inputs = Mover(device).tree(dict(inputs))
         if is_wide(module):
-            truth = Truth(tuple(dense_outputs(module, inputs)), NOTHING, is_wide=True)
+            outputs = finished(dense_outputs(module, inputs))
+            truth = Truth(tuple(outputs), NOTHING, is_wide=True)
             _check_finite(truth, module, inputs)
             return truth
         # First, because models keep tables from call to call, and these would be rounded ones.
         with in_float32(module):
             wide = pytree.tree_map(widened, inputs)
-            truth = Truth(tuple(dense_outputs(module, wide)), NOTHING, is_wide=False)
+            outputs = finished(dense_outputs(module, wide))
+            truth = Truth(tuple(outputs), NOTHING, is_wide=False)
             _check_finite(truth, module, wide)
         if not rounded:
             return truth
-        outputs = dense_outputs(module, inputs)
+        outputs = finished(dense_outputs(module, inputs))
         loss = worst(outputs, truth.reference)
         truth = replace(truth, loss=loss, unit=unit(outputs), rounded=tuple(outputs))
         _check_finite(truth, module, inputs)
         size = sum(p.nbytes for p in module.parameters())
-        others = spread(lambda: _outputs(module, inputs), truth.reference, size)
+        others = spread(lambda: finished(_outputs(module, inputs)), truth.reference, size)
         return replace(truth, spread=others)
 
 

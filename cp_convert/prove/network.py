@@ -20,7 +20,7 @@ from .device import Mover
 from .errors import ROUNDING, deviation, worst
 from .lockstep import run
 from .measure import CPU
-from .replay import replay
+from .replay import NOTHING, replay
 
 
 def prove_networks(
@@ -29,6 +29,7 @@ def prove_networks(
     proof: Proof,
     lowered: Executable,
     device: torch.device = CPU,
+    own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
 ) -> NetworkProof:
     """Replay all ranks' networks and compare them with the reference of ``proof``.
 
@@ -38,6 +39,7 @@ def prove_networks(
         proof: the proof of the program, with its reference and bounds.
         lowered: the program that the networks were made from.
         device: where the layers are computed.
+        own: inputs that differ from rank to rank, by binding name.
 
     Raises:
         ProofFailed: an error beyond its bound, a layer that is not understood, or networks that
@@ -45,12 +47,13 @@ def prove_networks(
     """
     start, mover = time.perf_counter(), Mover(device)
     networks, inputs = mover.networks(networks), mover.tree(dict(inputs))
+    own = mover.tree(dict(own))
     lowered = mover.program(lowered)
-    wide = replay(networks, inputs, widen=not proof.is_wide)
+    wide = replay(networks, inputs, own=own, widen=not proof.is_wide)
     algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
     if not all(error.within(proof.algebra_bound) for error in algebra):
         _check_against_program(wide, inputs, proof, lowered)
-    outputs = replay(networks, inputs)
+    outputs = replay(networks, inputs, own=own)
     ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(

@@ -9,7 +9,8 @@ against it:
 - *ranks*: the lowered program, as it will be built, in the job's precision. What the dense model
   itself loses in that precision is the measure of what the ranks may lose.
 
-A proof must be able to fail, so there is a *control*: the sharded program without communication
+A proof must be able to fail, so there is a *control*, and one more for each other axis of the mesh
+(:mod:`.axes`): the sharded program without communication
 inside, every rank attending to its own keys alone and keeping its own partial sums. If that agrees
 too, attention does not matter in this model (a gate of zero, an output layer of zeros) and nothing
 would have been proven.
@@ -33,6 +34,7 @@ from ..ir.proof import FLOOR, Error, Proof
 from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
+from .axes import controls_along
 from .blame import Place
 from .bounds import bound_of, judged_by, nothing_shown
 from .device import Mover
@@ -57,6 +59,7 @@ class Stages:
         lowered: as it will be built.
         sites: the attentions, and the nodes of ``rewritten`` that hold their results.
         axis: the ranks that share the sequence.
+        others: the mesh's other axes.
     """
 
     dense: Executable
@@ -65,6 +68,7 @@ class Stages:
     lowered: Executable
     sites: Sequence[tuple[Site, str]]
     axis: Axis
+    others: tuple[Axis, ...] = ()
 
     @property
     def world(self) -> int:
@@ -117,6 +121,7 @@ def prove(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
         )
     control = _control(stages, inputs, reference, widen=not is_wide)
+    controls = _controls(stages, inputs, reference, widen=not is_wide)
     return Proof(
         algebra,
         ranks,
@@ -129,6 +134,7 @@ def prove(
         truth.spread,
         lost,
         None if against is reference else tuple(against),
+        controls,
     )
 
 
@@ -226,6 +232,15 @@ def _control(
     return control
 
 
+def _controls(
+    stages: Stages, inputs: Mapping[str, Any], reference: Sequence[Tensor], *, widen: bool
+) -> dict[str, Error]:
+    """The same along the mesh's other axes."""
+    program, least = stages.rewritten, CONTROL * FLOOR
+    flat = flat_inputs(program, inputs)
+    return controls_along(stages.others, program, flat, reference, widen=widen, least=least)
+
+
 def _vanishing_point(inputs: Mapping[str, Any], stages: Stages) -> Place | None:
     dense, sites = stages.dense, [site for site, _ in stages.sites]
     if any(is_spmd(node.target) for node in dense.graph_module.graph.nodes) or not sites:
@@ -282,12 +297,19 @@ def _first_astray(inputs: Mapping[str, Any], stages: Stages) -> Site | None:
     program = stages.rewritten
     run(program, flat_inputs(program, inputs), stages.world, widen=True, watch=watch)
     for (site, node), expected in zip(stages.sites, truth, strict=True):
-        if node in seen and error_of(seen[node], expected).rms > _SAME_TOKENS:
+        if node not in seen:
+            continue
+        if error_of(seen[node], _of_first(expected, seen[node])).rms > _SAME_TOKENS:
             return site
     return None
 
 
 _SAME_TOKENS: Final = 1e-3
+
+
+def _of_first(expected_BHS: Tensor, seen_bhS: Tensor) -> Tensor:
+    """The branches and heads of the first group, which stands first on every other axis."""
+    return expected_BHS[: seen_bhS.shape[0], : seen_bhS.shape[1]]
 
 
 def _fingerprint(out_BHSD: Tensor) -> Tensor:

@@ -21,15 +21,22 @@ from .device import exact
 from .layers import LAYERS
 from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 
+NOTHING: Final[Mapping[str, tuple[Tensor, ...]]] = {}
+
 
 def replay(
-    networks: Sequence[Network], inputs: Mapping[str, Tensor], *, widen: bool = False
+    networks: Sequence[Network],
+    inputs: Mapping[str, Tensor],
+    *,
+    own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
+    widen: bool = False,
 ) -> list[list[Tensor]]:
     """Run every rank's network on the same full inputs.
 
     Args:
         networks: one for every rank, rank 0 first.
         inputs: by binding name.
+        own: inputs that differ from rank to rank: weights of which every rank has its share.
         widen: compute in float32 wherever a network says float16 or bfloat16.
 
     Returns:
@@ -42,7 +49,13 @@ def replay(
     _check_alike(networks)
     order = _order(networks[0])
     env: dict[str, PerRank] = {
-        b.name: PerRank((_in(inputs[b.name], b.dtype, widen),)) for b in networks[0].inputs
+        b.name: PerRank(
+            tuple(
+                _in(one, b.dtype, widen)
+                for one in (own[b.name] if b.name in own else (inputs[b.name],))
+            )
+        )
+        for b in networks[0].inputs
     }
     dying = _last_uses(networks[0], order)
     with torch.no_grad(), exact(), HalfMatmulsInFloat32():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
         except ConvertError as refusal:
             return {"reason": refusal.message, "error": None, "bound": None}
         inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
+        added = {name: given[name] for name in source.branches.added}
         _put(source.module, manifest, Path(asked.bundle), asked.lora)
-        truth = measure(source.module, inputs)
+        truth = measure(source.module, inputs, branches=replace(source.branches, added=added))
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
     against, bound = judged_by(truth, None)
@@ -86,11 +88,14 @@ _LARGE = 4 << 30
 
 
 def _job(manifest: Manifest) -> Job:
-    model, request = manifest.model, manifest.request
+    model, request, guidance = manifest.model, manifest.request, manifest.guidance
+    branches = 1 if guidance is None else guidance.branches
     return Job(
         model=Path(model.source),
         strategy="ulysses",
-        world=1,
+        world=branches,
+        cfg=branches,
+        combine=None if guidance is None else guidance.combine,
         out=Path(),
         precision=manifest.precision,
         float32=tuple(manifest.float32),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..bundle.folder import file_problem
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import Manifest, of_rank
 from ..errors import BackendMissing, ConvertError, DamagedBundle, RunFailed
 from ..lora.choose import Asked
 from ..releases import NCCL
@@ -98,7 +98,8 @@ def _is_for(target: str, capability: tuple[int, int]) -> bool:
 def bytes_needed(manifest: Manifest, rank: int) -> int:
     """What a rank's engine, weights and activations take on a GPU; tied weights count once."""
     engine = manifest.engines[rank]
-    weights = {(one.file, one.offset): one.bytes for one in manifest.weights}
+    own = of_rank(manifest.weights, rank)
+    weights = {(one.file, one.offset): one.bytes for one in own}
     return engine.bytes + (engine.activation_bytes or 0) + sum(weights.values())
 
 
@@ -162,9 +163,8 @@ class TensorRTExecutor:
                 f"TensorRT made no execution context.{self._quoted()}",
                 hint="mostly memory: free some, or take a GPU with more.",
             )
-        self._weights = bound_weights(
-            self.manifest.weights, folder, self.gpu.device, verify=verify, told=told
-        )
+        own = of_rank(self.manifest.weights, self.rank)
+        self._weights = bound_weights(own, folder, self.gpu.device, verify=verify, told=told)
         self._outputs = {
             io.name: self.gpu.empty(io.shape, getattr(torch, io.dtype))
             for io in self.manifest.io

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import Manifest, of_rank
 from ..bundle.program import read_program
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
@@ -80,7 +80,8 @@ class TorchExecutor:
         """By placeholder: weights from their files, the others out of the bundle's program."""
         assert self.manifest.program is not None
         wanted = set(names.values())
-        listed = (*self.manifest.weights, *self.manifest.program.weights)
+        every = (*self.manifest.weights, *self.manifest.program.weights)
+        listed = of_rank(every, self.rank)
         weights = [w for w in listed if w.name in wanted]
         found = bound_weights(weights, folder, self.device, verify=verify, told=told)
         own = {name: t for name, t in self._program.state.items() if name not in names}

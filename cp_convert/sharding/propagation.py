@@ -1,12 +1,12 @@
-"""Where splitting is first sound: from every attention's queries backwards.
+"""Where splitting is first sound: from what asks for it, an attention's queries, backwards.
 
-Only queries ask to be split. Keys and values follow when they come from the same tokens; those of
-another source (a text that cross-attention reads) stay whole, which needs no communication.
+Only queries ask for their tokens. Keys and values follow when they come from the same tokens; those
+of another source (a text that cross-attention reads) stay whole, which needs no communication.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -34,8 +34,29 @@ class Want:
     cuts: frozenset[int] = frozenset()
 
 
-def wants(graph: fx.Graph, rules: Rules, inputs: Iterable[str], world: int) -> dict[fx.Node, Want]:
-    """For every value that should be sharded, how; constants and parameters are left out."""
+Seeds = Callable[[fx.Node], Iterable[tuple[fx.Node, Want]]]
+"""By an operator, which of its operands it asks to be sharded, and how."""
+
+
+def queries(node: fx.Node) -> Iterator[tuple[fx.Node, Want]]:
+    """An attention's queries, token by token."""
+    if node.target is ATTENTION:
+        q, k = operands(node)[:2]
+        yield q, Want(2, prod(shape(q)) * shape(k)[2])
+
+
+def wants(
+    graph: fx.Graph, rules: Rules, inputs: Iterable[str], world: int, seeds: Seeds = queries
+) -> dict[fx.Node, Want]:
+    """For every value that should be sharded, how; constants and parameters are left out.
+
+    Args:
+        graph: of the dense program.
+        rules: of its operators.
+        inputs: placeholders of what the user passes.
+        world: how many ranks share a dimension.
+        seeds: where it begins.
+    """
     varying = varies(graph, inputs)
     found: dict[fx.Node, Want] = {}
 
@@ -48,6 +69,9 @@ def wants(graph: fx.Graph, rules: Rules, inputs: Iterable[str], world: int) -> d
         elif old.dim == want.dim:
             found[node] = Want(old.dim, old.weight, old.cuts | want.cuts)
 
+    for node in graph.nodes:
+        for operand, want in seeds(node):
+            add(operand, want)
     before: dict[fx.Node, Want] | None = None
     while before != found:
         before = dict(found)
@@ -67,9 +91,6 @@ def _backwards(
     node: fx.Node, rules: Rules, found: dict[fx.Node, Want], world: int, add: Add
 ) -> None:
     """What the node's operands should be, for the node to be as it should."""
-    if node.target is ATTENTION:
-        q, k = operands(node)[:2]
-        add(q, Want(2, prod(shape(q)) * shape(k)[2]))
     want = found.get(node)
     if want is None:
         return

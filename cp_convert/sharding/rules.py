@@ -157,13 +157,14 @@ def _outermost(ins: Sequence[int], outs: Sequence[int]) -> list[tuple[int, int]]
     return found
 
 
-_SIZED: Final[dict[Any, str]] = {
+SIZED: Final[dict[Any, str]] = {
     aten.view.default: "size",
     aten.reshape.default: "shape",
     aten._unsafe_view.default: "size",
     aten._reshape_copy.default: "size",
     aten.expand.default: "size",
 }
+"""Operators that are told the sizes of their result, and by which argument."""
 
 
 def _sized(
@@ -172,7 +173,7 @@ def _sized(
     """Names the local length of ``dim`` in the operator's list of sizes, if it has one."""
 
     def localise(args: Any, kwargs: Any, given: Layouts) -> Arguments:
-        name = _SIZED.get(node.target)
+        name = SIZED.get(node.target)
         if name is None:
             return tuple(args), dict(kwargs)
         sizes = list(shape(node))
@@ -536,10 +537,10 @@ def _attention(node: fx.Node) -> list[Rule]:
     mask = given["attn_mask"]
     found = []
     if not given["is_causal"]:
-        found.append(Rule({0: 2, **_of_mask(mask, 2, q[2])}, 2))
-    found.append(Rule({0: 0, 1: 0, 2: 0, **_of_mask(mask, 0, q[0])}, 0))
+        found.append(Rule({0: 2, **of_mask(mask, 2, q[2])}, 2))
+    found.append(Rule({0: 0, 1: 0, 2: 0, **of_mask(mask, 0, q[0])}, 0))
     if q[1] == k[1]:
-        found.append(Rule({0: 1, 1: 1, 2: 1, **_of_mask(mask, 1, q[1])}, 1))
+        found.append(Rule({0: 1, 1: 1, 2: 1, **of_mask(mask, 1, q[1])}, 1))
 
     def carry(layouts: Layouts) -> list[Layout] | None:
         return [layouts[0]] if layouts[1] == layouts[2] else None
@@ -548,7 +549,8 @@ def _attention(node: fx.Node) -> list[Rule]:
     return [rule for rule in found if q[rule.output] > 1]  # type: ignore[index]
 
 
-def _of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
+def of_mask(mask: Any, dim: int, size: int) -> dict[int, int]:
+    """What an attention's mask has to do with a dimension of its queries."""
     if mask is None:
         return {}
     own = dim - (4 - len(shape(mask)))
@@ -561,6 +563,12 @@ def _blocks(node: fx.Node) -> list[Rule]:
     Its peers hold the same part of the sequence (:meth:`cp_convert.mesh.Mesh.free`).
     """
     return _same(node, range(1, len(shape(node))))
+
+
+def _shard(node: fx.Node) -> list[Rule]:
+    """A part along one axis of the mesh, of which another axis takes other dimensions."""
+    rank, dim = len(shape(node)), arguments(node)["dim"]
+    return _same(node, [d for d in range(rank) if d != dim])
 
 
 RulesOf = Callable[[fx.Node], list[Rule]]
@@ -598,7 +606,8 @@ def _table() -> dict[Any, RulesOf]:
         (_convolution, (aten.convolution,)),
         (_layer_norm, (aten.native_layer_norm,)),
         (_rms_norm, (aten.rms_norm,)),
-        (_like, (cp.all_reduce, cp.broadcast, cp.reduce)),
+        (_like, (cp.all_reduce, cp.broadcast, cp.reduce, cp.mark)),
+        (_shard, (cp.shard,)),
         (_blocks, (cp.all_gather, cp.all_to_all, cp.reduce_scatter, cp.gather, cp.scatter)),
         (_reduction("sum"), (aten.sum,)),
         (_reduction("mean"), (aten.mean,)),

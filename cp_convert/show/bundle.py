@@ -11,8 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..bundle.folder import Check
-from ..bundle.manifest import Attention, Manifest, Proof
+from ..bundle.manifest import Attention, Manifest, Proof, of_rank
+from ..mesh import SEQUENCE
 from .lora import sets_table
+from .mesh import axes_rows, guidance_line, place_of, ranks_of, tensor_line
 from .screen import Screen
 from .words import count, local_of, plural, size, starred, table_of
 
@@ -34,13 +36,15 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         f"[bold green]{plural(len(manifest.engines), 'engine')}[/] of "
         f"{escape(manifest.model.name)} "
         f"({count(manifest.model.parameters)} parameters, {_precision(manifest)}, "
-        f"{manifest.strategy} over {plural(manifest.world, 'rank')}), {size(total)} in "
+        f"{manifest.strategy} over {ranks_of(manifest)}), {size(total)} in "
         f"[bold]{escape(str(out))}[/]",
         soft_wrap=True,
     )
     for row in (
         ("proof", _proof_line(manifest.proof)),
         ("weights", _weights_line(manifest)),
+        *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
+        *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
         ("built by", _backend_line(manifest)),
@@ -132,8 +136,11 @@ def _facts(manifest: Manifest) -> Table:
         ("model", f"{model.name}, {count(model.parameters)} parameters ({model.source})"),
         (
             "strategy",
-            f"{manifest.strategy} over {plural(manifest.world, 'rank')}, {_precision(manifest)}",
+            f"{manifest.strategy} over {ranks_of(manifest)}, {_precision(manifest)}",
         ),
+        *((f"axis {name}", groups) for name, groups in axes_rows(manifest)),
+        *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
+        *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
         ("weights", _weights_line(manifest)),
         ("backend", _backend_line(manifest)),
         ("runs on", runs_on_line(manifest)),
@@ -162,14 +169,18 @@ def _weights_line(manifest: Manifest) -> str:
         return f"in every engine{shared}"
     files = sorted({weight.file for weight in manifest.weights})
     where = ", ".join(files) if len(files) < 3 else f"{len(files)} files such as {files[0]}"
-    total = sum(weight.bytes for weight in manifest.weights)
-    return f"{plural(len(manifest.weights), 'engine input')}, {size(total)}, from {where}{shared}"
+    own = of_rank(manifest.weights, 0)
+    total = size(sum(weight.bytes for weight in own))
+    each = " of every rank" if len(own) < len(manifest.weights) else ""
+    return f"{plural(len(own), 'engine input')}, {total}{each}, from {where}{shared}"
 
 
 def _engines_table(manifest: Manifest) -> Table:
+    places = int(len(manifest.axes) > 1)
     table = table_of(
         "Engines",
         "rank",
+        *["place"] * places,
         "file",
         "size",
         "activations",
@@ -179,6 +190,7 @@ def _engines_table(manifest: Manifest) -> Table:
     for engine in manifest.engines:
         table.add_row(
             str(engine.rank),
+            *[place_of(manifest, engine.rank)] * places,
             escape(engine.file),
             size(engine.bytes),
             "" if engine.activation_bytes is None else size(engine.activation_bytes),
@@ -251,7 +263,7 @@ def _sharding_table(manifest: Manifest) -> Table:
     table = table_of(f"Sharding, {found}", "kind", "what", "module", *numbers, right=numbers)
     rows = Counter(
         (
-            entry.kind,
+            entry.kind if entry.axis == SEQUENCE else f"{entry.kind} ({entry.axis})",
             entry.operator,
             starred(entry.module),
             str(entry.dim),
@@ -286,6 +298,7 @@ def _proof_line(proof: Proof) -> str:
         line += f", of the networks {max(e.max for e in proof.network.algebra):.1e}"
     if proof.control is not None:
         line += f"; without communication {proof.control.max:.1e}"
+    line += "".join(f"; without that along {n} {e.max:.1e}" for n, e in proof.controls.items())
     return line + ("; proven when this same job was run before" if proof.recalled else "")
 
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from ..bundle.manifest import Manifest, Proof
+from ..bundle.manifest import Manifest, Proof, of_rank
 from ..version import __version__
+from .mesh import axes_of, guidance_line, place_of, ranks_of
 from .page import STYLE
-from .words import count, local_of, plural, size, starred
+from .words import count, local_of, size, starred
 
 _WIDTH, _LEFT, _ROW = 760, 190, 32
 
@@ -18,7 +19,7 @@ def bundle_page(manifest: Manifest) -> str:
     """The whole page; everything that stands in the manifest is escaped."""
     parts = (
         _mesh(manifest),
-        _table("Where the sequence is split", _MOVES, _moves(manifest)),
+        _table("Where the sequence, or the batch, is split", _MOVES, _moves(manifest)),
         _table("Attention", _SITES, _sites(manifest)),
         _bars("Sent by one rank in a forward", [
             (f"{c.count} {c.kind}", c.bytes_sent) for c in manifest.collectives
@@ -50,7 +51,7 @@ def _verdict(manifest: Manifest) -> str:
     if proof.status == "skipped":
         return "Not proven: nothing is known about these engines' numbers."
     return escape(
-        f"Proven ({proof.level}): {manifest.strategy} over {plural(manifest.world, 'rank')} "
+        f"Proven ({proof.level}): {manifest.strategy} over {ranks_of(manifest)} "
         "returns what the dense model returns."
     )
 
@@ -63,30 +64,35 @@ def _mesh(manifest: Manifest) -> str:
         x, y = 8 + rank % across * 78, 8 + rank // across * 44
         boxes.append(
             f'<rect x="{x}" y="{y}" width="70" height="34" rx="5" fill="#2f7ed8" opacity="0.25"/>'
-            f'<text x="{x + 35}" y="{y + 22}" text-anchor="middle">rank {rank}</text>'
+            f'<text x="{x + 35}" y="{y + 22}" text-anchor="middle">rank {rank}'
+            f"<title>{escape(place_of(manifest, rank))}</title></text>"
         )
     rows = -(-manifest.world // across)
-    axes = " x ".join(f"{name} {length}" for name, length in manifest.axes.items())
     view = f"0 0 {max(_WIDTH, 16 + across * 78)} {12 + rows * 44}"
     groups = "".join(
         f"<p>The model's own group {escape(name)}: {escape(str(ranks))}</p>"
         for name, ranks in manifest.groups.items()
     )
     return (
-        f"<figure><figcaption>Mesh: {escape(axes)}</figcaption>"
+        f"<figure><figcaption>Mesh: {escape(axes_of(manifest))}</figcaption>"
         f'<svg viewBox="{view}" role="img" aria-label="Mesh">{"".join(boxes)}</svg>'
-        f"{groups}</figure>"
+        f"{groups}{_guidance(manifest)}</figure>"
     )
 
 
-_MOVES = ("kind", "what", "module", "count", "dimension", "slots of one rank", "padding")
+def _guidance(manifest: Manifest) -> str:
+    line = guidance_line(manifest)
+    return "" if line is None else f"<p>Guidance: {escape(line)}</p>"
+
+
+_MOVES = ("kind", "what", "module", "axis", "count", "dimension", "slots of one rank", "padding")
 _SITES = ("module", "count", "heads x dim", "queries", "keys", "", "padding")
 
 
 def _moves(manifest: Manifest) -> Iterable[Sequence[str]]:
     rows = Counter(
         (
-            (s.kind, s.operator, starred(s.module)),
+            (s.kind, s.operator, starred(s.module), s.axis),
             (
                 str(s.dim),
                 f"{s.local} of {' + '.join(map(str, s.segments))}",
@@ -116,7 +122,7 @@ def _sites(manifest: Manifest) -> Iterable[Sequence[str]]:
 
 
 def _memory(manifest: Manifest) -> list[tuple[str, int]]:
-    own = {(w.file, w.offset): w.bytes for w in manifest.weights}
+    own = {(w.file, w.offset): w.bytes for w in of_rank(manifest.weights, 0)}
     needs = [e.activation_bytes for e in manifest.engines if e.activation_bytes is not None]
     return [
         ("engine", max((e.bytes for e in manifest.engines), default=0)),
@@ -135,6 +141,7 @@ def _proof(proof: Proof) -> Iterable[Sequence[str]]:
         ("the dense model in that precision", [proof.dense] if proof.dense else []),
         ("what the ranks may lose", [proof.bound] if proof.bound else []),
         ("without communication (must be large)", [proof.control] if proof.control else []),
+        *((f"without that along {axis}", [error]) for axis, error in proof.controls.items()),
     )
     return ((name, f"{max(e.max for e in own):.1e}") for name, own in found if own)
 

@@ -83,7 +83,9 @@ def _changes(site: Site) -> bool:
 
 
 def _why_kept(axis: Axis) -> str:
-    return "its keys are whole on every rank" if axis.size > 1 else "the world is 1"
+    if axis.size > 1:
+        return "its keys are whole on every rank"
+    return "the world is 1" if len(axis.groups) == 1 else "no ranks share the sequence"
 
 
 def _site(index: int, node: fx.Node, sharded: Sharded) -> Site:

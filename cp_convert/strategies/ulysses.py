@@ -35,9 +35,9 @@ def why_not(site: Site, axis: Axis) -> Refusal | None:
     """Padding may cost up to half of the work, but more ranks than heads would idle."""
     if site.heads < axis.size:
         return Refusal(
-            f"{site.heads} heads are fewer than the {axis.size} ranks.",
+            f"{site.heads} heads are fewer than the {axis.size} ranks that share the sequence.",
             "try --strategy ring or --strategy allgather-kv, which do not split heads, "
-            f"or a world of at most {site.heads}.",
+            f"or at most {site.heads} such ranks; --cfg gives guidance branches their own.",
         )
     return None
 

@@ -68,7 +68,7 @@ def test_what_is_written_is_a_safetensors_file(tmp_path: Path) -> None:
     found = place(tensors, {}, tmp_path, Event(), copy=False, cache=Cache(None))
     loaded = load_file(tmp_path / WEIGHTS)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-    for name, weight in found.items():
+    for name, (weight,) in found.items():
         digest = bundle.sha256(tmp_path / weight.file, weight.offset, weight.size)
         assert (weight.name, weight.sha256) == (name, digest)
         assert weight.shape == tuple(tensors[name].shape)

@@ -35,7 +35,7 @@ def placed(path: Path, folder: Path, cache: Cache, between: Callable[[], object]
     with Placing(parameters, filled.located, folder, copy=False, cache=cache) as placing:
         placing._found.result()
         between()
-        return weight_entry(placing.weights["weight"])
+        return weight_entry(*placing.weights["weight"])
 
 
 def test_the_digest_is_of_the_numbers_that_were_loaded(tmp_path: Path) -> None:
@@ -150,9 +150,9 @@ def test_the_proof_lends_the_module_other_numbers_and_the_bundle_gets_its_own(
     """The thread that writes is held until the module is in float32 for its reference."""
     is_wide, real = Event(), external.save
 
-    def late(*args: Any) -> Any:
+    def late(*args: Any, **more: Any) -> Any:
         assert is_wide.wait(60)
-        return real(*args)
+        return real(*args, **more)
 
     monkeypatch.setattr(external, "save", late)
     module = torch.nn.Linear(2, 3, bias=False).half()
@@ -161,6 +161,6 @@ def test_the_proof_lends_the_module_other_numbers_and_the_bundle_gets_its_own(
     placing = Placing(parameters, {}, tmp_path, copy=False, cache=cache)
     with placing, in_float32(module):
         is_wide.set()
-        weight = weight_entry(placing.weights["weight"])
+        weight = weight_entry(*placing.weights["weight"])
     assert torch.equal(numbers_of(weight, tmp_path), expected)
     assert weight.sha256 == hashlib.sha256(expected.numpy().tobytes()).hexdigest()

@@ -185,6 +185,12 @@ def test_indices_that_lead_astray(
 OPTIONS = (
     ["-w", 0], ["-w", -2], ["-w", "two"], ["-w", 1.5], ["-s", "ulises"], ["-s", ""],
     ["-s", "usp", "--ulysses", 3, "-w", 4], ["-s", "usp", "--ulysses", 0, "-w", 4],
+    ["-s", "ulysses", "-w", 4, "--mesh", "cfg=2,x=2"], ["-s", "ulysses", "-w", 3, "--cfg", 2],
+    ["-s", "ulysses", "-w", 4, "--mesh", "cfg=2", "--cfg", 2], ["-s", "ulysses", "--tp", 0],
+    ["-s", "ulysses", "-w", 4, "--mesh", "cfg=2,cp=4"], ["-s", "ulysses", "-w", 2, "--cfg", -1],
+    ["-s", "usp", "--ulysses", 4, "-w", 4, "--cfg", 2], ["--unbatched", "x"],
+    ["--cfg", 2, "--unbatched", "y"], ["--combine", "s"], ["--cfg", 2, "--combine", "x"],
+    ["--cfg", 2, "--combine", "a b"], ["-s", "ulysses", "-w", 3, "--cfg", 3, "--combine", "s"],
     ["-s", "ulysses", "--ring", 2], ["-s", "usp", "--ulysses", 2, "--ring", 3, "-w", 4],
     ["-p", "fp4"], ["-p", ""], ["--backend", "onnx"], ["--weights", "none.safetensors"],
     ["--weights", "."], ["--weights-mode", "inside"], ["--layout", "wide"], ["--proof", "maybe"],

@@ -67,7 +67,7 @@ void run(const Arguments& arguments) {
   const Ran ran = run_world(shared, nccl ? &*nccl : nullptr, devices, arguments.repeat,
                             Seconds(arguments.timeout));
   const double apart = check_outputs(manifest, ran.outputs);
-  report(manifest, devices, weights.bytes(), ran, apart);
+  report(manifest, devices, weights.bytes(0), ran, apart);
   if (!arguments.outputs) return;
   std::vector<Safetensors::View> outputs;
   const std::byte* at = ran.outputs[0].data();

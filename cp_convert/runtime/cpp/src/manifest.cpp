@@ -29,7 +29,8 @@ EngineFile engine_of(const json& entry, const fs::path& folder) {
 // The file is a name in the bundle or a path of the user's: an absolute one replaces the folder.
 Weight weight_of(const json& entry, const fs::path& folder) {
   Weight weight{tensor_of(entry), folder / entry.at("file").get<std::string>(),
-                entry.at("offset").get<std::size_t>(), entry.at("sha256").get<std::string>()};
+                entry.at("offset").get<std::size_t>(), entry.at("sha256").get<std::string>(),
+                entry.at("ranks").get<std::vector<int>>()};
   if (entry.at("bytes").get<std::size_t>() != weight.tensor.bytes())
     throw damaged(text("weight ", weight.tensor.name, " is ", weight.tensor.described(),
                        ", but has ", entry.at("bytes"), " bytes."));

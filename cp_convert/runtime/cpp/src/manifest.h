@@ -1,6 +1,7 @@
 // What a bundle's manifest says, as far as running needs it (docs/manifest.md).
 #pragma once
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 
@@ -15,12 +16,17 @@ struct EngineFile {
   std::size_t activation_bytes;  // 0 where the builder did not tell
 };
 
-// A weight that is an input of every engine: `bytes()` bytes at `offset` of a file.
+// A weight that is an input of the engines: `bytes()` bytes at `offset` of a file.
 struct Weight {
   Tensor tensor;
   std::filesystem::path path;
   std::size_t offset;
   std::string sha256;
+  std::vector<int> ranks;  // whose input it is; empty: all ranks'
+
+  bool is_of(int rank) const {
+    return ranks.empty() || std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+  }
 };
 
 struct Manifest {

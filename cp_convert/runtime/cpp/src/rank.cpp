@@ -24,7 +24,7 @@ void Rank::load() {
 void Rank::check_memory() const {
   const EngineFile& engine = shared_.manifest.engines[rank_];
   const std::size_t needed =
-      engine.bytes + engine.activation_bytes + shared_.weights.bytes() + bytes_of_io();
+      engine.bytes + engine.activation_bytes + shared_.weights.bytes(rank_) + bytes_of_io();
   const std::size_t free = shared_.cuda.free_bytes();
   if (free < needed)
     throw usage(text("its GPU has ", free, " bytes free; engine, activations, weights "
@@ -42,12 +42,12 @@ std::size_t Rank::bytes_of_io() const {
 void Rank::upload() {
   const Manifest& manifest = shared_.manifest;
   lane_ = std::make_unique<Lane>(shared_.cuda, 0);
-  weights_ = std::make_unique<DeviceMemory>(shared_.cuda, shared_.weights.bytes());
+  weights_ = std::make_unique<DeviceMemory>(shared_.cuda, shared_.weights.bytes(rank_));
   io_ = std::make_unique<DeviceMemory>(shared_.cuda, bytes_of_io());
   Upload upload(shared_.cuda);
-  shared_.weights.upload(upload, weights_->data());
+  const auto places = shared_.weights.upload(upload, rank_, weights_->data());
   for (const Weight& weight : manifest.weights)
-    session_->bind(weight.tensor.name, weights_->data() + shared_.weights.place(weight));
+    if (weight.is_of(rank_)) session_->bind(weight.tensor.name, places.at(Weights::source(weight)));
   std::byte* at = io_->data();
   for (const auto& [tensor, data] : shared_.inputs) {
     upload.copy(at, data, tensor.bytes());

@@ -1,16 +1,20 @@
 #include "weights.h"
 
+#include <algorithm>
+
 #include "sha256.h"
 
 namespace cp_run {
-namespace {
 
 // Weights of one source are tied, and are one on the device too.
-Weights::Source source(const Weight& weight) {
+Weights::Source Weights::source(const Weight& weight) {
   return {weight.path.string(), weight.offset, weight.tensor.bytes()};
 }
 
-}  // namespace
+bool Weights::Piece::is_of(int rank) const {
+  return std::any_of(weights.begin(), weights.end(),
+                     [rank](const Weight* weight) { return weight->is_of(rank); });
+}
 
 Weights::Weights(const std::vector<Weight>& weights) {
   for (const Weight& weight : weights) add(weight);
@@ -23,14 +27,14 @@ void Weights::add(const Weight& weight) {
   if (weight.offset > file->size() || weight.tensor.bytes() > file->size() - weight.offset)
     throw damaged(text(path, " ends before ", weight.tensor.name, "."),
                   "the file is not the one that was converted.");
-  if (!by_source_.try_emplace(source(weight), pieces_.size()).second) return;
-  pieces_.push_back({&weight, file->data() + weight.offset, bytes_});
-  bytes_ += aligned(weight.tensor.bytes());
+  const auto [known, is_new] = by_source_.try_emplace(source(weight), pieces_.size());
+  if (is_new) pieces_.push_back({{}, file->data() + weight.offset});
+  pieces_[known->second].weights.push_back(&weight);
 }
 
 void Weights::verify(std::size_t first, std::size_t step) const {
   for (std::size_t i = first; i < pieces_.size(); i += step) {
-    const Weight& weight = *pieces_[i].weight;
+    const Weight& weight = *pieces_[i].weights[0];
     if (sha256(pieces_[i].data, weight.tensor.bytes()) != weight.sha256)
       throw damaged(text(weight.path.string(), ": SHA-256 of ", weight.tensor.name,
                          " differs from the manifest's."),
@@ -38,13 +42,24 @@ void Weights::verify(std::size_t first, std::size_t step) const {
   }
 }
 
-void Weights::upload(Upload& upload, std::byte* to) const {
+std::size_t Weights::bytes(int rank) const {
+  std::size_t bytes = 0;
   for (const Piece& piece : pieces_)
-    upload.copy(to + piece.place, piece.data, piece.weight->tensor.bytes());
+    if (piece.is_of(rank)) bytes += aligned(piece.weights[0]->tensor.bytes());
+  return bytes;
 }
 
-std::size_t Weights::place(const Weight& weight) const {
-  return pieces_[by_source_.at(source(weight))].place;
+std::map<Weights::Source, std::byte*> Weights::upload(Upload& upload, int rank,
+                                                      std::byte* to) const {
+  std::map<Source, std::byte*> places;
+  for (const Piece& piece : pieces_) {
+    if (!piece.is_of(rank)) continue;
+    const Weight& weight = *piece.weights[0];
+    upload.copy(to, piece.data, weight.tensor.bytes());
+    places.emplace(source(weight), to);
+    to += aligned(weight.tensor.bytes());
+  }
+  return places;
 }
 
 }  // namespace cp_run

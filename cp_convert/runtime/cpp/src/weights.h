@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <vector>
 
 #include "manifest.h"
 #include "mapped_file.h"
@@ -22,20 +23,21 @@ class Weights {
   // Throws `damaged`.
   void verify(std::size_t first, std::size_t step) const;
 
-  // Bytes of all pieces on a device.
-  std::size_t bytes() const { return bytes_; }
+  static Source source(const Weight& weight);
 
-  // Uploads every piece once; tied weights are one.
-  void upload(Upload& upload, std::byte* to) const;
+  // Bytes of a rank's pieces on its device.
+  std::size_t bytes(int rank) const;
 
-  // Where a weight lies behind the start of the device's memory: a multiple of 256.
-  std::size_t place(const Weight& weight) const;
+  // Uploads every piece of a rank once, tied weights as one; returns where each lies, at multiples
+  // of 256 behind `to`.
+  std::map<Source, std::byte*> upload(Upload& upload, int rank, std::byte* to) const;
 
  private:
   struct Piece {
-    const Weight* weight;  // the first of those that share it
+    std::vector<const Weight*> weights;  // those that share it
     const std::byte* data;
-    std::size_t place;
+
+    bool is_of(int rank) const;
   };
 
   void add(const Weight& weight);
@@ -43,7 +45,6 @@ class Weights {
   std::map<std::string, std::unique_ptr<MappedFile>> files_;
   std::vector<Piece> pieces_;
   std::map<Source, std::size_t> by_source_;  // the piece
-  std::size_t bytes_ = 0;
 };
 
 // The next multiple of 256, as TensorRT wants addresses.

@@ -1,0 +1,70 @@
+"""``--mesh``, ``--cfg``, ``--combine``, ``--tp``: options in, the axes' sizes and world out."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+from ..mesh import AXES, GUIDANCE, SEQUENCE, TENSOR, Mesh
+from .options import Decorator
+
+
+def option(command: Any) -> Any:
+    """These options."""
+    for one in reversed(_OPTIONS):
+        command = one(command)
+    return command
+
+
+_OPTIONS: tuple[Decorator, ...] = (
+    click.option(
+        "--mesh", metavar="AXIS=N,...",
+        help="How the ranks are arranged: cfg=N groups share a batch's guidance branches, tp=N "
+        "every weight, and cp=N the sequence, by --strategy; cp is what is left of --world.",
+    ),
+    click.option("--cfg", type=int, help="Short for --mesh cfg=N.  [default: 1]"),
+    click.option(
+        "--combine", metavar="INPUT",
+        help="With --cfg 2: the engines return uncond + s * (cond - uncond), s being a new input "
+        "of this name, and not both branches.",
+    ),
+    click.option(
+        "--unbatched", multiple=True, metavar="ARGUMENT",
+        help="With --cfg: this argument has one row whatever the batch is, and keeps it; "
+        "repeatable.",
+    ),
+    click.option("--tp", type=int, help="Short for --mesh tp=N.  [default: 1]"),
+)  # fmt: skip
+
+
+def taken(given: dict[str, Any]) -> None:
+    """Put ``cfg``, ``tp`` and, where the mesh says it whole, ``world`` into the options' place.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    text = given.pop("mesh")
+    sizes = {} if text is None else Mesh.sizes(text)
+    for name in (GUIDANCE, TENSOR):
+        if name in sizes and given[name] is not None:
+            raise UsageError(
+                f"--{name} {given[name]} with --mesh {text}.", hint="leave one of the two out."
+            )
+        given[name] = sizes.get(name, 1) if given[name] is None else given[name]
+    if SEQUENCE not in sizes:
+        return
+    world = prod({**dict.fromkeys(AXES, 1), **given, **sizes}[name] for name in AXES)
+    if given["world"] not in (None, world):
+        raise UsageError(
+            f"--mesh {text} takes {world} ranks, and --world is {given['world']}.",
+            hint="leave --world out, or cp, which is what is left of it.",
+        )
+    given["world"] = world
+
+
+def sequence(given: dict[str, Any]) -> int:
+    """How many ranks share the sequence."""
+    return Mesh.of(given["world"], given["cfg"], given["tp"]).size(SEQUENCE)
