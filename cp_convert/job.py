@@ -21,6 +21,8 @@ USUAL_PRECISION: Final = "bf16"
 RESIDUAL: Final = "residual"
 """Among the patterns of ``--float32``: the sums that run from block to block."""
 AUTO: Final = "auto"
+EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
+"""What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
@@ -74,6 +76,8 @@ class Job:
             that the model file names.
         tiny: shrink a preset's depth and width.
         resolution: one of the preset's; ``None`` takes its usual one.
+        exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
+        max_loss: what quantization may cost of the output, relative, as a root mean square.
         rtol: replaces the proof's own bound on the relative error.
         unsafe_groups: build collectives of a part of the ranks for a release that ignores groups.
         force: replace an existing bundle.
@@ -107,6 +111,8 @@ class Job:
     freeze: tuple[str, ...] = ()
     tiny: bool = False
     resolution: str | None = None
+    exchange: str | None = None
+    max_loss: float | None = None
     rtol: float | None = None
     unsafe_groups: bool = False
     force: bool = False
@@ -127,6 +133,8 @@ class Job:
             _one_of("allow-cast", one, ALLOW_CASTS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("proof-device", self.proof_device, DEVICES)
+        if self.exchange is not None:
+            _one_of("exchange", self.exchange, tuple(EXCHANGES))
         if self.plan is not None:
             _one_of("plan", self.plan, PLANS)
         if self.world < 1:
@@ -146,17 +154,31 @@ class Job:
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise UsageError(
-                f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
-                hint="leave it out to use the bound derived from the precision.",
-            )
+        self._check_errors()
         _check_model(self.model)
         if (self.tiny or self.resolution) and not self.is_preset:
             raise UsageError(
                 f"--tiny and --resolution are for presets; {self.model} is a Python file.",
                 hint="its build_model() and example_inputs() say how large it is.",
             )
+
+    def _check_errors(self) -> None:
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise UsageError(
+                f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
+                hint="leave it out to use the bound derived from the precision.",
+            )
+        if self.max_loss is None:
+            return
+        if not 0 < self.max_loss < 1:
+            raise UsageError(f"--max-loss {self.max_loss}: a relative loss lies between 0 and 1.")
+        if self.exchange is None:
+            raise UsageError(
+                "--max-loss: nothing is quantized that could lose anything.",
+                hint="it goes with --exchange.",
+            )
+        if self.proof == "none":
+            raise UsageError("--max-loss is measured by the proof, which --no-proof leaves out.")
 
     def _check_precision(self) -> None:
         if self.precision is None:
@@ -177,6 +199,11 @@ class Job:
     def is_preset(self) -> bool:
         """Whether the model is described by a preset."""
         return self.model.suffix == ".toml"
+
+    @property
+    def eight(self) -> str:
+        """Which of q, k, v and o may travel in 8 bits."""
+        return "" if self.exchange is None else EXCHANGES[self.exchange]
 
     @property
     def names_groups(self) -> bool:

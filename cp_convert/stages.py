@@ -61,6 +61,7 @@ from .releases import release_of
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
+from .strategies.rounded import rounded
 from .trt.libraries import decompositions
 
 Table = Mapping[Any, Any]
@@ -202,12 +203,17 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
             hardware = read_hardware(job.hardware)
             backend = begun.loaded.backend
             groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
-            name, factor = cheapest(sharded, axis, hardware, source.bytes, table, groups=groups)
+            name, factor = cheapest(
+                sharded, axis, hardware, source.bytes, table, groups=groups, eight=job.eight
+            )
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
-        program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-    return Rewritten(job, axis, sharded, program, outcomes)
+        program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table, eight=job.eight)
+    sites = [outcome.site for outcome in outcomes if outcome.site.keys_sharded]
+    sent = strategy.travels(sites[0], axis) if sites else ""
+    eight = "".join(name for name in sent if name in job.eight)
+    return Rewritten(job, axis, sharded, program, outcomes, eight)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
@@ -241,10 +247,15 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
-        dense = begun.captured.dense
-        stages = Stages(dense, control, emitted.rewritten, emitted.program, sites, axis)
+        dense, eight, quantized = begun.captured.dense, rewritten.eight, None
+        if eight:
+            quantized = rounded(dense, rewritten.sharded, eight, axis, begun.table)
+        programs = (dense, control, emitted.rewritten, emitted.program)
+        stages = Stages(*programs, sites, axis, quantized)
         device = check_device(job.proof_device)
-        return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
+        return prove(
+            begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
+        )
 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:

@@ -25,6 +25,7 @@ from ..mesh import Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from . import quantized as q
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -66,6 +67,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         weights=[weight_entry(w) for w in made.weights],
         program=None if made.program is None else _program(made.program),
         lora=[],
+        quantization=_quantization(made),
         engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
@@ -298,6 +300,27 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         ),
         seconds=round(proof.seconds, 3),
         recalled=False,
+    )
+
+
+def _quantization(made: Made) -> m.Quantization | None:
+    eight = made.rewritten.eight
+    if not eight:
+        return None
+    codes = None if made.proof is None else made.proof.codes
+    networks = () if made.network_proof is None else made.network_proof.codes
+    return m.Quantization(
+        exchange=q.Exchange(codes="int8", operands=list(eight)),  # type: ignore[arg-type]
+        codes=None
+        if codes is None
+        else q.Codes(
+            ranks=[_error(e) for e in codes.ranks],
+            networks=[_error(e) for e in networks],
+            bound=_error(codes.bound),
+            codes=codes.codes,
+            flipped=codes.flipped,
+        ),
+        loss=None if codes is None else _error(codes.loss),
     )
 
 

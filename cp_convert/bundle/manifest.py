@@ -20,14 +20,16 @@ from .call import Io as Io
 from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
+from .quantized import Error as Error
+from .quantized import Quantization as Quantization
 from .stored import BundleFile as BundleFile
 from .stored import FileName as FileName
 from .stored import LoraSet as LoraSet
 from .stored import Positive as Positive
 from .stored import Weight as Weight
 
-SCHEMA_VERSION: Final = 6
-SCHEMA_ID: Final = "urn:cp-convert:manifest:6"
+SCHEMA_VERSION: Final = 7
+SCHEMA_ID: Final = "urn:cp-convert:manifest:7"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -204,13 +206,6 @@ class Program(_Struct, frozen=True):
     weights: list[Weight]
 
 
-class Error(_Struct, frozen=True):
-    """Relative errors: largest, and root mean square, each over that of the reference."""
-
-    max: float
-    rms: float
-
-
 class NetworkProof(_Struct, frozen=True):
     """The same comparisons with what TensorRT's builder was given, within the same bounds."""
 
@@ -222,10 +217,12 @@ class NetworkProof(_Struct, frozen=True):
 class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
-    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
-    ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
-    precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
-    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone.
+    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic
+    (and quantizers that do not round, if there are any), ``ranks`` in the bundle's precision (of a
+    quantized bundle against the dense program with the same quantizers); ``dense`` is what that
+    unsharded model loses in that precision, ``spread`` what it loses under other roundings that are
+    as valid, and ``bound`` what the ranks may lose. ``control`` is what is lost when every rank
+    attends to its own keys alone.
     ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
     in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
@@ -253,10 +250,11 @@ class Manifest(_Struct, frozen=True):
     itself communicates, which divide the ``world`` beside them. ``float32`` names what computes in
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
+    ``quantization`` is null where everything is computed and sent in the precision.
     ``lora`` are sets that were added later, see ``cp-convert lora``.
     """
 
-    schema_version: Literal[6]
+    schema_version: Literal[7]
     tool: Tool
     created: str
     model: Model
@@ -285,6 +283,7 @@ class Manifest(_Struct, frozen=True):
     weights: list[Weight]
     program: Program | None
     lora: list[LoraSet]
+    quantization: Quantization | None
     proof: Proof
     timings: dict[str, Seconds]
     command: str

@@ -120,6 +120,11 @@ def _fits(option: click.Parameter, value: Any) -> bool:
     help="Folder of the bundle.  [default: <model>-<strategy>-w<world>]",
 )  # fmt: skip
 @options.precision
+@options.exchange
+@click.option(
+    "--max-loss", type=float, metavar="SHARE",
+    help="Refuse what quantization costs beyond this share of the output (root mean square).",
+)  # fmt: skip
 @options.float32(
     "Compute modules whose path matches in float32, such as 'blocks.*.norm'; repeatable. The word "
     "residual: the sums that run from block to block, which outgrow fp16 first."

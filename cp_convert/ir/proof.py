@@ -24,6 +24,26 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """What was proven of a program with quantizers, rounding included, in float32 arithmetic.
+
+    Attributes:
+        ranks: every rank's error against ``reference``.
+        bound: what codes next to a tie may do to the output when they flip.
+        codes, flipped: how many codes the dense program has, and how many flip where they may.
+        loss: what quantization itself loses: ``reference`` against the model without.
+        reference: what the dense program with quantizers returns.
+    """
+
+    ranks: tuple[Error, ...]
+    bound: Error
+    codes: int
+    flipped: int
+    loss: Error
+    reference: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Proof:
     """A proof that was carried out and passed.
 
@@ -41,6 +61,8 @@ class Proof:
         lost: what would be allowed relative to the reference; ``bound``, unless that shows nothing.
         rounded: what the dense model returns in the job's precision, where ``ranks`` are measured
             against that.
+        codes: the same with quantizers that round; ``algebra`` leaves their rounding out then, and
+            ``ranks`` are measured against the dense program with quantizers.
     """
 
     algebra: tuple[Error, ...]
@@ -54,11 +76,13 @@ class Proof:
     spread: tuple[Error, ...] = ()
     lost: Error = Error(FLOOR, FLOOR)
     rounded: tuple[Tensor, ...] | None = None
+    codes: Codes | None = None
 
     @property
     def against(self) -> tuple[Tensor, ...]:
         """What the ranks are measured against in the job's precision."""
-        return self.reference if self.rounded is None else self.rounded
+        own = self.reference if self.codes is None else self.codes.reference
+        return own if self.rounded is None else self.rounded
 
     @property
     def is_wide(self) -> bool:
@@ -68,7 +92,7 @@ class Proof:
     @property
     def algebra_bound(self) -> Error:
         """What may be lost with float32 arithmetic."""
-        return self.bound if self.is_wide else Error(FLOOR, FLOOR)
+        return self.bound if self.is_wide and self.codes is None else Error(FLOOR, FLOOR)
 
 
 @dataclass(frozen=True)
@@ -79,8 +103,10 @@ class NetworkProof:
         algebra: every rank's error with float32 arithmetic.
         ranks: every rank's error in the job's precision.
         seconds: how long it took.
+        codes: every rank's error with quantizers that round; nothing where there are none.
     """
 
     algebra: tuple[Error, ...]
     ranks: tuple[Error, ...]
     seconds: float
+    codes: tuple[Error, ...] = ()

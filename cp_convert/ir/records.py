@@ -77,6 +77,7 @@ class Rewritten:
         sharded: the program before, and where it is split.
         program: the program.
         outcomes: what was done with each attention.
+        eight: which of q, k, v and o it sends in 8 bits.
     """
 
     job: Job
@@ -84,6 +85,7 @@ class Rewritten:
     sharded: Sharded
     program: Lowered
     outcomes: tuple[Outcome, ...]
+    eight: str = ""
 
 
 @dataclass(frozen=True)

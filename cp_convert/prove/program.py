@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofFailed
 from ..ir.ops import is_spmd
 from ..ir.program import HALF, Executable
-from ..ir.proof import FLOOR, Error, Proof
+from ..ir.proof import FLOOR, Codes, Error, Proof
 from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
@@ -39,6 +39,7 @@ from .device import Mover
 from .errors import ROUNDING, deviation, error_of, worst
 from .lockstep import PerRank, reduces_over, run
 from .measure import CPU, Truth, flat_inputs
+from .quantizers import check_codes, check_loss, measure_codes, unrounded
 from .roundings import spread
 from .vanish import where_attention_vanishes
 
@@ -57,6 +58,8 @@ class Stages:
         lowered: as it will be built.
         sites: the attentions, and the nodes of ``rewritten`` that hold their results.
         axis: the ranks that share the sequence.
+        quantized: ``dense`` with the quantizers that the others have; ``None`` where there are
+            none.
     """
 
     dense: Executable
@@ -65,6 +68,7 @@ class Stages:
     lowered: Executable
     sites: Sequence[tuple[Site, str]]
     axis: Axis
+    quantized: Executable | None = None
 
     @property
     def world(self) -> int:
@@ -79,6 +83,7 @@ class Stages:
             control=mover.program(self.control),
             rewritten=mover.program(self.rewritten),
             lowered=mover.program(self.lowered),
+            quantized=None if self.quantized is None else mover.program(self.quantized),
         )
 
 
@@ -88,6 +93,7 @@ def prove(
     stages: Stages,
     *,
     rtol: float | None = None,
+    max_loss: float | None = None,
     device: torch.device = CPU,
 ) -> Proof:
     """Compare all ranks with the dense model.
@@ -97,6 +103,7 @@ def prove(
         inputs: keyword arguments of its forward, in the job's precision.
         stages: what is to be proven.
         rtol: replaces the derived bound of the job's precision.
+        max_loss: what quantization may cost of the output.
         device: where all ranks are computed; they share one copy of the weights there.
 
     Raises:
@@ -106,17 +113,23 @@ def prove(
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
     truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
     reference, is_wide = truth.reference, truth.is_wide
+    limit = Error(FLOOR, FLOOR)
+    if is_wide and stages.quantized is None:
+        limit = judged_by(truth, rtol)[1]
+    with unrounded(stages.quantized is not None):
+        algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, bound_of(truth, rtol))
+        control = _control(stages, inputs, reference, widen=not is_wide)
+    truth, codes = _codes(truth, inputs, stages, max_loss)
     lost, (against, bound) = bound_of(truth, rtol), judged_by(truth, rtol)
-    limit = bound if is_wide else Error(FLOOR, FLOOR)
-    algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, lost)
+    if codes is not None and is_wide:
+        bound = Error(max(bound.max, codes.bound.max), max(bound.rms, codes.bound.rms))
     ranks = _errors(stages.lowered, inputs, stages.world, against)
     if not all(error.within(bound) for error in ranks):
-        if against is not reference:
+        if against is not truth.reference:
             raise nothing_shown(truth, max(error.max for error in ranks))
         raise ProofFailed(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
         )
-    control = _control(stages, inputs, reference, widen=not is_wide)
     return Proof(
         algebra,
         ranks,
@@ -128,8 +141,23 @@ def prove(
         seconds_a_run,
         truth.spread,
         lost,
-        None if against is reference else tuple(against),
+        None if against is truth.reference else tuple(against),
+        codes,
     )
+
+
+def _codes(
+    truth: Truth, inputs: Mapping[str, Any], stages: Stages, max_loss: float | None
+) -> tuple[Truth, Codes | None]:
+    """With quantizers that round: their own truth, and that all ranks come to it."""
+    if stages.quantized is None:
+        return truth, None
+    flat = flat_inputs(stages.quantized, inputs)
+    own, codes = measure_codes(truth, stages.quantized, flat, stages.world)
+    check_loss(codes, max_loss)
+    program = stages.rewritten
+    outputs = run(program, flat_inputs(program, inputs), stages.world, widen=not truth.is_wide)
+    return own, replace(codes, ranks=check_codes(codes, outputs, "all ranks together"))
 
 
 def _algebra(
