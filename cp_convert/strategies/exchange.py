@@ -69,7 +69,7 @@ def _exchanged(blocks: list[Tensor], axis: Axis, *, eight: bool) -> list[Tensor]
 
 
 def _to_all(x: Tensor, axis: Axis, eight: bool) -> Tensor:
-    return sent(lambda part: ops.all_to_all(part, axis), x, eight=eight)
+    return sent(lambda part: ops.all_to_all(part, axis), x, eight=eight and axis.size > 1)
 
 
 def to_tokens(out_BhTD: Tensor, site: Site, axis: Axis) -> Tensor:

@@ -124,7 +124,7 @@ def _arriving(
     The one after that waits for the present attention, so that two are on their way at most.
     """
     if axis.size <= 2:
-        whole = sent(lambda x: ops.all_gather(x, axis), own, eight=eight)
+        whole = sent(lambda x: ops.all_gather(x, axis), own, eight=eight and axis.size > 1)
         gathered: Tensor = whole.unflatten(0, (axis.size, -1))
         yield from ((root, gathered[root]) for root in roots)
         return
