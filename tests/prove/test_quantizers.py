@@ -152,11 +152,10 @@ def test_what_it_costs_can_be_limited() -> None:
 
 def test_ranks_that_do_not_communicate_are_told_apart() -> None:
     """Quantizers snap small differences away; the control has none."""
-    control = stages_of("ring", 3).control
-    assert not any(n.target is QUANTIZE for n in control.graph_module.graph.nodes)
+    stages = stages_of("ring", 3)
+    assert not any(n.target is QUANTIZE for n in stages.control.graph_module.graph.nodes)
     with pytest.raises(ProofFailed, match="went astray"):
-        stages = stages_of("ring", 3)
-        proven(replace(stages, rewritten=control))
+        proven(replace(stages, rewritten=stages.control))
 
 
 def test_a_tensor_moves_as_codes() -> None:
