@@ -23,6 +23,8 @@ RESIDUAL: Final = "residual"
 AUTO: Final = "auto"
 EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
 """What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
+QUANTIZED: Final = ("fp8",)
+"""Codes that linear layers may multiply."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
@@ -77,6 +79,10 @@ class Job:
         tiny: shrink a preset's depth and width.
         resolution: one of the preset's; ``None`` takes its usual one.
         exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
+        quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
+        keep: patterns of the paths of linear layers that are left in the precision.
+        calibration: safetensors files of inputs, whose range decides the scales beside the
+            example's.
         max_loss: what quantization may cost of the output, relative, as a root mean square.
         rtol: replaces the proof's own bound on the relative error.
         unsafe_groups: build collectives of a part of the ranks for a release that ignores groups.
@@ -112,6 +118,9 @@ class Job:
     tiny: bool = False
     resolution: str | None = None
     exchange: str | None = None
+    quantize: str | None = None
+    keep: tuple[str, ...] = ()
+    calibration: tuple[Path, ...] = ()
     max_loss: float | None = None
     rtol: float | None = None
     unsafe_groups: bool = False
@@ -154,6 +163,7 @@ class Job:
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
+        self._check_quantize()
         self._check_errors()
         _check_model(self.model)
         if (self.tiny or self.resolution) and not self.is_preset:
@@ -161,6 +171,23 @@ class Job:
                 f"--tiny and --resolution are for presets; {self.model} is a Python file.",
                 hint="its build_model() and example_inputs() say how large it is.",
             )
+
+    def _check_quantize(self) -> None:
+        if self.quantize is None:
+            for option, given in (("keep", self.keep), ("calibration", self.calibration)):
+                if given:
+                    raise UsageError(f"--{option}: it goes with --quantize.")
+            return
+        _one_of("quantize", self.quantize, QUANTIZED)
+        if old := without_fp8(self.compute_capabilities):
+            raise UsageError(
+                f"--quantize {self.quantize} with --compute-capability {', '.join(old)}: FP8 is "
+                "multiplied from 8.9 on.",
+                hint="leave these targets out, or convert for them without --quantize.",
+            )
+        for file in self.calibration:
+            if not file.is_file():
+                raise UsageError(f"--calibration {file}: there is no such file.")
 
     def _check_errors(self) -> None:
         if self.rtol is not None and not 0 < self.rtol < 1:
@@ -172,10 +199,10 @@ class Job:
             return
         if not 0 < self.max_loss < 1:
             raise UsageError(f"--max-loss {self.max_loss}: a relative loss lies between 0 and 1.")
-        if self.exchange is None:
+        if self.exchange is None and self.quantize is None:
             raise UsageError(
                 "--max-loss: nothing is quantized that could lose anything.",
-                hint="it goes with --exchange.",
+                hint="it goes with --exchange and --quantize.",
             )
         if self.proof == "none":
             raise UsageError("--max-loss is measured by the proof, which --no-proof leaves out.")
@@ -264,6 +291,12 @@ def _check_model(model: Path) -> None:
 def without_bf16(compute_capabilities: Collection[str]) -> list[str]:
     """Those of GPUs older than Ampere (8.0), which do not compute in bfloat16."""
     return [one for one in compute_capabilities if int(one.split(".")[0]) < 8]
+
+
+def without_fp8(compute_capabilities: Collection[str]) -> list[str]:
+    """Those of GPUs older than Ada (8.9), which do not multiply in FP8."""
+    known = ((one, tuple(map(int, one.rstrip("+").split(".")))) for one in compute_capabilities)
+    return [one for one, version in known if version < (8, 9)]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

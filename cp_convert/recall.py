@@ -30,7 +30,7 @@ from .bundle.folder import CONSTANTS
 from .cache.fingerprint import code_key
 from .cache.store import ENGINE, Cache, key_of
 from .errors import CannotLower
-from .files import file_state, place
+from .files import file_state, place, sha256
 from .ir.identity import readable
 from .ir.source import Source
 from .ir.tensors import numbers
@@ -39,7 +39,18 @@ from .job import AUTO, EXTERNAL_FROM, Job
 _MANIFEST: Final = "manifest.json"
 _ENGINES: Final = "engines.json"
 _NO_DIFFERENCE: Final = frozenset(
-    {"model", "out", "hardware", "weights", "force", "cache", "jobs", "memory", "command"}
+    {
+        "model",
+        "out",
+        "hardware",
+        "weights",
+        "force",
+        "cache",
+        "jobs",
+        "memory",
+        "command",
+        "calibration",
+    }
 )
 """Options that decide nothing, or are in the key by what they name."""
 
@@ -83,7 +94,8 @@ def job_key(job: Job, values: str | None, program: str | None) -> str | None:
 def _options(job: Job) -> list[tuple[str, Any]]:
     """All that decide something; a new one counts until it is said that it does not."""
     names = (field.name for field in fields(job) if field.name not in _NO_DIFFERENCE)
-    return [(name, getattr(job, name)) for name in sorted(names)]
+    told = [(name, getattr(job, name)) for name in sorted(names)]
+    return [*told, ("calibration", [sha256(file) for file in job.calibration])]
 
 
 def _parameters(source: Source) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
+from .capture.linear8 import choose as choose_linears
+from .capture.linear8 import quantized as in_fp8
+from .capture.linear8 import weights_of
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
@@ -29,7 +32,8 @@ from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
 from .files import place
-from .ir.program import Lowered
+from .ir.linear8 import Layer, Linears
+from .ir.program import Lowered, module_path
 from .ir.proof import NetworkProof, Proof
 from .ir.records import (
     Built,
@@ -57,6 +61,7 @@ from .prove import (
     prove,
     prove_networks,
 )
+from .prove.calibrate import largest_inputs, losses, sets_of
 from .releases import release_of
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
@@ -138,6 +143,8 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
+    if loaded.job.quantize is not None:
+        captured = _quantized(loaded, captured, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 
 
@@ -163,6 +170,22 @@ def check_networks(made: Made, clock: Clock) -> Made:
         ProofFailed: they do not compute what the model does.
     """
     return replace(made, network_proof=_replayed(made, clock))
+
+
+def _quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
+    """The program with its linear layers in 8 bits, by scales that the job's inputs give."""
+    job, dense = loaded.job, captured.dense
+    with clock.stage("calibrate"):
+        device = check_device(job.proof_device)
+        example = flat_inputs(dense, loaded.source.inputs)
+        sets = list(sets_of(dense, example, job.calibration))
+        chosen, kept = choose_linears(dense, job.keep)
+        program, scales = in_fp8(dense, chosen, largest_inputs(dense, chosen, sets, device))
+        lost = losses(dense, scales, example, device)
+    layers = tuple(Layer(module_path(node), *scales[node.name], lost[node.name]) for node in chosen)
+    weights = weights_of(chosen, captured.signature.parameters)
+    linears = Linears(dense, layers, kept, weights, len(sets))
+    return replace(captured, dense=program, linears=linears)
 
 
 def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
@@ -221,10 +244,12 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         layout = _layout(rewritten.job, source, rewritten.program)
         program = rewritten.program
         program = by_scatter(program) if layout == "shared" else program
-        names = captured.signature.parameters if source.external else {}
+        names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
         lowered = lower(folded.program)
-    return Emitted(program, lowered, layout, folded.names, folded.constants)
+    apart = {} if captured.linears is None else captured.linears.weights
+    codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
+    return Emitted(program, lowered, layout, folded.names, {**folded.constants, **codes})
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -247,11 +272,13 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
-        dense, eight, quantized = begun.captured.dense, rewritten.eight, None
-        if eight:
-            quantized = rounded(dense, rewritten.sharded, eight, axis, begun.table)
+        dense, linears = begun.captured.dense, begun.captured.linears
+        quantized = None if linears is None else dense
+        if rewritten.eight:
+            quantized = rounded(dense, rewritten.sharded, rewritten.eight, axis, begun.table)
         programs = (dense, control, emitted.rewritten, emitted.program)
-        stages = Stages(*programs, sites, axis, quantized)
+        plain = None if linears is None else linears.before
+        stages = Stages(*programs, sites, axis, quantized, plain)
         device = check_device(job.proof_device)
         return prove(
             begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
@@ -310,7 +337,7 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
     if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
         return None
     with clock.stage("store"):
-        names = made.captured.signature.parameters if source.external else {}
+        names = made.captured.bindings if source.external else {}
         files = write_program(emitted.rewritten, names, made.loaded.folder)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)

@@ -11,8 +11,10 @@ from typing import Any, Final
 import msgspec
 import torch
 
+from ..backends import Backend
 from ..ir.attention import Outcome
 from ..ir.engine import Engine
+from ..ir.linear8 import Linears
 from ..ir.program import Binding
 from ..ir.proof import Error, NetworkProof, Proof
 from ..ir.records import Made, StoredProgram
@@ -20,7 +22,7 @@ from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
-from ..job import Job
+from ..job import Job, without_fp8
 from ..mesh import Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
@@ -90,9 +92,15 @@ def _backend(made: Made) -> m.Backend:
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
-        compute_capabilities=list(job.compute_capabilities or backend.default_targets),
+        compute_capabilities=list(job.compute_capabilities) or _targets(backend, job),
         workarounds=[text for name, text in made.built.workarounds.items() if name in used],
     )
+
+
+def _targets(backend: Backend, job: Job) -> list[str]:
+    """Of the backend's own choice, those that have the types."""
+    old = without_fp8(backend.default_targets) if job.quantize is not None else []
+    return [one for one in backend.default_targets if one not in old]
 
 
 def _runs_on(made: Made) -> m.RunsOn:
@@ -304,13 +312,16 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
 
 
 def _quantization(made: Made) -> m.Quantization | None:
-    eight = made.rewritten.eight
-    if not eight:
+    eight, linears = made.rewritten.eight, made.captured.linears
+    if not eight and linears is None:
         return None
     codes = None if made.proof is None else made.proof.codes
     networks = () if made.network_proof is None else made.network_proof.codes
     return m.Quantization(
-        exchange=q.Exchange(codes="int8", operands=list(eight)),  # type: ignore[arg-type]
+        exchange=q.Exchange(codes="int8", operands=list(eight))  # type: ignore[arg-type]
+        if eight
+        else None,
+        linears=None if linears is None else _linears(linears),
         codes=None
         if codes is None
         else q.Codes(
@@ -321,6 +332,23 @@ def _quantization(made: Made) -> m.Quantization | None:
             flipped=codes.flipped,
         ),
         loss=None if codes is None else _error(codes.loss),
+    )
+
+
+def _linears(linears: Linears) -> q.Linears:
+    return q.Linears(
+        codes="fp8",
+        layers=[
+            q.Layer(
+                module=one.module,
+                input_scale=one.input_scale,
+                weight_scale=one.weight_scale,
+                loss=one.loss,
+            )
+            for one in linears.layers
+        ],
+        kept=[q.Kept(module=one.module, reason=one.reason) for one in linears.kept],
+        sets=linears.sets,
     )
 
 

@@ -25,6 +25,34 @@ class Exchange(Struct, frozen=True):
     operands: list[Literal["q", "k", "v", "o"]]
 
 
+class Layer(Struct, frozen=True):
+    """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
+
+    ``loss`` is its own: what its output differs by with the example inputs (root mean square).
+    """
+
+    module: str
+    input_scale: float
+    weight_scale: float
+    loss: float
+
+
+class Kept(Struct, frozen=True):
+    """A linear layer that is left in the precision."""
+
+    module: str
+    reason: str
+
+
+class Linears(Struct, frozen=True):
+    """What linear layers multiply; the scales come from ``sets`` sets of inputs."""
+
+    codes: Literal["fp8"]
+    layers: list[Layer]
+    kept: list[Kept]
+    sets: Count
+
+
 class Codes(Struct, frozen=True):
     """All ranks with quantizers that round, in float32 arithmetic.
 
@@ -48,5 +76,6 @@ class Quantization(Struct, frozen=True):
     """
 
     exchange: Exchange | None
+    linears: Linears | None
     codes: Codes | None
     loss: Error | None

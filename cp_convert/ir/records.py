@@ -13,6 +13,7 @@ from ..job import Job
 from ..mesh import Axis
 from .attention import Outcome
 from .engine import Engine
+from .linear8 import Linears
 from .program import Lowered, Program
 from .proof import NetworkProof, Proof
 from .sharded import Sharded
@@ -61,10 +62,18 @@ class Captured:
     Attributes:
         dense: the program.
         signature: what else is known of it.
+        linears: what became of its linear layers, where they multiply codes of 8 bits.
     """
 
     dense: Lowered
     signature: Signature
+    linears: Linears | None = None
+
+    @property
+    def bindings(self) -> Mapping[str, str]:
+        """What every weight is called that stays outside the engines, by placeholder."""
+        apart = {} if self.linears is None else self.linears.weights
+        return {**self.signature.parameters, **apart}
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Stages:
         axis: the ranks that share the sequence.
         quantized: ``dense`` with the quantizers that the others have; ``None`` where there are
             none.
+        plain: ``dense`` before its linear layers were quantized, weights included; ``None`` where
+            they were not.
     """
 
     dense: Executable
@@ -69,6 +71,7 @@ class Stages:
     sites: Sequence[tuple[Site, str]]
     axis: Axis
     quantized: Executable | None = None
+    plain: Executable | None = None
 
     @property
     def world(self) -> int:
@@ -84,6 +87,7 @@ class Stages:
             rewritten=mover.program(self.rewritten),
             lowered=mover.program(self.lowered),
             quantized=None if self.quantized is None else mover.program(self.quantized),
+            plain=None if self.plain is None else mover.program(self.plain),
         )
 
 
@@ -111,7 +115,8 @@ def prove(
     """
     start, mover = time.perf_counter(), Mover(device)
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
-    truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
+    whole = _with_own_rounding(truth, inputs, stages.plain or stages.dense, stages.world)
+    truth = _with_codes_of_weights(whole, inputs, stages, bound_of(whole, rtol))
     reference, is_wide = truth.reference, truth.is_wide
     limit = Error(FLOOR, FLOOR)
     if is_wide and stages.quantized is None:
@@ -119,17 +124,8 @@ def prove(
     with unrounded(stages.quantized is not None):
         algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, bound_of(truth, rtol))
         control = _control(stages, inputs, reference, widen=not is_wide)
-    truth, codes = _codes(truth, inputs, stages, max_loss)
-    lost, (against, bound) = bound_of(truth, rtol), judged_by(truth, rtol)
-    if codes is not None and is_wide:
-        bound = Error(max(bound.max, codes.bound.max), max(bound.rms, codes.bound.rms))
-    ranks = _errors(stages.lowered, inputs, stages.world, against)
-    if not all(error.within(bound) for error in ranks):
-        if against is not truth.reference:
-            raise nothing_shown(truth, max(error.max for error in ranks))
-        raise ProofFailed(
-            f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
-        )
+    truth, codes = _codes(truth, whole, inputs, stages, max_loss)
+    ranks, bound, against = _in_precision(truth, inputs, stages, rtol, codes)
     return Proof(
         algebra,
         ranks,
@@ -140,24 +136,76 @@ def prove(
         time.perf_counter() - start,
         seconds_a_run,
         truth.spread,
-        lost,
+        bound_of(truth, rtol),
         None if against is truth.reference else tuple(against),
         codes,
     )
 
 
+def _in_precision(
+    truth: Truth,
+    inputs: Mapping[str, Any],
+    stages: Stages,
+    rtol: float | None,
+    codes: Codes | None,
+) -> tuple[tuple[Error, ...], Error, Sequence[Tensor]]:
+    """Every rank's error in the job's precision, its bound, and what they are relative to."""
+    against, bound = judged_by(truth, rtol)
+    if codes is not None and truth.is_wide:
+        bound = Error(max(bound.max, codes.bound.max), max(bound.rms, codes.bound.rms))
+    ranks = _errors(stages.lowered, inputs, stages.world, against)
+    if not all(error.within(bound) for error in ranks):
+        if against is not truth.reference:
+            raise nothing_shown(truth, max(error.max for error in ranks))
+        raise ProofFailed(
+            f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
+        )
+    return ranks, bound, against
+
+
 def _codes(
-    truth: Truth, inputs: Mapping[str, Any], stages: Stages, max_loss: float | None
+    truth: Truth,
+    whole: Truth,
+    inputs: Mapping[str, Any],
+    stages: Stages,
+    max_loss: float | None,
 ) -> tuple[Truth, Codes | None]:
     """With quantizers that round: their own truth, and that all ranks come to it."""
     if stages.quantized is None:
         return truth, None
     flat = flat_inputs(stages.quantized, inputs)
-    own, codes = measure_codes(truth, stages.quantized, flat, stages.world)
+    own, codes = measure_codes(truth, whole, stages.quantized, flat, stages.world)
     check_loss(codes, max_loss)
     program = stages.rewritten
     outputs = run(program, flat_inputs(program, inputs), stages.world, widen=not truth.is_wide)
     return own, replace(codes, ranks=check_codes(codes, outputs, "all ranks together"))
+
+
+def _with_codes_of_weights(
+    truth: Truth, inputs: Mapping[str, Any], stages: Stages, lost: Error
+) -> Truth:
+    """The truth of a model whose weights are codes; the program it was made of is the model's."""
+    plain, dense = stages.plain, stages.dense
+    if plain is None:
+        return truth
+    flat = flat_inputs(plain, inputs)
+    floor = Error(FLOOR, FLOOR)
+    apart = worst(run(plain, flat, stages.world, widen=not truth.is_wide)[0], truth.reference)
+    if not apart.within(floor) and not worst(
+        run(plain, flat, stages.world)[0], truth.reference
+    ).within(lost):
+        raise _not_the_model([apart], floor)
+    with unrounded(True):
+        reference = run(dense, flat, stages.world, widen=not truth.is_wide)[0]
+    return replace(truth, reference=tuple(reference))
+
+
+def _not_the_model(errors: Sequence[Error], bound: Error) -> ProofFailed:
+    return ProofFailed(
+        f"the traced program is not the model: {deviation(errors, bound)}.",
+        hint="nothing was sharded yet; torch.export or a decomposition changed an operator, "
+        "or forward returns something else each time it is called.",
+    )
 
 
 def _algebra(
@@ -272,11 +320,7 @@ def _failure(
     message = f"all ranks together went astray: {deviation(errors, limit)}."
     dense = _errors(stages.dense, inputs, stages.world, reference)
     if not dense[0].within(bound):
-        return ProofFailed(
-            f"the traced program is not the model: {deviation(dense, bound)}.",
-            hint="nothing was sharded yet; torch.export or a decomposition changed an operator, "
-            "or forward returns something else each time it is called.",
-        )
+        return _not_the_model(dense, bound)
     astray = _first_astray(inputs, stages)
     if astray is None:
         hint = "every attention agrees with the dense model, so look at what follows the last one."

@@ -111,12 +111,13 @@ class Nudged(TorchDispatchMode):
 
 
 def measure_codes(
-    truth: Truth, program: Executable, inputs: Mapping[str, Tensor], world: int
+    truth: Truth, whole: Truth, program: Executable, inputs: Mapping[str, Tensor], world: int
 ) -> tuple[Truth, Codes]:
     """What the dense program with quantizers returns and loses, and how its codes may flip.
 
     Args:
-        truth: of the model without quantizers.
+        truth: of the model without rounding.
+        whole: of the model as it is.
         program: the dense one with them.
         inputs: by binding.
         world: how many ranks a program has that communicates by itself.
@@ -142,7 +143,7 @@ def measure_codes(
         bound=bound,
         codes=nudged[0].codes,
         flipped=max(mode.flipped for mode in nudged),
-        loss=worst(reference, truth.reference),
+        loss=worst(reference, whole.reference),
         reference=reference,
     )
     own = replace(truth, reference=reference)

@@ -297,6 +297,13 @@ def _quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
     if told is None:
         return []
     what = []
+    if told.linears is not None:
+        layers = told.linears.layers
+        worst = max(layers, key=lambda one: one.loss)
+        what.append(
+            f"{len(layers)} linear layers in FP8, {len(told.linears.kept)} left as they are; the "
+            f"layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"
+        )
     if told.exchange is not None:
         what.append(f"{', '.join(told.exchange.operands)} of attention sent in 8 bits")
     if told.loss is not None and told.codes is not None:
