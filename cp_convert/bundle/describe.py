@@ -14,7 +14,6 @@ import torch
 from ..backends import Backend
 from ..ir.attention import Outcome
 from ..ir.engine import Engine
-from ..ir.linear8 import Linears
 from ..ir.program import Binding
 from ..ir.proof import Error, NetworkProof, Proof
 from ..ir.records import Made, StoredProgram
@@ -27,7 +26,7 @@ from ..mesh import Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
-from . import quantized as q
+from .describe_quantized import quantization
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -69,7 +68,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         weights=[weight_entry(w) for w in made.weights],
         program=None if made.program is None else _program(made.program),
         lora=[],
-        quantization=_quantization(made),
+        quantization=quantization(made),
         engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
@@ -308,47 +307,6 @@ def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) ->
         ),
         seconds=round(proof.seconds, 3),
         recalled=False,
-    )
-
-
-def _quantization(made: Made) -> m.Quantization | None:
-    eight, linears = made.rewritten.eight, made.captured.linears
-    if not eight and linears is None:
-        return None
-    codes = None if made.proof is None else made.proof.codes
-    networks = () if made.network_proof is None else made.network_proof.codes
-    return m.Quantization(
-        exchange=q.Exchange(codes="int8", operands=list(eight))  # type: ignore[arg-type]
-        if eight
-        else None,
-        linears=None if linears is None else _linears(linears),
-        codes=None
-        if codes is None
-        else q.Codes(
-            ranks=[_error(e) for e in codes.ranks],
-            networks=[_error(e) for e in networks],
-            bound=_error(codes.bound),
-            codes=codes.codes,
-            flipped=codes.flipped,
-        ),
-        loss=None if codes is None else _error(codes.loss),
-    )
-
-
-def _linears(linears: Linears) -> q.Linears:
-    return q.Linears(
-        codes="fp8",
-        layers=[
-            q.Layer(
-                module=one.module,
-                input_scale=one.input_scale,
-                weight_scale=one.weight_scale,
-                loss=one.loss,
-            )
-            for one in linears.layers
-        ],
-        kept=[q.Kept(module=one.module, reason=one.reason) for one in linears.kept],
-        sets=linears.sets,
     )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -30,7 +30,6 @@ from ..errors import ProofFailed
 from ..ir.ops import is_spmd
 from ..ir.program import HALF, Executable
 from ..ir.proof import FLOOR, Codes, Error, Proof
-from ..mesh import Axis
 from ..strategies import Site
 from ..strategies.tokens import picked
 from .blame import Place
@@ -41,54 +40,11 @@ from .lockstep import PerRank, reduces_over, run
 from .measure import CPU, Truth, flat_inputs
 from .quantizers import check_codes, check_loss, measure_codes, unrounded
 from .roundings import spread
+from .stages import Stages
 from .vanish import where_attention_vanishes
 
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The same program at three stages, all for the same ranks.
-
-    Attributes:
-        dense: whole, before it was sharded.
-        control: sharded, but every rank attends to its own keys alone.
-        rewritten: with the strategy in it.
-        lowered: as it will be built.
-        sites: the attentions, and the nodes of ``rewritten`` that hold their results.
-        axis: the ranks that share the sequence.
-        quantized: ``dense`` with the quantizers that the others have; ``None`` where there are
-            none.
-        plain: ``dense`` before its linear layers were quantized, weights included; ``None`` where
-            they were not.
-    """
-
-    dense: Executable
-    control: Executable
-    rewritten: Executable
-    lowered: Executable
-    sites: Sequence[tuple[Site, str]]
-    axis: Axis
-    quantized: Executable | None = None
-    plain: Executable | None = None
-
-    @property
-    def world(self) -> int:
-        """How many ranks there are, those that share no sequence included."""
-        return len(self.axis.flat)
-
-    def on(self, mover: Mover) -> Stages:
-        """The same programs on another device."""
-        return replace(
-            self,
-            dense=mover.program(self.dense),
-            control=mover.program(self.control),
-            rewritten=mover.program(self.rewritten),
-            lowered=mover.program(self.lowered),
-            quantized=None if self.quantized is None else mover.program(self.quantized),
-            plain=None if self.plain is None else mover.program(self.plain),
-        )
 
 
 def prove(

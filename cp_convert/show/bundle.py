@@ -13,6 +13,7 @@ from rich.table import Table
 from ..bundle.folder import Check
 from ..bundle.manifest import Attention, Manifest, Proof
 from .lora import sets_table
+from .quantized import quantized_rows
 from .screen import Screen
 from .words import count, local_of, plural, size, starred, table_of
 
@@ -40,7 +41,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
     )
     for row in (
         ("proof", _proof_line(manifest.proof)),
-        *_quantized_rows(manifest),
+        *quantized_rows(manifest),
         ("weights", _weights_line(manifest)),
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
@@ -139,7 +140,7 @@ def _facts(manifest: Manifest) -> Table:
         ("backend", _backend_line(manifest)),
         ("runs on", runs_on_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
-        *_quantized_rows(manifest),
+        *quantized_rows(manifest),
         (
             "created",
             (
@@ -289,31 +290,6 @@ def _proof_line(proof: Proof) -> str:
     if proof.control is not None:
         line += f"; without communication {proof.control.max:.1e}"
     return line + ("; proven when this same job was run before" if proof.recalled else "")
-
-
-def _quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """What is quantized and what it costs, if anything is."""
-    told = manifest.quantization
-    if told is None:
-        return []
-    what = []
-    if told.linears is not None:
-        layers = told.linears.layers
-        worst = max(layers, key=lambda one: one.loss)
-        what.append(
-            f"{len(layers)} linear layers in FP8, {len(told.linears.kept)} left as they are; the "
-            f"layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"
-        )
-    if told.exchange is not None:
-        what.append(f"{', '.join(told.exchange.operands)} of attention sent in 8 bits")
-    if told.loss is not None and told.codes is not None:
-        what.append(
-            f"which costs {told.loss.rms:.1e} of the output (largest {told.loss.max:.1e}); all "
-            f"ranks are {max(e.max for e in told.codes.ranks):.1e} off the dense model that rounds "
-            f"alike (bound {told.codes.bound.max:.1e}: {told.codes.flipped} of "
-            f"{told.codes.codes} codes lie at a tie)"
-        )
-    return [("quantized", ", ".join(what))]
 
 
 def _of(proof: Proof) -> str:
