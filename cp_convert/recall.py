@@ -70,7 +70,8 @@ def values_key(job: Job, source: Source) -> str | None:
     if source.peers or sum(p.nbytes for p in elsewhere) > EXTERNAL_FROM:
         return None
     try:
-        return key_of([sorted(source.freeze), source.external, source.sha256, *_values(source)])
+        known = [sorted(source.freeze), source.external, source.sha256, _scales(source)]
+        return key_of([*known, *_values(source)])
     except CannotLower:  # numbers that cannot be read
         return None
 
@@ -112,6 +113,11 @@ def _values(source: Source) -> Iterator[object]:
     for path, leaf in pytree.tree_flatten_with_path(source.inputs)[0]:
         is_tensor = isinstance(leaf, Tensor)
         yield str(path), (_kind(leaf), _digest(leaf)) if is_tensor else (type(leaf), repr(leaf))
+
+
+def _scales(source: Source) -> list[tuple[object, ...]]:
+    """Of a quantized checkpoint, whose weights count as their files do."""
+    return [(n, one.weight_scale, one.input_scale) for n, one in sorted(source.codes.items())]
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

@@ -19,10 +19,8 @@ from .bundle.manifest import Manifest
 from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
+from .capture import linear8
 from .capture.capture import capture, traced
-from .capture.linear8 import choose as choose_linears
-from .capture.linear8 import quantized as in_fp8
-from .capture.linear8 import weights_of
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
@@ -143,7 +141,7 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     truth = _measured_further(loaded, captured, truth, clock)
-    if loaded.job.quantize is not None:
+    if loaded.job.quantize is not None or loaded.source.codes:
         captured = _quantized(loaded, captured, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 
@@ -173,18 +171,26 @@ def check_networks(made: Made, clock: Clock) -> Made:
 
 
 def _quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
-    """The program with its linear layers in 8 bits, by scales that the job's inputs give."""
-    job, dense = loaded.job, captured.dense
+    """The program with its linear layers in 8 bits: the checkpoint's, or by the job's inputs."""
+    job, dense, source = loaded.job, captured.dense, loaded.source
+    names, weights, sets = captured.signature.parameters, dict[str, str](), 0
+    given: linear8.Given
     with clock.stage("calibrate"):
         device = check_device(job.proof_device)
-        example = flat_inputs(dense, loaded.source.inputs)
-        sets = list(sets_of(dense, example, job.calibration))
-        chosen, kept = choose_linears(dense, job.keep)
-        program, scales = in_fp8(dense, chosen, largest_inputs(dense, chosen, sets, device))
+        example = flat_inputs(dense, source.inputs)
+        if source.codes:
+            codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
+            chosen, kept = linear8.stored_layers(dense, codes)
+            given = linear8.Stored(codes)
+        else:
+            every = list(sets_of(dense, example, job.calibration))
+            chosen, kept = linear8.choose(dense, job.keep)
+            given = linear8.Measured(largest_inputs(dense, chosen, every, device))
+            weights, sets = linear8.weights_of(chosen, names), len(every)
+        program, scales = linear8.quantized(dense, chosen, given)
         lost = losses(dense, scales, example, device)
-    layers = tuple(Layer(module_path(node), *scales[node.name], lost[node.name]) for node in chosen)
-    weights = weights_of(chosen, captured.signature.parameters)
-    linears = Linears(dense, layers, kept, weights, len(sets))
+    layers = tuple(Layer(module_path(n), *scales[n.name], lost[n.name]) for n in chosen)
+    linears = Linears(dense, layers, kept, weights, sets)
     return replace(captured, dense=program, linears=linears)
 
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 import msgspec
 import torch
 
-from ..backends import Backend
 from ..ir.attention import Outcome
 from ..ir.engine import Engine
 from ..ir.program import Binding
@@ -91,15 +90,16 @@ def _backend(made: Made) -> m.Backend:
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
-        compute_capabilities=list(job.compute_capabilities) or _targets(backend, job),
+        compute_capabilities=list(job.compute_capabilities) or _targets(made),
         workarounds=[text for name, text in made.built.workarounds.items() if name in used],
     )
 
 
-def _targets(backend: Backend, job: Job) -> list[str]:
+def _targets(made: Made) -> list[str]:
     """Of the backend's own choice, those that have the types."""
-    old = without_fp8(backend.default_targets) if job.quantize is not None else []
-    return [one for one in backend.default_targets if one not in old]
+    usual = made.loaded.backend.default_targets
+    old = without_fp8(usual) if made.captured.linears is not None else []
+    return [one for one in usual if one not in old]
 
 
 def _runs_on(made: Made) -> m.RunsOn:

@@ -45,7 +45,10 @@ class Kept(Struct, frozen=True):
 
 
 class Linears(Struct, frozen=True):
-    """What linear layers multiply; the scales come from ``sets`` sets of inputs."""
+    """What linear layers multiply.
+
+    The scales come from ``sets`` sets of inputs, or from the checkpoint, where that is 0.
+    """
 
     codes: Literal["fp8"]
     layers: list[Layer]

@@ -16,9 +16,9 @@ of the repeated blocks, and layers that compute one vector and not tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, Protocol
 
 import torch
 from torch import fx
@@ -27,6 +27,7 @@ from ..errors import CannotConvert, UsageError
 from ..ir.linear8 import Kept
 from ..ir.program import Lowered, copied, module_of, module_path, shape, tensor_of
 from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, quantize
+from ..ir.source import Codes
 from ..ir.writer import Writer
 
 LINEAR: Final = torch.ops.aten.linear.default
@@ -85,14 +86,14 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
 
 
 def quantized(
-    program: Lowered, chosen: Sequence[fx.Node], largest: Mapping[str, float]
+    program: Lowered, chosen: Sequence[fx.Node], given: Given
 ) -> tuple[Lowered, dict[str, tuple[float, float]]]:
     """``program`` with its linear layers in FP8; it stays as it is.
 
     Args:
         program: decomposed and whole.
-        chosen: of its linear layers, see :func:`choose`.
-        largest: by the name of a layer's input, its largest magnitude.
+        chosen: of its linear layers, see :func:`choose` and :func:`stored_layers`.
+        given: their scales.
 
     Returns:
         the program, and by the layer's name the scales of its input and its weight.
@@ -106,17 +107,98 @@ def quantized(
     for node in graph.find_nodes(op="call_function", target=LINEAR):
         if node.name in names:
             write.origin = node
-            scales[node.name] = _into_codes(write, node, state, largest, done)
+            scales[node.name] = _into_codes(write, node, state, given, done)
     graph.lint()
     module = module_of(program.graph_module, graph)
     return replace(program, graph_module=module, state=state), scales
+
+
+class Given(Protocol):
+    """Where codes and scales come from."""
+
+    def input_scale(self, node: fx.Node) -> float:
+        """Of a linear layer's input."""
+
+    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Codes and scale of its weight, whose ``numbers`` the model has."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Scales that the largest magnitudes give.
+
+    Attributes:
+        largest: of the layers' inputs, by their names.
+    """
+
+    largest: Mapping[str, float]
+
+    def input_scale(self, node: fx.Node) -> float:
+        """See :class:`Given`."""
+        return _scale(self.largest[str(node.args[0])], node, "input")
+
+    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """See :class:`Given`."""
+        scale = _scale(float(numbers.abs().max()), node, "weight")
+        return quantize(numbers, scale, FP8), scale
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Those of a quantized checkpoint.
+
+    Attributes:
+        codes: by placeholder of the weight.
+    """
+
+    codes: Mapping[str, Codes]
+
+    def input_scale(self, node: fx.Node) -> float:
+        """See :class:`Given`."""
+        return self.codes[str(node.args[1])].input_scale
+
+    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """See :class:`Given`."""
+        own = self.codes[str(node.args[1])]
+        return own.codes, own.weight_scale
+
+
+def stored_layers(
+    program: Lowered, codes: Mapping[str, Codes]
+) -> tuple[list[fx.Node], tuple[Kept, ...]]:
+    """The linear layers of a quantized checkpoint, and those that it leaves in the precision.
+
+    Args:
+        program: decomposed and whole.
+        codes: by placeholder of the weight.
+
+    Raises:
+        CannotConvert: codes that are no linear layer's weight, and nothing else.
+    """
+    graph = program.graph_module.graph
+    nodes = list(graph.find_nodes(op="call_function", target=LINEAR))
+    of_layers = [node for node in nodes if str(node.args[1]) in codes]
+    found = {str(node.args[1]) for node in of_layers}
+    for weight in graph.find_nodes(op="placeholder"):
+        if weight.name not in codes or not weight.users:
+            continue
+        others = [user for user in weight.users if user not in of_layers]
+        if weight.name not in found or others:
+            raise CannotConvert(
+                f"{weight.name} is stored in FP8, and read by {others[0].target}: only the weights "
+                "of linear layers can be multiplied so.",
+                where=module_path(others[0]),
+                hint="name the checkpoint that is not quantized.",
+            )
+    kept = (Kept(module_path(n), "as in the checkpoint") for n in nodes if n not in of_layers)
+    return of_layers, tuple(kept)
 
 
 class _Done:
     """Inputs and weights that several layers share."""
 
     def __init__(self) -> None:
-        self.inputs: dict[fx.Node, tuple[fx.Node, float]] = {}
+        self.inputs: dict[tuple[fx.Node, float], fx.Node] = {}
         self.weights: dict[fx.Node, tuple[fx.Node, float]] = {}
 
 
@@ -124,26 +206,25 @@ def _into_codes(
     write: Writer,
     node: fx.Node,
     state: dict[str, torch.Tensor],
-    largest: Mapping[str, float],
+    given: Given,
     done: _Done,
 ) -> tuple[float, float]:
     x, weight, *bias = node.args
     assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
     with write.graph.inserting_before(node):
-        if x not in done.inputs:
-            scale = _scale(largest[x.name], node, "input")
-            done.inputs[x] = write.op(QUANTIZE_DEQUANTIZE, x, scale, FP8), scale
+        scale = given.input_scale(node)
+        if (x, scale) not in done.inputs:
+            done.inputs[x, scale] = write.op(QUANTIZE_DEQUANTIZE, x, scale, FP8)
         if weight not in done.weights:
-            held = state[weight.name]
-            scale = _scale(float(held.abs().max()), node, "weight")
             like = tensor_of(weight).dtype
-            state[weight.name] = quantize(held.detach(), scale, FP8)
+            codes, own = given.weight(node, state[weight.name].detach())
+            state[weight.name] = codes
             with write.mode:
-                weight.meta = {**weight.meta, "val": torch.empty(held.shape, dtype=FP8)}
-            done.weights[weight] = write.op(DEQUANTIZE, weight, scale, like), scale
-    codes, own = done.inputs[x], done.weights[weight]
-    node.args = (codes[0], own[0], *bias)
-    return codes[1], own[1]
+                weight.meta = {**weight.meta, "val": torch.empty(codes.shape, dtype=FP8)}
+            done.weights[weight] = write.op(DEQUANTIZE, weight, own, like), own
+    numbers, own = done.weights[weight]
+    node.args = (done.inputs[x, scale], numbers, *bias)
+    return scale, own
 
 
 def _scale(largest: float, node: fx.Node, what: str) -> float:

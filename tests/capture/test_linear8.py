@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
-from cp_convert.capture.linear8 import choose, quantized
+from cp_convert.capture.linear8 import Measured, choose, quantized
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotConvert, UsageError
 from cp_convert.ir.program import Lowered, module_path
@@ -63,7 +63,7 @@ def in_fp8(dense: Lowered, keep: Any = (), factor: float = 1.0) -> Lowered:
     chosen, _ = choose(dense, keep)
     flat = flat_inputs(dense, inputs())
     largest = {name: factor * x for name, x in largest_inputs(dense, chosen, [flat]).items()}
-    return quantized(dense, chosen, largest)[0]
+    return quantized(dense, chosen, Measured(largest))[0]
 
 
 def test_blocks_are_quantized_and_what_surrounds_them_is_not() -> None:
@@ -121,8 +121,9 @@ def test_it_computes_what_a_model_of_rounded_numbers_does() -> None:
     tops = iter([largest[str(n.args[0])] for n in chosen])
     for block in model.blocks:
         for own in (block.q, block.k):  # type: ignore[union-attr]
+            top = next(tops)
             own.register_forward_pre_hook(  # type: ignore[union-attr,operator]
-                lambda _, given, top=next(tops): (rounded(given[0], top),)
+                lambda _, given, top=top: (rounded(given[0], top),)
             )
     with torch.no_grad():
         wanted = model(**inputs())
@@ -148,7 +149,7 @@ def test_an_input_of_zeros_has_no_scale() -> None:
 def test_what_a_layer_loses_by_itself() -> None:
     chosen, _ = choose(program())
     flat = flat_inputs(program(), inputs())
-    _, scales = quantized(program(), chosen, largest_inputs(program(), chosen, [flat]))
+    _, scales = quantized(program(), chosen, Measured(largest_inputs(program(), chosen, [flat])))
     lost = losses(program(), scales, flat)
     assert set(lost) == {node.name for node in chosen}
     assert all(0.01 < one < 0.06 for one in lost.values())
