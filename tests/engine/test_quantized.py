@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from cp_convert.backends import BACKENDS, select
+from cp_convert.bundle import folder
 from cp_convert.bundle.manifest import Manifest
 from cp_convert.engine.build import build, prepare
 from cp_convert.engine.lower import lower
@@ -21,6 +22,7 @@ from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from tests.conftest import rewritten, tiny, tiny_inputs
 from tests.engine.plans import Plan, read_plan
+from tests.model.fp8_files import FILE, tensors_of, write
 from tests.runtime.bundles import FLUX
 from tests.runtime.ranks import outputs_of
 
@@ -40,7 +42,7 @@ def exchanging(name: str, world: int, eight: str, path: Path) -> Plan:
     [
         ("ulysses", "all_to_all", 2),
         ("ring", "broadcast", 4),
-        ("allgather-kv", "all_gather", 1),
+        pytest.param("allgather-kv", "all_gather", 1, marks=pytest.mark.slow),
         pytest.param("stream-kv", "all_gather", 4, marks=pytest.mark.slow),
         pytest.param("usp", "all_to_all", 3, marks=pytest.mark.slow),
     ],
@@ -63,64 +65,105 @@ def converted(tmp_path: Path, **options: Any) -> tuple[Manifest, Plan]:
     (tmp_path / "flux.py").write_text(FLUX)
     job = Job(
         model=tmp_path / "flux.py", out=tmp_path / "out", strategy="ulysses", world=2,
-        precision="bf16", quantize="fp8", **{"proof": "network", **options},
+        precision="bf16", **{"weights_mode": "external", **options},
     )  # fmt: skip
     manifest = convert(job, select("auto", job.compute_capabilities), Progress())
     return manifest, read_plan(tmp_path / "out" / manifest.engines[0].file)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("embedded", marks=pytest.mark.slow), "external"])
-def test_linear_layers_multiply_fp8(mode: str, tmp_path: Path) -> None:
-    manifest, plan = converted(
-        tmp_path, weights_mode=mode, compute_capabilities=("8.9", "12.0"), exchange="int8"
-    )
-    told = manifest.quantization
+def checkpoint(path: Path) -> Path:
+    """That FLUX as ModelOpt would export it: the linear layers of its blocks in FP8."""
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    module = space["build_model"]()
+    layers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name and "norm" not in name
+    ]
+    return write(path, tensors_of(module, layers))
+
+
+def check_proof(manifest: Manifest) -> None:
+    """All three statements, of the networks too."""
+    told, network = manifest.quantization, manifest.proof.network
     assert told is not None
-    assert told.linears is not None
     assert told.loss is not None
     assert told.codes is not None
-    assert len(told.linears.layers) == 17
-    products = Counter(plan.products())
-    # Embedded, the builder joins those of one input.
-    assert products["fp8_e4m3", "fp8_e4m3"] == (17 if mode == "external" else 10)
-    assert not any("fp8_e4m3" in one for one in products if len(set(one)) > 1)
-    assert plan.sent("all_to_all").count("int8") == 2
-    assert manifest.runs_on.compute_capabilities == ["8.9", "12.0"]
-    network = manifest.proof.network
     assert network is not None
+    assert manifest.proof.control is not None
     for errors in (manifest.proof.algebra, network.algebra):
         assert max(e.max for e in errors) < 1e-5
     for errors in (told.codes.ranks, told.codes.networks):
         assert len(errors) == 2
         assert max(e.max for e in errors) <= told.codes.bound.max
-    assert manifest.proof.control is not None
     assert manifest.proof.control.max > 1e-3
 
 
-def test_codes_of_external_weights_are_stored_once_and_run_over_gloo(tmp_path: Path) -> None:
-    from cp_convert.bundle import folder
+def check_run(out: Path, inputs: dict[str, Any], dense: torch.Tensor) -> None:
+    """Two processes over gloo."""
+    assert all(check.problem is None for check in folder.verify(out))
+    torch.save(cast_inputs(inputs, torch.bfloat16), out.parent / "inputs.pt")
+    both = outputs_of([out], 2, out.parent)
+    assert torch.equal(both[0][0][0], both[1][0][0])
+    assert 1e-4 < (both[0][0][0].float() - dense).norm() / dense.norm() < 0.2
 
-    manifest, _ = converted(tmp_path, weights_mode="external", proof="program", program="yes")
+
+def dense_of(model: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    module = SimpleNamespace(**runpy.run_path(str(model)))
+    with torch.no_grad():
+        return module.example_inputs(), module.build_model().eval()(**module.example_inputs())[0]
+
+
+def test_a_quantized_checkpoint_is_multiplied_as_it_is(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path / "weights")
+    manifest, plan = converted(
+        tmp_path, weights=weights, exchange="int8", compute_capabilities=("8.9", "12.0"),
+        proof="network",
+    )  # fmt: skip
+    products = Counter(plan.products())
+    assert products["fp8_e4m3", "fp8_e4m3"] == 17
+    assert all(len(set(one)) == 1 for one in products)
+    assert plan.sent("all_to_all").count("int8") == 2
+    assert manifest.runs_on.compute_capabilities == ["8.9", "12.0"]
+    check_proof(manifest)
+    codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
+    assert {w.file for w in codes} == {str((weights / FILE).resolve())}
+    raw, stored = (weights / FILE).read_bytes(), load_file(weights / FILE)
+    for one in codes:
+        own = stored[one.name].view(torch.uint8).numpy().tobytes()
+        assert raw[one.offset : one.offset + one.bytes] == own
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears is not None
+    told = {one.module: one for one in manifest.quantization.linears.layers}
+    assert len(told) == len(codes) == 17
+    for name, layer in told.items():
+        assert layer.input_scale == stored[f"{name}.input_scale"].item()
+        assert layer.weight_scale == stored[f"{name}.weight_scale"].item()
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+def test_own_codes_are_stored_once(tmp_path: Path) -> None:
+    manifest, plan = converted(tmp_path, quantize="fp8", proof="program", program="yes")
+    assert plan.products().count(("fp8_e4m3", "fp8_e4m3")) == 17
+    # None was named: the least that multiplies FP8, and later ones.
+    assert manifest.runs_on.compute_capabilities == ["8.9+"]
+    assert manifest.backend.compute_capabilities == ["8.9", "12.0+"]
     codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
     assert len(codes) == 17
     assert {w.file for w in codes} == {"constants.safetensors"}
-    stored = load_file(tmp_path / "out" / "constants.safetensors")
-    for weight in codes:
-        assert stored[weight.name].dtype == torch.float8_e4m3fn
-        assert f"{weight.name}".startswith("constants.")
-    assert all(check.problem is None for check in folder.verify(tmp_path / "out"))
-    module = SimpleNamespace(**runpy.run_path(str(tmp_path / "flux.py")))
-    inputs = cast_inputs(module.example_inputs(), torch.bfloat16)
-    torch.save(inputs, tmp_path / "inputs.pt")
-    both = outputs_of([tmp_path / "out"], 2, tmp_path)
-    assert torch.equal(both[0][0][0], both[1][0][0])
-    with torch.no_grad():
-        dense = module.build_model().eval()(**module.example_inputs())[0]
-    off = (both[0][0][0].float() - dense).norm() / dense.norm()
-    assert 1e-4 < off < 0.2
+    assert {w.name.split(".")[0] for w in codes} == {"constants"}
+    stored = load_file(tmp_path / "out" / "program" / "tensors.safetensors")
+    assert not any(t.dtype == torch.float8_e4m3fn for t in stored.values())
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
 
 
-def test_the_least_that_multiplies_fp8_is_what_an_engine_needs(tmp_path: Path) -> None:
-    manifest, _ = converted(tmp_path, weights_mode="external", proof="none", program="no")
-    assert manifest.runs_on.compute_capabilities == ["8.9+"]
-    assert manifest.backend.compute_capabilities == ["8.9", "12.0+"]
+@pytest.mark.slow
+def test_embedded_codes_are_multiplied(tmp_path: Path) -> None:
+    manifest, plan = converted(
+        tmp_path, quantize="fp8", weights_mode="embedded", proof="network", exchange="int8:qkvo"
+    )
+    # The builder may join those of one input.
+    assert plan.products().count(("fp8_e4m3", "fp8_e4m3")) >= 10
+    assert plan.sent("all_to_all").count("int8") == 4
+    check_proof(manifest)

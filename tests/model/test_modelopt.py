@@ -165,7 +165,7 @@ def test_other_algorithms_are_refused_by_name(algorithm: str, tmp_path: Path) ->
 
 def test_what_it_cannot_be_converted_for(tmp_path: Path) -> None:
     write(tmp_path / "weights", tensors_of(module(), LAYERS))
-    with pytest.raises(UsageError, match="--compute-capability 8.6: its weights are FP8"):
+    with pytest.raises(UsageError, match=r"--compute-capability 8\.6: its weights are FP8"):
         loaded(tmp_path, compute_capabilities=("8.9", "8.6"))
     with pytest.raises(UsageError, match="is quantized already"):
         loaded(tmp_path, quantize="fp8")
