@@ -12,6 +12,7 @@ import torch
 
 from ..ir.numbers import holds
 from ..ir.ops import COLLECTIVES
+from ..ir.quantize import QUANTIZERS
 from ..mesh import split_groups
 from ..trt.libraries import (
     ConversionContext,
@@ -20,6 +21,7 @@ from ..trt.libraries import (
     get_trt_tensor,
     trt,
 )
+from . import quantizers
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
@@ -38,7 +40,7 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in (*_COLLECTIVES, "attention", "fused_attention", "result"):
+    for operator in (*_COLLECTIVES, "attention", "fused_attention", "result", *_QUANTIZERS):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -310,6 +312,7 @@ def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
 
 
 _COLLECTIVES: Final = tuple(op._schema.name.split("::")[1] for op in COLLECTIVES)
+_QUANTIZERS: Final = tuple(op._schema.name.split("::")[1] for op in QUANTIZERS)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     **{f"{operator}_in_float32": _in_float32(operator) for operator in _COLLECTIVES},
@@ -320,4 +323,5 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "attention_of_its_own_query": _attention_of_its_own_query,
     "fused_attention": _fused_attention,
     "result": _result,
+    **{operator: getattr(quantizers, operator) for operator in _QUANTIZERS},
 }

@@ -22,6 +22,10 @@ USUAL_PRECISION: Final = "bf16"
 RESIDUAL: Final = "residual"
 """Among the patterns of ``--float32``: the sums that run from block to block."""
 AUTO: Final = "auto"
+EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
+"""What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
+QUANTIZED: Final = ("fp8",)
+"""Codes that linear layers may multiply."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
@@ -80,6 +84,12 @@ class Job:
             that the model file names.
         tiny: shrink a preset's depth and width.
         resolution: one of the preset's; ``None`` takes its usual one.
+        exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
+        quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
+        keep: patterns of the paths of linear layers that are left in the precision.
+        calibration: safetensors files of inputs, whose range decides the scales beside the
+            example's.
+        max_loss: what quantization may cost of the output, relative, as a root mean square.
         rtol: replaces the proof's own bound on the relative error.
         unsafe_groups: build collectives of a part of the ranks for a release that ignores groups.
         force: replace an existing bundle.
@@ -117,6 +127,11 @@ class Job:
     freeze: tuple[str, ...] = ()
     tiny: bool = False
     resolution: str | None = None
+    exchange: str | None = None
+    quantize: str | None = None
+    keep: tuple[str, ...] = ()
+    calibration: tuple[Path, ...] = ()
+    max_loss: float | None = None
     rtol: float | None = None
     unsafe_groups: bool = False
     force: bool = False
@@ -137,6 +152,8 @@ class Job:
             _one_of("allow-cast", one, ALLOW_CASTS)
         _one_of("layout", self.layout, LAYOUTS)
         _one_of("proof-device", self.proof_device, DEVICES)
+        if self.exchange is not None:
+            _one_of("exchange", self.exchange, tuple(EXCHANGES))
         if self.plan is not None:
             _one_of("plan", self.plan, PLANS)
         if self.world < 1:
@@ -148,11 +165,8 @@ class Job:
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
-        if self.rtol is not None and not 0 < self.rtol < 1:
-            raise UsageError(
-                f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
-                hint="leave it out to use the bound derived from the precision.",
-            )
+        self._check_quantize()
+        self._check_errors()
         _check_model(self.model)
         if (self.tiny or self.resolution) and not self.is_preset:
             raise UsageError(
@@ -189,6 +203,50 @@ class Job:
                 f"--ulysses {self.ulysses}: {sharing} ranks cannot be put into such groups."
             )
 
+    def _check_quantize(self) -> None:
+        if (self.exchange or self.quantize) and self.mesh.others:
+            option = (
+                f"--exchange {self.exchange}" if self.exchange else f"--quantize {self.quantize}"
+            )
+            raise UsageError(
+                f"{option} --mesh {self.mesh.words}: codes and other axes than the sequence's were "
+                "never proven together.",
+                hint="leave one of the two out.",
+            )
+        if self.quantize is None:
+            for option, given in (("keep", self.keep), ("calibration", self.calibration)):
+                if given:
+                    raise UsageError(f"--{option}: it goes with --quantize.")
+            return
+        _one_of("quantize", self.quantize, QUANTIZED)
+        if old := without_fp8(self.compute_capabilities):
+            raise UsageError(
+                f"--quantize {self.quantize} with --compute-capability {', '.join(old)}: FP8 is "
+                "multiplied from 8.9 on.",
+                hint="leave these targets out, or convert for them without --quantize.",
+            )
+        for file in self.calibration:
+            if not file.is_file():
+                raise UsageError(f"--calibration {file}: there is no such file.")
+
+    def _check_errors(self) -> None:
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise UsageError(
+                f"--rtol {self.rtol}: a relative error lies between 0 and 1.",
+                hint="leave it out to use the bound derived from the precision.",
+            )
+        if self.max_loss is None:
+            return
+        if not 0 < self.max_loss < 1:
+            raise UsageError(f"--max-loss {self.max_loss}: a relative loss lies between 0 and 1.")
+        if self.exchange is None and self.quantize is None:
+            raise UsageError(
+                "--max-loss: nothing is quantized that could lose anything.",
+                hint="it goes with --exchange and --quantize.",
+            )
+        if self.proof == "none":
+            raise UsageError("--max-loss is measured by the proof, which --no-proof leaves out.")
+
     def _check_precision(self) -> None:
         if self.precision is None:
             return
@@ -221,6 +279,11 @@ class Job:
             return f"--mesh {self.mesh.words}"
         is_split = self.ulysses is not None and 1 < self.ulysses < self.mesh.size(SEQUENCE)
         return "--strategy usp" if is_split else None
+
+    @property
+    def eight(self) -> str:
+        """Which of q, k, v and o may travel in 8 bits."""
+        return "" if self.exchange is None else EXCHANGES[self.exchange]
 
     @property
     def workers(self) -> int:
@@ -276,6 +339,12 @@ def _check_model(model: Path) -> None:
 def without_bf16(compute_capabilities: Collection[str]) -> list[str]:
     """Those of GPUs older than Ampere (8.0), which do not compute in bfloat16."""
     return [one for one in compute_capabilities if int(one.split(".")[0]) < 8]
+
+
+def without_fp8(compute_capabilities: Collection[str]) -> list[str]:
+    """Those of GPUs older than Ada (8.9), which do not multiply in FP8."""
+    known = ((one, tuple(map(int, one.rstrip("+").split(".")))) for one in compute_capabilities)
+    return [one for one, version in known if version < (8, 9)]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -30,7 +30,7 @@ from .bundle.folder import CONSTANTS
 from .cache.fingerprint import code_key
 from .cache.store import ENGINE, Cache, key_of
 from .errors import CannotLower
-from .files import file_state, place
+from .files import file_state, place, sha256
 from .ir.identity import readable
 from .ir.layout import Layout
 from .ir.shares import Share, Shares
@@ -42,7 +42,18 @@ from .mesh import TENSOR
 _MANIFEST: Final = "manifest.json"
 _ENGINES: Final = "engines.json"
 _NO_DIFFERENCE: Final = frozenset(
-    {"model", "out", "hardware", "weights", "force", "cache", "jobs", "memory", "command"}
+    {
+        "model",
+        "out",
+        "hardware",
+        "weights",
+        "force",
+        "cache",
+        "jobs",
+        "memory",
+        "command",
+        "calibration",
+    }
 )
 """Options that decide nothing, or are in the key by what they name."""
 
@@ -62,7 +73,8 @@ def values_key(job: Job, source: Source) -> str | None:
     if source.peers or sum(p.nbytes for p in elsewhere) > EXTERNAL_FROM:
         return None
     try:
-        return key_of([sorted(source.freeze), source.external, source.sha256, *_values(source)])
+        known = [sorted(source.freeze), source.external, source.sha256, _scales(source)]
+        return key_of([*known, *_values(source)])
     except CannotLower:  # numbers that cannot be read
         return None
 
@@ -86,7 +98,8 @@ def job_key(job: Job, values: str | None, program: str | None) -> str | None:
 def _options(job: Job) -> list[tuple[str, Any]]:
     """All that decide something; a new one counts until it is said that it does not."""
     names = (field.name for field in fields(job) if field.name not in _NO_DIFFERENCE)
-    return [(name, getattr(job, name)) for name in sorted(names)]
+    told = [(name, getattr(job, name)) for name in sorted(names)]
+    return [*told, ("calibration", [sha256(file) for file in job.calibration])]
 
 
 def _parameters(source: Source) -> dict[str, Tensor]:
@@ -103,6 +116,11 @@ def _values(source: Source) -> Iterator[object]:
     for path, leaf in pytree.tree_flatten_with_path(source.inputs)[0]:
         is_tensor = isinstance(leaf, Tensor)
         yield str(path), (_kind(leaf), _digest(leaf)) if is_tensor else (type(leaf), repr(leaf))
+
+
+def _scales(source: Source) -> list[tuple[object, ...]]:
+    """Of a quantized checkpoint, whose weights count as their files do."""
+    return [(n, one.weight_scale, one.input_scale) for n, one in sorted(source.codes.items())]
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

@@ -20,6 +20,7 @@ from .bundle.manifest import Manifest
 from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
+from .capture import linear8
 from .capture.capture import capture, traced
 from .capture.combine import combine
 from .capture.residual import float32_residual
@@ -31,7 +32,8 @@ from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
 from .files import place
-from .ir.program import Lowered
+from .ir.linear8 import Layer, Linears
+from .ir.program import Lowered, module_path
 from .ir.proof import NetworkProof, Proof
 from .ir.records import (
     Built,
@@ -58,11 +60,13 @@ from .prove import (
     prove,
     prove_networks,
 )
+from .prove.calibrate import largest_inputs, losses, sets_of
 from .releases import release_of
 from .sharding.others import along_others
 from .sharding.shard import shard
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
+from .strategies.rounded import rounded
 from .trt.libraries import decompositions
 
 Table = Mapping[Any, Any]
@@ -140,6 +144,8 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
         captured = replace(captured, dense=float32_residual(captured.dense))
     captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     truth = _measured_further(loaded, captured, truth, clock)
+    if loaded.job.quantize is not None or loaded.source.codes:
+        captured = _quantized(loaded, captured, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 
 
@@ -189,6 +195,30 @@ def check_networks(made: Made, clock: Clock) -> Made:
     return replace(made, network_proof=_replayed(made, clock))
 
 
+def _quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
+    """The program with its linear layers in 8 bits: the checkpoint's, or by the job's inputs."""
+    job, dense, source = loaded.job, captured.dense, loaded.source
+    names, weights, sets = captured.signature.parameters, dict[str, str](), 0
+    given: linear8.Given
+    with clock.stage("calibrate"):
+        device = check_device(job.proof_device)
+        example = flat_inputs(dense, source.inputs)
+        if source.codes:
+            codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
+            chosen, kept = linear8.stored_layers(dense, codes)
+            given = linear8.Stored(codes)
+        else:
+            every = list(sets_of(dense, example, job.calibration))
+            chosen, kept = linear8.choose(dense, job.keep)
+            given = linear8.Measured(largest_inputs(dense, chosen, every, device))
+            weights, sets = linear8.weights_of(chosen, names), len(every)
+        program, scales = linear8.quantized(dense, chosen, given)
+        lost = losses(dense, scales, example, device)
+    layers = tuple(Layer(module_path(n), *scales[n.name], lost[n.name]) for n in chosen)
+    linears = Linears(dense, layers, kept, weights, sets)
+    return replace(captured, dense=program, linears=linears)
+
+
 def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
     """What the dense model returns; before it is traced, see :func:`.prove.measure`."""
     job, source = loaded.job, loaded.source
@@ -233,12 +263,17 @@ def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
             backend = begun.loaded.backend
             groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
             held = source.bytes - divided.spared
-            name, factor = cheapest(sharded, axis, hardware, held, table, groups=groups)
+            name, factor = cheapest(
+                sharded, axis, hardware, held, table, groups=groups, eight=job.eight
+            )
             job = replace(job, strategy=name, ulysses=factor)
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
-        program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table)
-    return Rewritten(job, axis, guided, divided, sharded, program, outcomes)
+        program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table, eight=job.eight)
+    sites = [outcome.site for outcome in outcomes if outcome.site.keys_sharded]
+    sent = strategy.travels(sites[0], axis) if sites else ""
+    eight = "".join(name for name in sent if name in job.eight)
+    return Rewritten(job, axis, guided, divided, sharded, program, outcomes, eight)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:
@@ -246,10 +281,12 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         layout = _layout(rewritten.job, source, rewritten.program)
         program = rewritten.program
         program = by_scatter(program) if layout == "shared" else program
-        names = captured.signature.parameters if source.external else {}
+        names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
         lowered = lower(folded.program)
-    return Emitted(program, lowered, layout, folded.names, folded.constants)
+    apart = {} if captured.linears is None else captured.linears.weights
+    codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
+    return Emitted(program, lowered, layout, folded.names, {**folded.constants, **codes})
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -272,11 +309,18 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
     with clock.stage("prove"):
         sites = [(outcome.site, outcome.node) for outcome in rewritten.outcomes]
         control, _ = rewrite(rewritten.sharded, CONTROL, "control", axis, begun.table)
-        dense = begun.captured.dense
-        others, done = job.mesh.others, emitted.rewritten
-        stages = Stages(dense, control, done, emitted.program, sites, axis, others)
+        dense, linears = begun.captured.dense, begun.captured.linears
+        quantized = None if linears is None else dense
+        if rewritten.eight:
+            quantized = rounded(dense, rewritten.sharded, rewritten.eight, axis, begun.table)
+        programs = (dense, control, emitted.rewritten, emitted.program)
+        plain = None if linears is None else linears.before
+        others = job.mesh.others
+        stages = Stages(*programs, sites, axis, others, quantized, plain)
         device = check_device(job.proof_device)
-        return prove(begun.truth, inputs, stages, rtol=job.rtol, device=device)
+        return prove(
+            begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
+        )
 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
@@ -334,7 +378,7 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
     if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
         return None
     with clock.stage("store"):
-        names = made.captured.signature.parameters if source.external else {}
+        names = made.captured.bindings if source.external else {}
         files = write_program(emitted.rewritten, names, made.loaded.folder)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)

@@ -26,6 +26,7 @@ from cp_convert.prove import Stages
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, Strategy, choose
 from cp_convert.strategies.rewrite import rewrite
+from cp_convert.strategies.rounded import rounded
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -182,15 +183,28 @@ def rewritten(
     name: str,
     world: int,
     plan: Mapping[str, Any] = TINY_PLAN,
+    eight: str = "",
 ) -> Stages:
-    """All stages up to the rewrite; ``lowered`` is the rewritten program itself."""
+    """All stages up to the rewrite; ``lowered`` is the rewritten program itself.
+
+    Args:
+        module, inputs: the model.
+        name: of the strategy.
+        world: how many ranks.
+        plan: where to split.
+        eight: which of q, k, v and o travel in 8 bits.
+    """
     program, _ = trace(module, inputs, plan if world > 1 else {})
     dense = decompose(program, table())
     axis = axis_of(world)
     split = shard(dense, axis)
     control, _ = rewrite(split, CONTROL, "control", axis, table())
-    done, outcomes = rewrite(split, strategy(name, world), name, axis, table())
-    return Stages(dense, control, done, done, [(o.site, o.node) for o in outcomes], axis)
+    by = strategy(name, world)
+    done, outcomes = rewrite(split, by, name, axis, table(), eight=eight)
+    sites = [(o.site, o.node) for o in outcomes]
+    sent = "".join(c for c in by.travels(sites[0][0], axis) if c in eight)
+    quantized = rounded(dense, split, sent, axis, table()) if sent else None
+    return Stages(dense, control, done, done, sites, axis, quantized)
 
 
 def networks_of(lowered: Lowered, world: int) -> list[Network]:

@@ -111,11 +111,12 @@ class _Tried:
 
 
 def _try_all(
-    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any]
+    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any], eight: str
 ) -> Iterator[_Tried]:
     for name, ulysses in candidates(axis.size):
         try:
-            done, outcomes = rewrite(split, choose(name, ulysses), name, axis, table)
+            strategy = choose(name, ulysses)
+            done, outcomes = rewrite(split, strategy, name, axis, table, eight=eight)
         except CannotConvert as error:
             yield _Tried(name, ulysses, refused=error.message)
             continue
@@ -142,7 +143,7 @@ def _at(
         ], ()
     options: list[Option] = []
     sites: tuple[Outcome, ...] = ()
-    for tried in _try_all(split, axis, hardware, table):
+    for tried in _try_all(split, axis, hardware, table, job.eight):
         option = Option(
             strategy=tried.name, world=world, ulysses=tried.ulysses, refused=tried.refused
         )
@@ -164,6 +165,7 @@ def cheapest(
     table: Mapping[Any, Any],
     *,
     groups: bool = True,
+    eight: str = "",
 ) -> tuple[str, int | None]:
     """The strategy, and USP's factor, with the shortest estimated forward among those that fit.
 
@@ -174,11 +176,13 @@ def cheapest(
         weights: bytes of them that a rank holds.
         table: see :func:`cp_convert.strategies.rewrite.rewrite`.
         groups: whether a strategy may name groups of ranks, which some releases ignore.
+        eight: which of q, k, v and o travel in 8 bits.
 
     Raises:
         CannotShard: no strategy can split every attention, or none that can fits into memory.
     """
-    tried = [one for one in _try_all(split, axis, hardware, table) if groups or not one.ulysses]
+    every = _try_all(split, axis, hardware, table, eight)
+    tried = [one for one in every if groups or not one.ulysses]
     found = [
         (one.work.seconds, one.work, one.name, one.ulysses) for one in tried if one.work is not None
     ]

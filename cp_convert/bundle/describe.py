@@ -20,11 +20,12 @@ from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
-from ..job import Job
+from ..job import Job, without_fp8
 from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_quantized import quantization
 from .describe_tensor import tensor_entry
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
@@ -69,6 +70,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         weights=[weight_entry(w) for w in made.weights],
         program=None if made.program is None else _program(made.program),
         lora=[],
+        quantization=quantization(made),
         engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
         timings=dict(timings),
@@ -91,9 +93,16 @@ def _backend(made: Made) -> m.Backend:
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
-        compute_capabilities=list(job.compute_capabilities or backend.default_targets),
+        compute_capabilities=list(job.compute_capabilities) or _targets(made),
         workarounds=[text for name, text in made.built.workarounds.items() if name in used],
     )
+
+
+def _targets(made: Made) -> list[str]:
+    """Of the backend's own choice, those that have the types."""
+    usual = made.loaded.backend.default_targets
+    old = without_fp8(usual) if made.captured.linears is not None else []
+    return [one for one in usual if one not in old]
 
 
 def _runs_on(made: Made) -> m.RunsOn:

@@ -46,6 +46,7 @@ def _parts(manifest: Manifest) -> dict[str, Facts]:
         "sizes": _sizes(manifest),
         "files": _files(manifest),
         "lora": _lora(manifest),
+        "quantization": _quantization(manifest),
     }
 
 
@@ -181,6 +182,14 @@ def _files(manifest: Manifest) -> Facts:
         for file in (manifest.program.document, manifest.program.tensors):
             own[file.file] = file.sha256
     return own
+
+
+def _quantization(manifest: Manifest) -> Facts:
+    told = manifest.quantization
+    if told is None:
+        return {}
+    exchange = None if told.exchange is None else _joined(list(told.exchange.operands))
+    return {"sent in 8 bits": exchange, "loss": _worst([told.loss] if told.loss else [])}
 
 
 def _lora(manifest: Manifest) -> Facts:

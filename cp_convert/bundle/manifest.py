@@ -21,6 +21,8 @@ from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
 from .guidance import Guidance as Guidance
+from .quantized import Error as Error
+from .quantized import Quantization as Quantization
 from .stored import BundleFile as BundleFile
 from .stored import FileName as FileName
 from .stored import LoraSet as LoraSet
@@ -211,13 +213,6 @@ class Program(_Struct, frozen=True):
     weights: list[Weight]
 
 
-class Error(_Struct, frozen=True):
-    """Relative errors: largest, and root mean square, each over that of the reference."""
-
-    max: float
-    rms: float
-
-
 class NetworkProof(_Struct, frozen=True):
     """The same comparisons with what TensorRT's builder was given, within the same bounds."""
 
@@ -229,11 +224,13 @@ class NetworkProof(_Struct, frozen=True):
 class Proof(_Struct, frozen=True):
     """What was compared with what, and how far apart it was.
 
-    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic,
-    ``ranks`` in the bundle's precision; ``dense`` is what the unsharded model loses in that
-    precision, ``spread`` what it loses under other roundings that are as valid, and ``bound`` what
-    the ranks may lose. ``control`` is what is lost when every rank attends to its own keys alone,
-    ``controls`` by another axis of the mesh when every rank there keeps what is its own.
+    Errors are relative to ``reference``. ``algebra`` is every rank's error with float32 arithmetic
+    (and quantizers that do not round, if there are any), ``ranks`` in the bundle's precision (of a
+    quantized bundle against the dense program with the same quantizers); ``dense`` is what that
+    unsharded model loses in that precision, ``spread`` what it loses under other roundings that are
+    as valid, and ``bound`` what the ranks may lose. ``control`` is what is lost when every rank
+    attends to its own keys alone, ``controls`` by another axis of the mesh when every rank there
+    keeps what is its own.
     ``against``: ``rounded`` where ``ranks`` are relative to the dense model in that precision,
     in which it loses too much. ``recalled``: computed by an earlier conversion of the same job.
     """
@@ -264,6 +261,7 @@ class Manifest(_Struct, frozen=True):
     communicates, which divide the ``world`` beside them. ``float32`` names what computes in
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
+    ``quantization`` is null where everything is computed and sent in the precision.
     ``lora`` are sets that were added later, see ``cp-convert lora``.
     """
 
@@ -298,6 +296,7 @@ class Manifest(_Struct, frozen=True):
     weights: list[Weight]
     program: Program | None
     lora: list[LoraSet]
+    quantization: Quantization | None
     proof: Proof
     timings: dict[str, Seconds]
     command: str

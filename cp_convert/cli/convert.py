@@ -26,6 +26,7 @@ from ..job import (
     LAYOUTS,
     PROGRAMS,
     PROOFS,
+    QUANTIZED,
     STRATEGY_NAMES,
     WEIGHTS_MODES,
     Job,
@@ -122,6 +123,25 @@ def _fits(option: click.Parameter, value: Any) -> bool:
     help="Folder of the bundle.  [default: <model>-<strategy>-w<world>, and -cfg<N>, -tp<N>]",
 )  # fmt: skip
 @options.precision
+@options.exchange
+@click.option(
+    "--quantize", type=options.Word(QUANTIZED),
+    help="Compute linear layers with FP8 weights and activations (from compute capability 8.9 on), "
+    "but for embedders, modulation and the output.",
+)  # fmt: skip
+@click.option(
+    "--keep", multiple=True, metavar="PATTERN",
+    help="Linear layers that --quantize leaves alone, such as '*.ff.net.2'; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
+    help="A .safetensors file of inputs; --quantize takes the range of activations from these and "
+    "the example's. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--max-loss", type=float, metavar="SHARE",
+    help="Refuse what quantization costs beyond this share of the output (root mean square).",
+)  # fmt: skip
 @options.float32(
     "Compute modules whose path matches in float32, such as 'blocks.*.norm'; repeatable. The word "
     "residual: the sums that run from block to block, which outgrow fp16 first."

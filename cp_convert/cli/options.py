@@ -18,7 +18,7 @@ import click
 
 from ..advise.hardware import names as hardware_names
 from ..errors import UsageError
-from ..job import PLANS, PRECISIONS
+from ..job import EXCHANGES, PLANS, PRECISIONS
 from ..model.home import find_module
 from ..model.preset import names as preset_names
 from ..model.preset import path_of as preset_path
@@ -107,6 +107,14 @@ def hardware_list() -> str:
 def plan(purpose: str) -> Decorator:
     """``--plan``."""
     return click.option("--plan", type=Word(PLANS), help=purpose)
+
+
+exchange: Final = click.option(
+    "--exchange", type=Word(EXCHANGES),
+    help="Send attention's queries, keys and values in 8 bits, each head of each token with its "
+    "own scale; int8:kv leaves queries as they are, int8:qkvo sends outputs so as well. What a "
+    "strategy does not send is not rounded.  [default: as they are]",
+)  # fmt: skip
 
 
 def freeze(purpose: str) -> Decorator:

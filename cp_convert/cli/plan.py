@@ -18,6 +18,7 @@ from . import options
 @click.option("-w", "--world", type=int, default=8, show_default=True, help="The largest world.")
 @options.hardware(options.hardware_list())
 @options.precision
+@options.exchange
 @options.plan("As for convert.")
 @options.freeze("As for convert.")
 @click.option("--tiny", is_flag=True, help="A preset's structure in small.")

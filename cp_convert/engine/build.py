@@ -192,11 +192,14 @@ def capabilities_in(engine: Path, *, named: bool) -> tuple[str, ...]:
             program's types is recorded, and means that and later (``8.0+``).
 
     Returns:
-        such as ``("8.9", "12.0")``; nothing where the text is written in another way.
+        such as ``("8.9", "12.0")``; nothing where the text is written in another way. An engine of
+        several pieces needs what all of them need.
     """
     with engine.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as pages:
-        found = _RECORDED.search(pages)
-        words = found[1].decode().split() if found else []
+        pieces = [one[1].decode().split() for one in _RECORDED.finditer(pages)]
+    words = [word for word in (pieces or [[]])[0] if all(word in p for p in pieces)]
+    if not named:
+        words = sorted((one[0] for one in pieces), key=lambda word: int(word[2:]))[-1:]
     return tuple(f"{word[2:-1]}.{word[-1]}" + ("" if named else "+") for word in words)
 
 

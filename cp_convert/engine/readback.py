@@ -27,6 +27,7 @@ DTYPES: Final = {
     trt.int64: torch.int64,
     trt.int32: torch.int32,
     trt.int8: torch.int8,
+    trt.fp8: torch.float8_e4m3fn,
     trt.uint8: torch.uint8,
     trt.bool: torch.bool,
 }
@@ -276,6 +277,7 @@ _READERS: Final[Mapping[str, tuple[Any, Attributes]]] = {
         trt.INormalizationLayer,
         _plain("axes", "epsilon", "num_groups", "is_v2"),
     ),
+    "DEQUANTIZE": (trt.IDequantizeLayer, _plain("axis")),
     "POOLING": (
         trt.IPoolingLayer,
         lambda layer, pool: {
@@ -290,6 +292,7 @@ _READERS: Final[Mapping[str, tuple[Any, Attributes]]] = {
             )(layer, pool),
         },
     ),
+    "QUANTIZE": (trt.IQuantizeLayer, _plain("axis")),
     "REDUCE": (trt.IReduceLayer, _plain("op", "axes", "keep_dims")),
     "SCATTER": (trt.IScatterLayer, _plain("mode", "axis")),
     "SELECT": (trt.ISelectLayer, _plain()),

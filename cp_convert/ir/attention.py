@@ -27,8 +27,8 @@ class Cost:
     """What one attention costs one rank, by arithmetic alone.
 
     Attributes:
-        collectives: how many.
-        sent: numbers put on the wire, averaged over the ranks.
+        collectives: how many; what goes with codes of 8 bits is not counted.
+        sent: numbers (or codes of them) put on the wire, averaged over the ranks.
         key_values: numbers of K and V that are held at once.
         heads: query heads that all ranks compute together, padding included.
         operations: floating-point operations of the two products, padding included.
@@ -62,6 +62,7 @@ class Site:
         causal: whether query ``i`` sees keys up to ``i`` only.
         scale: what scores are multiplied with; ``None`` means ``1 / sqrt(head_dim)``.
         mask_dtype: of the mask; a boolean one says what is seen, numbers are added to scores.
+        eight: which of q, k, v and o travel in 8 bits, where the strategy sends them.
     """
 
     index: int
@@ -80,6 +81,7 @@ class Site:
     causal: bool = False
     scale: float | None = None
     mask_dtype: torch.dtype | None = None
+    eight: str = ""
 
     @property
     def where(self) -> str:

@@ -25,6 +25,26 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """What was proven of a program with quantizers, rounding included, in float32 arithmetic.
+
+    Attributes:
+        ranks: every rank's error against ``reference``.
+        bound: what codes next to a tie may do to the output when they flip.
+        codes, flipped: how many codes the dense program has, and how many flip where they may.
+        loss: what quantization itself loses: ``reference`` against the model without.
+        reference: what the dense program with quantizers returns.
+    """
+
+    ranks: tuple[Error, ...]
+    bound: Error
+    codes: int
+    flipped: int
+    loss: Error
+    reference: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class Proof:
     """A proof that was carried out and passed.
 
@@ -44,6 +64,8 @@ class Proof:
             against that.
         controls: by another axis of the mesh, what is lost when every rank takes its peers there
             for copies of itself.
+        codes: the same with quantizers that round; ``algebra`` leaves their rounding out then, and
+            ``ranks`` are measured against the dense program with quantizers.
     """
 
     algebra: tuple[Error, ...]
@@ -58,11 +80,13 @@ class Proof:
     lost: Error = Error(FLOOR, FLOOR)
     rounded: tuple[Tensor, ...] | None = None
     controls: Mapping[str, Error] = field(default_factory=dict)
+    codes: Codes | None = None
 
     @property
     def against(self) -> tuple[Tensor, ...]:
         """What the ranks are measured against in the job's precision."""
-        return self.reference if self.rounded is None else self.rounded
+        own = self.reference if self.codes is None else self.codes.reference
+        return own if self.rounded is None else self.rounded
 
     @property
     def is_wide(self) -> bool:
@@ -72,7 +96,7 @@ class Proof:
     @property
     def algebra_bound(self) -> Error:
         """What may be lost with float32 arithmetic."""
-        return self.bound if self.is_wide else Error(FLOOR, FLOOR)
+        return self.bound if self.is_wide and self.codes is None else Error(FLOOR, FLOOR)
 
 
 @dataclass(frozen=True)
@@ -83,8 +107,10 @@ class NetworkProof:
         algebra: every rank's error with float32 arithmetic.
         ranks: every rank's error in the job's precision.
         seconds: how long it took.
+        codes: every rank's error with quantizers that round; nothing where there are none.
     """
 
     algebra: tuple[Error, ...]
     ranks: tuple[Error, ...]
     seconds: float
+    codes: tuple[Error, ...] = ()

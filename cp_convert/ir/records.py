@@ -13,6 +13,7 @@ from ..job import Job
 from ..mesh import Axis
 from .attention import Outcome
 from .engine import Engine
+from .linear8 import Linears
 from .program import Lowered, Program
 from .proof import NetworkProof, Proof
 from .sharded import Guided, Sharded
@@ -62,10 +63,18 @@ class Captured:
     Attributes:
         dense: the program.
         signature: what else is known of it.
+        linears: what became of its linear layers, where they multiply codes of 8 bits.
     """
 
     dense: Lowered
     signature: Signature
+    linears: Linears | None = None
+
+    @property
+    def bindings(self) -> Mapping[str, str]:
+        """What every weight is called that stays outside the engines, by placeholder."""
+        apart = {} if self.linears is None else self.linears.weights
+        return {**self.signature.parameters, **apart}
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Rewritten:
         sharded: the program before, and where it is split.
         program: the program.
         outcomes: what was done with each attention.
+        eight: which of q, k, v and o it sends in 8 bits.
     """
 
     job: Job
@@ -89,6 +99,7 @@ class Rewritten:
     sharded: Sharded
     program: Lowered
     outcomes: tuple[Outcome, ...]
+    eight: str = ""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,20 @@ class Branches:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """A linear layer's weight as FP8 codes, with the scales of a quantized checkpoint.
+
+    Attributes:
+        codes: ``[N, K]``.
+        weight_scale, input_scale: what a code of 1 stands for.
+    """
+
+    codes: Tensor
+    weight_scale: float
+    input_scale: float
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, ready to be traced.
 
@@ -63,6 +77,8 @@ class Source:
         external: whether weights stay outside the engines.
         located: where the user's files hold the parameters.
         casts: types of weights that were changed.
+        codes: parameters that are stored as codes; the module has the numbers that they stand for,
+            rounded to its precision.
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
         branches: how guidance branches stand in ``inputs``.
@@ -80,6 +96,7 @@ class Source:
     external: bool = False
     located: Mapping[str, Location] = field(default_factory=dict)
     casts: tuple[Cast, ...] = ()
+    codes: Mapping[str, Codes] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     precision: str = "fp32"
     branches: Branches = field(default_factory=Branches)
@@ -92,4 +109,7 @@ class Source:
     @property
     def parameters_outside(self) -> dict[str, Tensor]:
         """What external weights are, tied ones under all their names; nothing where embedded."""
-        return dict(self.module.named_parameters(remove_duplicate=False)) if self.external else {}
+        if not self.external:
+            return {}
+        own = dict(self.module.named_parameters(remove_duplicate=False))
+        return own | {name: one.codes for name, one in self.codes.items()}

@@ -156,7 +156,8 @@ def save(
     header, begin = {}, 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
-        dtype = next(n for n, d in SAFETENSORS.items() if d == tensor.dtype)
+        known = {**SAFETENSORS, **FLOAT8}
+        dtype = next(n for n, d in known.items() if d == tensor.dtype)
         header[name] = {
             "dtype": dtype,
             "shape": list(tensor.shape),

@@ -122,6 +122,11 @@ def _check_external(manifest: Manifest) -> None:
             hint="convert with --weights-mode external; or fuse the LoRA into the model, and "
             "convert that.",
         )
+    if manifest.quantization is not None and manifest.quantization.linears is not None:
+        raise UsageError(
+            "the bundle's linear layers multiply FP8 codes, to which a LoRA cannot be added.",
+            hint="fuse the LoRA into the model, and convert that with --quantize fp8.",
+        )
 
 
 def _name(given: str | None, file: Path) -> str:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Branches, Source
+from ..ir.source import Branches, Codes, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job
+from ..job import AUTO, EXTERNAL_FROM, Job, without_fp8
 from .adapters import check_no_adapters
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
@@ -24,6 +24,7 @@ from .file import Given, from_file
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
+from .modelopt import Coded, without_scales
 from .preset import read
 from .returned import check_has_numbers
 from .ties import Ties
@@ -53,7 +54,9 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: the model's process groups leave no equal share of the world, or guidance
             branches none of the batch.
     """
-    located = _located(job) if allocate else {}
+    located, coded = _located(job) if allocate else ({}, {})
+    if coded:
+        _check_codes(job)
     given = _given(job, allocate, located)
     precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
@@ -63,7 +66,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     external = allocate and _is_external(job, size)
     filled = Filled({}, (), ())
     if allocate:
-        filled = _with_numbers(given, job, located, ties, external=external)
+        filled = _with_numbers(given, job, located, ties, coded, external=external)
     else:
         stand_in(given.module)
     freeze = (*given.freeze, *job.freeze)
@@ -79,6 +82,10 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         external=external,
         located=filled.located,
         casts=filled.casts,
+        codes={
+            name: Codes(one.codes(), one.weight_scale, one.input_scale)
+            for name, one in filled.coded.items()
+        },
         told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
@@ -118,12 +125,19 @@ def _cast(given: Given, job: Job, dtype: torch.dtype) -> None:
 
 
 def _with_numbers(
-    given: Given, job: Job, located: Mapping[str, Location], ties: Ties, *, external: bool
+    given: Given,
+    job: Job,
+    located: Mapping[str, Location],
+    ties: Ties,
+    coded: Mapping[str, Coded],
+    *,
+    external: bool,
 ) -> Filled:
     """Every rank's parameters have their numbers, from files where ``--weights`` names some."""
     filled = Filled({}, (), ())
     if job.weights is not None:
-        filled = _filled(given, job, located, ties, lazily=external and not job.copy_weights)
+        lazily = external and not job.copy_weights
+        filled = _filled(given, job, located, ties, coded, lazily=lazily)
     if not job.is_preset:
         check_has_numbers(given.module, job.model)
     if job.weights is None:
@@ -144,8 +158,31 @@ def _usual(job: Job, modules: Collection[nn.Module], located: Mapping[str, Locat
     return usual_precision(known, modules, stored, job.compute_capabilities)
 
 
-def _located(job: Job) -> dict[str, Location]:
-    return {} if job.weights is None else locate(_folder(job))
+def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
+    """Where the files hold the model's tensors, and which are stored as codes."""
+    if job.weights is None:
+        return {}, {}
+    return without_scales(locate(_folder(job)), _folder(job))
+
+
+def _check_codes(job: Job) -> None:
+    if job.mesh.others:
+        raise UsageError(
+            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than the "
+            "sequence's were never proven together.",
+            hint="a checkpoint that is not quantized, or no --cfg and --tp.",
+        )
+    if job.quantize is not None:
+        raise UsageError(
+            f"--quantize {job.quantize}: {job.weights} is quantized already.",
+            hint="leave one of the two out.",
+        )
+    if old := without_fp8(job.compute_capabilities):
+        raise UsageError(
+            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
+            "is multiplied from 8.9 on.",
+            hint="leave these targets out, or name the checkpoint that is not quantized.",
+        )
 
 
 def _folder(job: Job) -> Path:
@@ -161,7 +198,13 @@ def _entered(job: Job) -> tuple[str, ...]:
 
 
 def _filled(
-    given: Given, job: Job, located: Mapping[str, Location], ties: Ties, *, lazily: bool
+    given: Given,
+    job: Job,
+    located: Mapping[str, Location],
+    ties: Ties,
+    coded: Mapping[str, Coded],
+    *,
+    lazily: bool,
 ) -> Filled:
     if given.peers:
         raise UsageError(
@@ -170,7 +213,13 @@ def _filled(
         )
     check_no_adapters(given.module)
     return load_weights(
-        given.module, located, _folder(job), ties, allowed=job.allow_cast, lazily=lazily
+        given.module,
+        located,
+        _folder(job),
+        ties,
+        coded=coded,
+        allowed=job.allow_cast,
+        lazily=lazily,
     )
 
 

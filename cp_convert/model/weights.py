@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..ir.quantize import dequantize
 from ..ir.source import Cast
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .meta import replace
+from .modelopt import Coded
 from .names import Matched, by_name, inside, match, unused
 from .original import Renaming, mapping_of, place_of, renamed
 from .quantized import check_floating, check_types, check_unmatched
@@ -47,18 +49,20 @@ class Filled:
         located: where the files hold the parameters, tied ones under all their names.
         casts: types that were changed.
         told: what a person should know.
+        coded: parameters that are stored as codes, which they were computed from.
     """
 
     located: Mapping[str, Location]
     casts: tuple[Cast, ...]
     told: tuple[str, ...]
+    coded: Mapping[str, Coded] = field(default_factory=dict)
 
 
 class _Files:
     """The files, each mapped once; they are those whose headers were read."""
 
-    def __init__(self, stored: Mapping[str, Location]) -> None:
-        self._stored = stored
+    def __init__(self, stored: Mapping[str, Location], coded: Mapping[str, Coded]) -> None:
+        self._stored, self._coded = stored, coded
         self._mapped: dict[Path, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -74,6 +78,14 @@ class _Files:
             at.check_unchanged()
         return tensor_at(at, self._mapped[at.file])
 
+    def found(self, name: str, dtype: torch.dtype) -> Found:
+        """The tensor of a stored name, or in ``dtype`` the numbers that its codes stand for."""
+        at, told = self._stored[name], f"{name} of {self._stored[name].file.name}"
+        tensor = self.tensor(name)
+        if name not in self._coded:
+            return Found(tensor, at, told)
+        return Found(dequantize(tensor, self._coded[name].weight_scale, dtype), None, told)
+
     @cached_property
     def by_address(self) -> dict[int, tuple[Tensor, Location]]:
         """Every mapped file and a location in it, by the address where it begins."""
@@ -87,6 +99,7 @@ def load_weights(
     path: Path,
     ties: Ties | None = None,
     *,
+    coded: Mapping[str, Coded] | None = None,
     allowed: Collection[str] = (),
     lazily: bool = False,
 ) -> Filled:
@@ -100,6 +113,7 @@ def load_weights(
         stored: what :func:`.checkpoint.locate` found.
         path: where, for messages.
         ties: what shared memory before the model was cast.
+        coded: of ``stored``, those that are codes, see :mod:`.modelopt`.
         allowed: casts that the user asked for; ``float8`` is one.
         lazily: whether numbers that stay where they are remain unread; who reads them first
             has to see whether they are finite.
@@ -110,7 +124,8 @@ def load_weights(
     """
     wanted = module.state_dict(keep_vars=True)
     ties = Ties.of(module) if ties is None else ties
-    found, told = _found(module, wanted, stored, ties, allowed, path)
+    coded = coded or {}
+    found, told, codes = _found(module, wanted, stored, ties, allowed, path, coded)
     ties.check_agreement(
         found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
     )
@@ -129,7 +144,8 @@ def load_weights(
             else:
                 own.copy_(value)
     casted = tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
-    return Filled(_places(module, found, ties), casted, told)
+    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
+    return Filled(places, casted, told, codes)
 
 
 def _places(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Location]:
@@ -153,29 +169,29 @@ def _found(
     ties: Ties,
     allowed: Collection[str],
     path: Path,
-) -> tuple[dict[str, Found], tuple[str, ...]]:
+    coded: Mapping[str, Coded],
+) -> tuple[dict[str, Found], tuple[str, ...], dict[str, Coded]]:
     """The model's tensors, under its names, under others, or in its authors' own."""
     matched = match(wanted, stored, ties)
-    files = _Files(stored)
+    files = _Files(stored, coded)
     shapes = {name: stored[own].shape for name, own in matched.names.items()}
     if matched.fits:
-        check_types(matched.names, stored, wanted, allowed)
+        types = {name: own for name, own in matched.names.items() if own not in coded}
+        check_types(types, stored, wanted, allowed)
         _check_shapes(matched, shapes, wanted, path)
-        found = {}
-        for name, own in matched.names.items():
-            at = stored[own]
-            found[name] = Found(files.tensor(own), at, f"{own} of {at.file.name}")
-        return found, matched.told
+        found = {n: files.found(own, wanted[n].dtype) for n, own in matched.names.items()}
+        codes = {name: coded[own] for name, own in matched.names.items() if own in coded}
+        return found, matched.told, codes
     mapping = mapping_of(module)
-    if mapping is None or 2 * len(matched.names) >= len(wanted):
-        check_unmatched(stored, allowed)
+    if coded or mapping is None or 2 * len(matched.names) >= len(wanted):
+        check_unmatched({n: at for n, at in stored.items() if n not in coded}, allowed)
         raise _mismatch(matched, shapes, wanted, path)
     mismatch = partial(_mismatch, matched, shapes, wanted, path)
     tensors = _mapped(module, mapping, stored, files, allowed, mismatch)
     after = by_name(wanted, tensors, ties)
     _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
     found = {name: _original(name, t, files) for name, t in tensors.items()}
-    return found, _told(found, len(stored) - len(inside(stored)[1]))
+    return found, _told(found, len(stored) - len(inside(stored)[1])), {}
 
 
 def _mapped(

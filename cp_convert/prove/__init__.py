@@ -4,7 +4,8 @@ from ..ir.proof import Error, NetworkProof, Proof
 from .device import check_device
 from .measure import Truth, flat_inputs, measure, measure_program, measure_ranks
 from .network import prove_networks
-from .program import Stages, prove
+from .program import prove
+from .stages import Stages
 
 __all__ = [
     "Error",

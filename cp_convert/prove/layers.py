@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from ..errors import ProofFailed
 from ..ir.network import Layer
+from ..ir.quantize import dequantize, quantize
 
 Values = Sequence[Tensor | None]
 
@@ -393,6 +394,23 @@ def _attention(layer: Layer, values: Values) -> Tensor:
     )
 
 
+def _scale_of(layer: Layer, values: Values) -> float:
+    """One number for the whole tensor; what else there is, we do not write."""
+    scale = _given(values, 1)
+    if len(values) > 2 or scale.numel() != 1:
+        raise ProofFailed(f"{layer.name}: a {layer.kind} by channels or blocks is not understood.")
+    return float(scale.item())
+
+
+def _quantize(layer: Layer, values: Values) -> Tensor:
+    return quantize(_given(values, 0), _scale_of(layer, values), layer.outputs[0].dtype)
+
+
+def _dequantize(layer: Layer, values: Values) -> Tensor:
+    """In float32; the rounding is left to the declared type of the result."""
+    return dequantize(_given(values, 0), _scale_of(layer, values), torch.float32)
+
+
 LAYERS: Final[Mapping[str, Callable[[Layer, Values], Tensor]]] = {
     "ACTIVATION": _activation,
     "ATTENTION_INPUT": _attention,
@@ -402,7 +420,9 @@ LAYERS: Final[Mapping[str, Callable[[Layer, Values], Tensor]]] = {
     "CONSTANT": _constant,
     "CONVOLUTION": _convolution,
     "DECONVOLUTION": _deconvolution,
+    "DEQUANTIZE": _dequantize,
     "POOLING": _pooling,
+    "QUANTIZE": _quantize,
     "SCATTER": _scatter,
     "ELEMENTWISE": _elementwise,
     "GATHER": _gather,

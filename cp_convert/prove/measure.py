@@ -135,7 +135,7 @@ def measure_ranks(
                 "or reduce at the end of forward, and give ranks that are no peers of one "
                 "another the same weights in build_model(rank).",
             )
-    return truth if wide else _rounded(truth, program, flat, world)
+    return truth if wide else rounded(truth, program, flat, world)
 
 
 def measure_program(
@@ -148,10 +148,10 @@ def measure_program(
     """
     mover = Mover(device)
     program, flat = mover.program(program), mover.tree(flat_inputs(program, inputs))
-    return truth if truth.is_wide else _rounded(truth, program, flat, 1)
+    return truth if truth.is_wide else rounded(truth, program, flat, 1)
 
 
-def _rounded(truth: Truth, program: Executable, flat: Mapping[str, Tensor], world: int) -> Truth:
+def rounded(truth: Truth, program: Executable, flat: Mapping[str, Tensor], world: int) -> Truth:
     """``truth`` with what all ranks of ``program`` lose in the job's precision."""
     reference = truth.reference
     outputs = run(program, flat, world)

@@ -20,6 +20,7 @@ from .device import Mover
 from .errors import ROUNDING, deviation, worst
 from .lockstep import run
 from .measure import CPU
+from .quantizers import check_codes, unrounded
 from .replay import NOTHING, replay
 
 
@@ -49,17 +50,22 @@ def prove_networks(
     networks, inputs = mover.networks(networks), mover.tree(dict(inputs))
     own = mover.tree(dict(own))
     lowered = mover.program(lowered)
-    wide = replay(networks, inputs, own=own, widen=not proof.is_wide)
-    algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
-    if not all(error.within(proof.algebra_bound) for error in algebra):
-        _check_against_program(wide, inputs, proof, lowered)
+    with unrounded(proof.codes is not None):
+        wide = replay(networks, inputs, own=own, widen=not proof.is_wide)
+        algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
+        if not all(error.within(proof.algebra_bound) for error in algebra):
+            _check_against_program(wide, inputs, proof, lowered)
+    codes: tuple[Error, ...] = ()
+    if proof.codes is not None:
+        outputs = replay(networks, inputs, own=own, widen=not proof.is_wide)
+        codes = check_codes(proof.codes, outputs, "the networks")
     outputs = replay(networks, inputs, own=own)
     ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(
             f"the networks go astray: {deviation(ranks, proof.bound)}.", hint=ROUNDING
         )
-    return NetworkProof(algebra, ranks, time.perf_counter() - start)
+    return NetworkProof(algebra, ranks, time.perf_counter() - start, codes)
 
 
 def _check_against_program(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -30,8 +30,7 @@ from torch.utils import _pytree as pytree
 from ..errors import ProofFailed
 from ..ir.ops import is_spmd
 from ..ir.program import HALF, Executable
-from ..ir.proof import FLOOR, Error, Proof
-from ..mesh import Axis
+from ..ir.proof import FLOOR, Codes, Error, Proof
 from ..strategies import Site
 from ..strategies.tokens import picked
 from .axes import controls_along
@@ -41,49 +40,13 @@ from .device import Mover
 from .errors import ROUNDING, deviation, error_of, worst
 from .lockstep import PerRank, reduces_over, run
 from .measure import CPU, Truth, flat_inputs
+from .quantizers import check_codes, check_loss, measure_codes, unrounded
 from .roundings import spread
+from .stages import Stages
 from .vanish import where_attention_vanishes
 
 CONTROL: Final = 10.0
 """How many times the floor the control must exceed."""
-
-
-@dataclass(frozen=True)
-class Stages:
-    """The same program at three stages, all for the same ranks.
-
-    Attributes:
-        dense: whole, before it was sharded.
-        control: sharded, but every rank attends to its own keys alone.
-        rewritten: with the strategy in it.
-        lowered: as it will be built.
-        sites: the attentions, and the nodes of ``rewritten`` that hold their results.
-        axis: the ranks that share the sequence.
-        others: the mesh's other axes.
-    """
-
-    dense: Executable
-    control: Executable
-    rewritten: Executable
-    lowered: Executable
-    sites: Sequence[tuple[Site, str]]
-    axis: Axis
-    others: tuple[Axis, ...] = ()
-
-    @property
-    def world(self) -> int:
-        """How many ranks there are, those that share no sequence included."""
-        return len(self.axis.flat)
-
-    def on(self, mover: Mover) -> Stages:
-        """The same programs on another device."""
-        return replace(
-            self,
-            dense=mover.program(self.dense),
-            control=mover.program(self.control),
-            rewritten=mover.program(self.rewritten),
-            lowered=mover.program(self.lowered),
-        )
 
 
 def prove(
@@ -92,6 +55,7 @@ def prove(
     stages: Stages,
     *,
     rtol: float | None = None,
+    max_loss: float | None = None,
     device: torch.device = CPU,
 ) -> Proof:
     """Compare all ranks with the dense model.
@@ -101,6 +65,7 @@ def prove(
         inputs: keyword arguments of its forward, in the job's precision.
         stages: what is to be proven.
         rtol: replaces the derived bound of the job's precision.
+        max_loss: what quantization may cost of the output.
         device: where all ranks are computed; they share one copy of the weights there.
 
     Raises:
@@ -108,20 +73,18 @@ def prove(
     """
     start, mover = time.perf_counter(), Mover(device)
     stages, inputs = stages.on(mover), mover.tree(dict(inputs))
-    truth = _with_own_rounding(truth, inputs, stages.dense, stages.world)
+    whole = _with_own_rounding(truth, inputs, stages.plain or stages.dense, stages.world)
+    truth = _with_codes_of_weights(whole, inputs, stages, bound_of(whole, rtol))
     reference, is_wide = truth.reference, truth.is_wide
-    lost, (against, bound) = bound_of(truth, rtol), judged_by(truth, rtol)
-    limit = bound if is_wide else Error(FLOOR, FLOOR)
-    algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, lost)
-    ranks = _errors(stages.lowered, inputs, stages.world, against)
-    if not all(error.within(bound) for error in ranks):
-        if against is not reference:
-            raise nothing_shown(truth, max(error.max for error in ranks))
-        raise ProofFailed(
-            f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
-        )
-    control = _control(stages, inputs, reference, widen=not is_wide)
-    controls = _controls(stages, inputs, reference, widen=not is_wide)
+    limit = Error(FLOOR, FLOOR)
+    if is_wide and stages.quantized is None:
+        limit = judged_by(truth, rtol)[1]
+    with unrounded(stages.quantized is not None):
+        algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, bound_of(truth, rtol))
+        control = _control(stages, inputs, reference, widen=not is_wide)
+        controls = _controls(stages, inputs, reference, widen=not is_wide)
+    truth, codes = _codes(truth, whole, inputs, stages, max_loss)
+    ranks, bound, against = _in_precision(truth, inputs, stages, rtol, codes)
     return Proof(
         algebra,
         ranks,
@@ -132,9 +95,76 @@ def prove(
         time.perf_counter() - start,
         seconds_a_run,
         truth.spread,
-        lost,
-        None if against is reference else tuple(against),
-        controls,
+        bound_of(truth, rtol),
+        None if against is truth.reference else tuple(against),
+        codes=codes,
+        controls=controls,
+    )
+
+
+def _in_precision(
+    truth: Truth,
+    inputs: Mapping[str, Any],
+    stages: Stages,
+    rtol: float | None,
+    codes: Codes | None,
+) -> tuple[tuple[Error, ...], Error, Sequence[Tensor]]:
+    """Every rank's error in the job's precision, its bound, and what they are relative to."""
+    against, bound = judged_by(truth, rtol)
+    if codes is not None and truth.is_wide:
+        bound = Error(max(bound.max, codes.bound.max), max(bound.rms, codes.bound.rms))
+    ranks = _errors(stages.lowered, inputs, stages.world, against)
+    if not all(error.within(bound) for error in ranks):
+        if against is not truth.reference:
+            raise nothing_shown(truth, max(error.max for error in ranks))
+        raise ProofFailed(
+            f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
+        )
+    return ranks, bound, against
+
+
+def _codes(
+    truth: Truth,
+    whole: Truth,
+    inputs: Mapping[str, Any],
+    stages: Stages,
+    max_loss: float | None,
+) -> tuple[Truth, Codes | None]:
+    """With quantizers that round: their own truth, and that all ranks come to it."""
+    if stages.quantized is None:
+        return truth, None
+    flat = flat_inputs(stages.quantized, inputs)
+    own, codes = measure_codes(truth, whole, stages.quantized, flat, stages.world)
+    check_loss(codes, max_loss)
+    program = stages.rewritten
+    outputs = run(program, flat_inputs(program, inputs), stages.world, widen=not truth.is_wide)
+    return own, replace(codes, ranks=check_codes(codes, outputs, "all ranks together"))
+
+
+def _with_codes_of_weights(
+    truth: Truth, inputs: Mapping[str, Any], stages: Stages, lost: Error
+) -> Truth:
+    """The truth of a model whose weights are codes; the program it was made of is the model's."""
+    plain, dense = stages.plain, stages.dense
+    if plain is None:
+        return truth
+    flat = flat_inputs(plain, inputs)
+    floor = Error(FLOOR, FLOOR)
+    apart = worst(run(plain, flat, stages.world, widen=not truth.is_wide)[0], truth.reference)
+    if not apart.within(floor) and not worst(
+        run(plain, flat, stages.world)[0], truth.reference
+    ).within(lost):
+        raise _not_the_model([apart], floor)
+    with unrounded(True):
+        reference = run(dense, flat, stages.world, widen=not truth.is_wide)[0]
+    return replace(truth, reference=tuple(reference))
+
+
+def _not_the_model(errors: Sequence[Error], bound: Error) -> ProofFailed:
+    return ProofFailed(
+        f"the traced program is not the model: {deviation(errors, bound)}.",
+        hint="nothing was sharded yet; torch.export or a decomposition changed an operator, "
+        "or forward returns something else each time it is called.",
     )
 
 
@@ -259,11 +289,7 @@ def _failure(
     message = f"all ranks together went astray: {deviation(errors, limit)}."
     dense = _errors(stages.dense, inputs, stages.world, reference)
     if not dense[0].within(bound):
-        return ProofFailed(
-            f"the traced program is not the model: {deviation(dense, bound)}.",
-            hint="nothing was sharded yet; torch.export or a decomposition changed an operator, "
-            "or forward returns something else each time it is called.",
-        )
+        return _not_the_model(dense, bound)
     astray = _first_astray(inputs, stages)
     if astray is None:
         hint = "every attention agrees with the dense model, so look at what follows the last one."

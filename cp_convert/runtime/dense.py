@@ -15,13 +15,14 @@ from torch.utils import _pytree as pytree
 from ..bundle.manifest import Manifest
 from ..errors import ConvertError, RunFailed
 from ..files import sha256
+from ..ir.proof import Error
 from ..ir.tensors import mapped
 from ..job import Job
 from ..lora.base import Base
 from ..lora.choose import Asked, changes_at, chosen
 from ..lora.compute import Changed
 from ..model.load import load, surroundings
-from ..prove.bounds import judged_by
+from ..prove.bounds import MARGIN, judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
 from .given import given_inputs
@@ -31,7 +32,8 @@ from .session import Request
 def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     """How far the outputs that rank 0 wrote are from the dense model's on the same inputs.
 
-    The bound is the proof's: twice what the dense model itself loses in the bundle's precision.
+    The bound is the proof's: twice what the dense model itself loses in the bundle's precision,
+    and twice what quantization lost in the proof.
 
     Args:
         manifest: of the bundle.
@@ -60,6 +62,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
     against, bound = judged_by(truth, None)
+    bound = _with_loss(bound, manifest)
     error = worst(outputs, against)
     if not error.within(bound):
         raise RunFailed(
@@ -71,10 +74,19 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     return {"reason": None, "error": error.max, "bound": bound.max}
 
 
+def _with_loss(bound: Error, manifest: Manifest) -> Error:
+    told = manifest.quantization
+    if told is None or told.loss is None:
+        return bound
+    return Error(bound.max + MARGIN * told.loss.max, bound.rms + MARGIN * told.loss.rms)
+
+
 def _why_not(manifest: Manifest) -> str | None:
     source = Path(manifest.model.source)
     if manifest.groups:
         return "the model communicates by itself"
+    if manifest.quantization is not None and manifest.quantization.loss is None:
+        return "the bundle is quantized, and was not proven: what that costs is not known"
     if not source.is_file():
         return f"{source} is not here"
     if sha256(source) != manifest.model.source_sha256:

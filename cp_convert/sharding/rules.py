@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from ..ir import ops
+from ..ir import ops, quantize  # noqa: F401  define cp::*
 from ..ir.layout import Layout
 from ..ir.program import Arguments, arguments, shape, with_argument
 
@@ -577,7 +577,8 @@ RulesOf = Callable[[fx.Node], list[Rule]]
 def _table() -> dict[Any, RulesOf]:
     rows: list[tuple[RulesOf, tuple[Any, ...]]] = [
         (_pointwise, (aten.clone, aten._to_copy, aten.alias, aten.detach, aten.lift_fresh_copy,
-                      aten.copy, aten.where, aten.masked_fill, aten.clamp)),
+                      aten.copy, aten.where, aten.masked_fill, aten.clamp,
+                      cp.quantize, cp.dequantize, cp.quantize_dequantize)),
         (_like, (aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like)),
         (_view, (aten.view, aten.reshape, aten._unsafe_view, aten._reshape_copy, aten.squeeze,
                  aten.unsqueeze)),

@@ -15,6 +15,7 @@ from ..bundle.manifest import Attention, Manifest, Proof, of_rank
 from ..mesh import SEQUENCE
 from .lora import sets_table
 from .mesh import axes_rows, guidance_line, place_of, ranks_of, tensor_line
+from .quantized import quantized_rows
 from .screen import Screen
 from .words import count, local_of, plural, size, starred, table_of
 
@@ -42,6 +43,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
     )
     for row in (
         ("proof", _proof_line(manifest.proof)),
+        *quantized_rows(manifest),
         ("weights", _weights_line(manifest)),
         *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
         *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
@@ -145,6 +147,7 @@ def _facts(manifest: Manifest) -> Table:
         ("backend", _backend_line(manifest)),
         ("runs on", runs_on_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
+        *quantized_rows(manifest),
         (
             "created",
             (

@@ -5,6 +5,7 @@ A strategy is a module of its own (or, where it has parameters, an object of one
 - ``why_not(site, axis)``: the reason why the attention cannot be split this way, and a hint, or
   ``None``; it never changes anything;
 - ``cost(site, axis)``: what it costs one rank, by arithmetic;
+- ``travels(site, axis)``: which of ``q``, ``k``, ``v`` and ``o`` it sends;
 - ``attend(q, k, v, mask, site=..., axis=...)``: the attention of this rank's queries over all
   ranks' keys, in plain torch and ``cp::*`` operators. It is traced once for each shape of
   attention and put in the place of the model's own.
@@ -31,6 +32,9 @@ class Strategy(Protocol):
 
     def cost(self, site: Site, axis: Axis) -> Cost:
         """What the attention costs one rank."""
+
+    def travels(self, site: Site, axis: Axis) -> str:
+        """Which of q, k, v and o are sent, as letters."""
 
     def attend(
         self,

@@ -24,6 +24,7 @@ from ..ir import ops
 from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
 from .tokens import mask_columns, mask_of, mask_rows, real_keys, repeated
+from .wire import sent
 
 
 def why_not(site: Site, axis: Axis) -> Refusal | None:
@@ -42,12 +43,18 @@ def cost(site: Site, axis: Axis) -> Cost:
     )
 
 
+def travels(site: Site, axis: Axis) -> str:
+    """Queries stay where they are."""
+    return "kv"
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:
     """This rank's queries over the gathered keys, ``[B, H, S, D]``."""
     assert site.query_layout is not None and site.key_layout is not None
-    gathered = ops.all_gather(torch.stack((k_BHSD, v_BHSD)), axis)
+    packed = torch.stack((k_BHSD, v_BHSD))
+    gathered = sent(lambda x: ops.all_gather(x, axis), packed, eight="k" in site.eight)
     kv_W2BHSD: Tensor = gathered.unflatten(0, (axis.size, 2))
     ratio = site.heads // site.kv_heads
     k_BHTD, v_BHTD = (

@@ -29,6 +29,11 @@ def cost(site: Site, axis: Axis) -> Cost:
     return Cost(0, 0, own, site.heads, site.operations(site.heads, site.queries) // axis.size)
 
 
+def travels(site: Site, axis: Axis) -> str:
+    """Nothing is sent."""
+    return ""
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:

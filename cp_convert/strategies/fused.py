@@ -28,6 +28,8 @@ from ..mesh import Axis
 def why_not(site: Site, axis: Axis) -> Refusal | None:
     """The layer takes neither masks nor groups."""
     other = "try --strategy ulysses, ring or allgather-kv."
+    if site.eight:
+        return Refusal("TensorRT's multi-device attention exchanges by itself, in 16 bits.", other)
     if len(axis.groups) > 1:
         return Refusal("TensorRT's multi-device attention knows no groups of ranks.", other)
     if site.mask is not None or site.causal:
@@ -49,6 +51,11 @@ def cost(site: Site, axis: Axis) -> Cost:
         heads=site.heads,
         operations=site.operations(site.heads, site.queries),
     )
+
+
+def travels(site: Site, axis: Axis) -> str:
+    """Nothing that could be looked at: the layer exchanges by itself."""
+    return ""
 
 
 def attend(

@@ -26,6 +26,7 @@ from ..mesh import Axis
 from .online import OnlineAttention
 from .order import after
 from .tokens import mask_columns, picked, repeated
+from .wire import sent
 
 Ranges = list[tuple[int, int]]
 
@@ -104,7 +105,7 @@ def ring_over(
         parts = OnlineAttention(q_BHSD, scale, rows, own_2BHSD.shape[3])
     chunks = [chunk(root) for root in range(axis.size)]
     roots = [root for root in range(axis.size) if chunks[root][0]]  # others are padding alone
-    for root, arrived in _arriving(own_2BHSD, roots, axis, parts.done):
+    for root, arrived in _arriving(own_2BHSD, roots, axis, parts.done, "k" in site.eight):
         slots, tokens = chunks[root]
         k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived.unbind(0))
         parts.add(k, v, tokens)
@@ -112,21 +113,30 @@ def ring_over(
 
 
 def _arriving(
-    own: Tensor, roots: Sequence[int], axis: Axis, done: Callable[[], Tensor | None]
+    own: Tensor,
+    roots: Sequence[int],
+    axis: Axis,
+    done: Callable[[], Tensor | None],
+    eight: bool,
 ) -> Iterator[tuple[int, Tensor]]:
     """Every root's chunk: the next is sent for before the present one is attended to.
 
     The one after that waits for the present attention, so that two are on their way at most.
     """
     if axis.size <= 2:
-        gathered: Tensor = ops.all_gather(own, axis).unflatten(0, (axis.size, -1))
+        whole = sent(lambda x: ops.all_gather(x, axis), own, eight=eight and axis.size > 1)
+        gathered: Tensor = whole.unflatten(0, (axis.size, -1))
         yield from ((root, gathered[root]) for root in roots)
         return
-    arriving = ops.broadcast(own, roots[0], axis)
+
+    def from_root(root: int, x: Tensor) -> Tensor:
+        return sent(lambda part: ops.broadcast(part, root, axis), x, eight=eight)
+
+    arriving = from_root(roots[0], own)
     for root, following in zip(roots, [*roots[1:], None], strict=True):
         arrived = arriving
         if following is not None:
-            arriving = ops.broadcast(after(done(), own), following, axis)
+            arriving = from_root(following, after(done(), own))
         yield root, arrived
 
 

@@ -35,6 +35,8 @@ def rewrite(
     name: str,
     axis: Axis,
     decompositions: Mapping[Any, Any],
+    *,
+    eight: str = "",
 ) -> tuple[Lowered, tuple[Outcome, ...]]:
     """Put ``strategy`` in the place of every attention over sharded keys.
 
@@ -44,6 +46,7 @@ def rewrite(
         name: what the strategy is called; the new nodes carry it.
         axis: the ranks that share the sequence.
         decompositions: into which operators the strategy's code is decomposed.
+        eight: which of q, k, v and o travel in 8 bits, where the strategy sends them.
 
     Raises:
         CannotShard: an attention cannot be split this way; nothing is rewritten then.
@@ -51,7 +54,7 @@ def rewrite(
     program = sharded.program
     graph = copied(program.graph_module.graph)
     nodes = list(graph.find_nodes(op="call_function", target=ATTENTION))
-    sites = [_site(i, node, sharded) for i, node in enumerate(nodes)]
+    sites = [_site(i, node, sharded, eight) for i, node in enumerate(nodes)]
     for site in sites:
         refusal = strategy.why_not(site, axis) if site.keys_sharded else None
         if refusal is not None:
@@ -88,7 +91,7 @@ def _why_kept(axis: Axis) -> str:
     return "the world is 1" if len(axis.groups) == 1 else "no ranks share the sequence"
 
 
-def _site(index: int, node: fx.Node, sharded: Sharded) -> Site:
+def _site(index: int, node: fx.Node, sharded: Sharded, eight: str) -> Site:
     given = arguments(node)
     q, k = (tensor_of(given[name]) for name in ("query", "key"))
     queries, keys = sharded.places.get(node.name, (None, None))
@@ -110,6 +113,7 @@ def _site(index: int, node: fx.Node, sharded: Sharded) -> Site:
         scale=given["scale"],
         dtype=q.dtype,
         mask_dtype=None if mask is None else tensor_of(mask).dtype,
+        eight=eight,
     )
 
 

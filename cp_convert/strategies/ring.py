@@ -55,6 +55,11 @@ def cost(site: Site, axis: Axis) -> Cost:
     )
 
 
+def travels(site: Site, axis: Axis) -> str:
+    """Queries stay where they are."""
+    return "kv"
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:

@@ -34,6 +34,7 @@ from ..ir.attention import Cost, Refusal, Site
 from ..mesh import Axis
 from .order import after
 from .tokens import mask_columns, mask_of, mask_part, mask_rows, real_keys, repeated
+from .wire import sent
 
 GROUPS: Final = 4
 """Into how many groups the key heads are cut, where there are as many. Measured on one H100 with 24
@@ -66,6 +67,11 @@ def cost(site: Site, axis: Axis) -> Cost:
     )
 
 
+def travels(site: Site, axis: Axis) -> str:
+    """Queries stay where they are."""
+    return "kv"
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:
@@ -77,19 +83,23 @@ def attend(
     groups, ratio = groups_of(site.kv_heads), site.heads // site.kv_heads
     packed = torch.stack((k_BHSD, v_BHSD)).split(groups, dim=2)
     q_groups = q_BHSD.split([ratio * heads for heads in groups], dim=1)
-    arriving = ops.all_gather(packed[0], axis)
+    arriving = _gathered(packed[0], site, axis)
     outs: list[Tensor] = []
     for g, q in enumerate(q_groups):
         arrived = arriving
         if g + 1 < len(groups):
             following = after(outs[g - 1] if g else None, packed[g + 1])
-            arriving = ops.all_gather(following, axis)
+            arriving = _gathered(following, site, axis)
         k, v = _heads_tokens(arrived, site, axis)
         rows = None if mask is None else mask_part(mask, -3, ratio * sum(groups[:g]), q.shape[1])
         outs.append(
             ops.attention(q, repeated(k, ratio), repeated(v, ratio), rows, scale=site.scale)
         )
     return torch.cat(outs, 1)
+
+
+def _gathered(packed: Tensor, site: Site, axis: Axis) -> Tensor:
+    return sent(lambda x: ops.all_gather(x, axis), packed, eight="k" in site.eight)
 
 
 def _heads_tokens(gathered: Tensor, site: Site, axis: Axis) -> list[Tensor]:

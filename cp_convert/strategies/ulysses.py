@@ -56,6 +56,11 @@ def cost(site: Site, axis: Axis) -> Cost:
     )
 
 
+def travels(site: Site, axis: Axis) -> str:
+    """Everything is exchanged."""
+    return "qkvo"
+
+
 def attend(
     q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, *, site: Site, axis: Axis
 ) -> Tensor:

@@ -79,6 +79,10 @@ class Usp:
             way=way,
         )
 
+    def travels(self, site: Site, axis: Axis) -> str:
+        """Everything is exchanged in the group, if there is one; keys and values in the ring."""
+        return "kv" if self.ulysses == 1 else "qkvo"
+
     def attend(
         self,
         q_BHSD: Tensor,

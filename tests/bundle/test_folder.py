@@ -36,6 +36,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         weights_mode="embedded",
         weights=[],
         lora=[],
+        quantization=None,
         world=world,
         precision="fp16",
         float32=["residual"],

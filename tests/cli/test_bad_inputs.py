@@ -201,6 +201,10 @@ OPTIONS = (
     ["--allow-cast", "int4"], ["--hardware", "abacus", "-s", "auto"], ["--program", "perhaps"],
     ["--no-proof", "--proof", "network"], ["--unknown"], ["--weights"], ["extra", "words"],
     ["--proof-device", "tpu"], ["--copy-weights", "--weights-mode", "embedded"],
+    ["--exchange", "int4"], ["--exchange", ""], ["--quantize", "fp4"], ["--keep", "*"],
+    ["--max-loss", 2, "--exchange", "int8"], ["--max-loss", 0.1], ["--calibration", "x"],
+    ["--quantize", "fp8", "--calibration", "none.safetensors"],
+    ["--quantize", "fp8", "--compute-capability", "8.6"], ["--quantize", "fp8", "--keep", "no"],
 )  # fmt: skip
 
 

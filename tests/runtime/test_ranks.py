@@ -22,10 +22,11 @@ class Case:
     world: int
     mode: str
 
-    def made(self, folder: Path) -> Path:
+    def made(self, folder: Path, **more: Any) -> Path:
         folder.mkdir()
         (folder / "model.py").write_text(self.text)
         options: dict[str, Any] = {"ulysses": 2} if self.strategy == "usp" else {}
+        options |= more
         converted(
             folder / "model.py", folder / "out", self.strategy, self.world,
             weights_mode=self.mode, **options,
@@ -62,3 +63,56 @@ def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) 
             assert bundles.read(out)[0].world == world
             assert (value - want).abs().max() <= 1e-5 * want.abs().max()
             assert type(one).__name__ == ("Fields" if hasattr(dense, "sample") else "Tensor")
+
+
+EIGHT = [
+    (Case(FLUX, "ulysses", 2, "external"), "int8:qkvo", "qkvo"),
+    (Case(WAN, "ring", 2, "embedded"), "int8", "kv"),
+    (Case(QWEN, "usp", 4, "embedded"), "int8", "qkv"),
+    (Case(FLUX, "stream-kv", 4, "external"), "int8:kv", "kv"),
+    (Case(WAN, "ulysses", 4, "external"), "int8", "qkv"),
+]
+
+
+def rounding(eight: str, patch: pytest.MonkeyPatch) -> None:
+    """Attention with what is exchanged rounded, in the dense model: who attends to all keys."""
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        step = x.abs().amax(-1, keepdim=True) / 127
+        return (x / step).round() * step
+
+    def attention(query: Any, key: Any, value: Any, **options: Any) -> torch.Tensor:
+        if query.shape[2] != key.shape[2]:  # to text that every rank has
+            return whole(query, key, value, **options)
+        q, k, v = (
+            rounded(x) if name in eight else x
+            for name, x in (("q", query), ("k", key), ("v", value))
+        )
+        out = whole(q, k, v, **options)
+        return rounded(out) if "o" in eight else out
+
+    patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+
+
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_an_exchange_in_8_bits_over_the_wire(
+    world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = [case for case in EIGHT if case[0].world == world]
+    made, expected = [], []
+    for number, (case, exchange, rounded) in enumerate(cases):
+        made.append(case.made(tmp_path / str(number), exchange=exchange))
+        module = SimpleNamespace(**runpy.run_path(str(made[-1].parent / "model.py")))
+        inputs = module.example_inputs()
+        torch.save(inputs, made[-1].parent / "inputs.pt")
+        with torch.no_grad(), monkeypatch.context() as patch:
+            plain = module.build_model().eval()(**inputs)[0]
+            rounding(rounded, patch)
+            expected.append((module.build_model().eval()(**inputs)[0], plain))
+    for rank in outputs_of(made, world, tmp_path):
+        for one, (want, plain) in zip(rank, expected, strict=True):
+            cost = (want - plain).abs().max()
+            assert cost > 5e-5 * want.abs().max()
+            # A code that lies at a tie may flip: a small share of what all of them cost.
+            assert (one[0] - want).abs().max() <= max(1e-5 * want.abs().max(), 0.05 * cost)

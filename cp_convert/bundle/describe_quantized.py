@@ -1,0 +1,54 @@
+"""What is quantized, out of the stages' records, as the manifest has it."""
+
+from __future__ import annotations
+
+from ..ir.linear8 import Linears
+from ..ir.proof import Error
+from ..ir.records import Made
+from . import quantized as q
+
+
+def quantization(made: Made) -> q.Quantization | None:
+    """Of a finished conversion; ``None`` where nothing is."""
+    eight, linears = made.rewritten.eight, made.captured.linears
+    if not eight and linears is None:
+        return None
+    codes = None if made.proof is None else made.proof.codes
+    networks = () if made.network_proof is None else made.network_proof.codes
+    return q.Quantization(
+        exchange=q.Exchange(codes="int8", operands=list(eight))  # type: ignore[arg-type]
+        if eight
+        else None,
+        linears=None if linears is None else _linears(linears),
+        codes=None
+        if codes is None
+        else q.Codes(
+            ranks=[_error(e) for e in codes.ranks],
+            networks=[_error(e) for e in networks],
+            bound=_error(codes.bound),
+            codes=codes.codes,
+            flipped=codes.flipped,
+        ),
+        loss=None if codes is None else _error(codes.loss),
+    )
+
+
+def _linears(linears: Linears) -> q.Linears:
+    return q.Linears(
+        codes="fp8",
+        layers=[
+            q.Layer(
+                module=one.module,
+                input_scale=one.input_scale,
+                weight_scale=one.weight_scale,
+                loss=one.loss,
+            )
+            for one in linears.layers
+        ],
+        kept=[q.Kept(module=one.module, reason=one.reason) for one in linears.kept],
+        sets=linears.sets,
+    )
+
+
+def _error(error: Error) -> q.Error:
+    return q.Error(max=error.max, rms=error.rms)

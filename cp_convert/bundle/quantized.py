@@ -1,0 +1,84 @@
+"""The part of the manifest that tells what is quantized, and what that costs. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .call import Count, Struct
+
+
+class Error(Struct, frozen=True):
+    """Relative errors: largest, and root mean square, each over that of the reference."""
+
+    max: float
+    rms: float
+
+
+class Exchange(Struct, frozen=True):
+    """What attention sends in 8 bits: of queries, keys, values and outputs, by their letters.
+
+    Every head of every token is divided by its largest magnitude over 127, and that magnitude is
+    sent beside, by a collective of its own.
+    """
+
+    codes: Literal["int8"]
+    operands: list[Literal["q", "k", "v", "o"]]
+
+
+class Layer(Struct, frozen=True):
+    """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
+
+    ``loss`` is its own: what its output differs by with the example inputs (root mean square).
+    """
+
+    module: str
+    input_scale: float
+    weight_scale: float
+    loss: float
+
+
+class Kept(Struct, frozen=True):
+    """A linear layer that is left in the precision."""
+
+    module: str
+    reason: str
+
+
+class Linears(Struct, frozen=True):
+    """What linear layers multiply.
+
+    The scales come from ``sets`` sets of inputs, or from the checkpoint, where that is 0.
+    """
+
+    codes: Literal["fp8"]
+    layers: list[Layer]
+    kept: list[Kept]
+    sets: Count
+
+
+class Codes(Struct, frozen=True):
+    """All ranks with quantizers that round, in float32 arithmetic.
+
+    ``ranks`` and ``networks`` are their errors against the dense program with the same quantizers.
+    Of its ``codes``, ``flipped`` lie so near to a tie that they may be others; what that does to
+    the output is the ``bound``.
+    """
+
+    ranks: list[Error]
+    networks: list[Error]
+    bound: Error
+    codes: Count
+    flipped: Count
+
+
+class Quantization(Struct, frozen=True):
+    """What is quantized. ``loss`` is what that costs: the dense program with these quantizers.
+
+    It is measured in float32 arithmetic against the model without. ``codes`` and ``loss`` are null
+    where nothing was proven.
+    """
+
+    exchange: Exchange | None
+    linears: Linears | None
+    codes: Codes | None
+    loss: Error | None

@@ -1,0 +1,50 @@
+"""What became of every linear layer of a model whose products are computed in 8 bits, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .program import Lowered
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that multiplies codes.
+
+    Attributes:
+        module: its path.
+        input_scale, weight_scale: what a code of 1 stands for.
+        loss: its own: the root mean square of what its output differs by, over the output's.
+    """
+
+    module: str
+    input_scale: float
+    weight_scale: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A linear layer that is left in the precision of the model, and why."""
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Linears:
+    """A dense program whose linear layers multiply codes.
+
+    Attributes:
+        before: the same program without.
+        layers, kept: what became of each linear layer.
+        weights: by placeholder, the binding of the codes of a weight that is stored apart.
+        sets: how many sets of inputs the scales were found with.
+    """
+
+    before: Lowered
+    layers: tuple[Layer, ...]
+    kept: tuple[Kept, ...]
+    weights: Mapping[str, str]
+    sets: int

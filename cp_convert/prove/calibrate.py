@@ -1,0 +1,116 @@
+"""What flows into linear layers: the largest magnitudes, and what their products lose in 8 bits.
+
+In: a dense program, sets of inputs. Out: numbers by layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from ..errors import UsageError
+from ..ir.program import Executable, Lowered
+from ..ir.quantize import FP8, dequantize, quantize
+from ..ir.tensors import mapped
+from .device import Mover
+from .lockstep import PerRank, run
+from .measure import CPU
+
+Inputs = Mapping[str, Tensor]
+
+
+def sets_of(program: Executable, example: Inputs, files: Sequence[Path]) -> Iterator[Inputs]:
+    """The example's inputs, and those of every file: all of the program's, of the same shapes.
+
+    Raises:
+        UsageError: a file lacks an input, has one too many, or one of another shape.
+        WeightsError: it is no safetensors file.
+    """
+    yield example
+    for file in files:
+        found = mapped(file)
+        wanted = {b.name: b for b in program.inputs}
+        lacking, other = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+        if lacking or other:
+            what = [f"lacks {', '.join(sorted(lacking))}"] if lacking else []
+            what += [f"has {', '.join(sorted(other))}, which are no inputs"] if other else []
+            raise UsageError(
+                f"--calibration {file} {' and '.join(what)}.",
+                hint=f"the model's inputs are {', '.join(wanted)}.",
+            )
+        for name, tensor in found.items():
+            if tuple(tensor.shape) != wanted[name].shape:
+                raise UsageError(
+                    f"--calibration {file}: {name} is {list(tensor.shape)}, and the example's is "
+                    f"{list(wanted[name].shape)}."
+                )
+        yield {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
+
+
+def largest_inputs(
+    program: Lowered, chosen: Sequence[fx.Node], sets: Sequence[Inputs], device: torch.device = CPU
+) -> dict[str, float]:
+    """The largest magnitude of every input of ``chosen`` layers, over all sets, by its name."""
+    wanted = {str(node.args[0]) for node in chosen}
+    found = dict.fromkeys(wanted, 0.0)
+
+    def watch(node: fx.Node, values: PerRank) -> None:
+        if node.name in wanted:
+            found[node.name] = max(found[node.name], float(values[0].abs().max()))
+
+    mover = Mover(device)
+    moved = mover.program(program)
+    for one in sets:
+        run(moved, mover.tree(dict(one)), 1, watch=watch)
+    return found
+
+
+def losses(
+    program: Lowered,
+    scales: Mapping[str, tuple[float, float]],
+    inputs: Inputs,
+    device: torch.device = CPU,
+) -> dict[str, float]:
+    """Of every layer by itself, its output's relative error (root mean square) with codes.
+
+    Args:
+        program: without quantizers.
+        scales: of the input and the weight, by the layer's name.
+        inputs: by binding.
+        device: where it is computed.
+    """
+    mover = Mover(device)
+    moved = mover.program(program)
+    nodes = {n.name: n for n in moved.graph_module.graph.nodes if n.name in scales}
+    readers = Counter(str(node.args[0]) for node in nodes.values())
+    held: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+
+    def watch(node: fx.Node, values: PerRank) -> None:
+        if node.name in readers:
+            held[node.name] = values[0]
+        if node.name in nodes:
+            x, weight = str(node.args[0]), moved.state[str(node.args[1])]
+            found[node.name] = _loss(held[x], weight, *scales[node.name])
+            readers[x] -= 1
+            if not readers[x]:
+                del held[x]
+
+    run(moved, mover.tree(dict(inputs)), 1, watch=watch)
+    return found
+
+
+def _loss(x: Tensor, weight: Tensor, input_scale: float, weight_scale: float) -> float:
+    x, weight = x.float(), weight.float()
+    whole = functional.linear(x, weight)
+    off = functional.linear(_coded(x, input_scale), _coded(weight, weight_scale)) - whole
+    return float(off.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _coded(x: Tensor, scale: float) -> Tensor:
+    return dequantize(quantize(x, scale, FP8), scale, torch.float32)

@@ -1,0 +1,30 @@
+"""What is quantized and what it costs, in words."""
+
+from __future__ import annotations
+
+from ..bundle.manifest import Manifest
+
+
+def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """A row for what is quantized and what it costs, if anything is."""
+    told = manifest.quantization
+    if told is None:
+        return []
+    what = []
+    if told.linears is not None:
+        layers = told.linears.layers
+        worst = max(layers, key=lambda one: one.loss)
+        what.append(
+            f"{len(layers)} linear layers in FP8, {len(told.linears.kept)} left as they are; the "
+            f"layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"
+        )
+    if told.exchange is not None:
+        what.append(f"{', '.join(told.exchange.operands)} of attention sent in 8 bits")
+    if told.loss is not None and told.codes is not None:
+        what.append(
+            f"which costs {told.loss.rms:.1e} of the output (largest {told.loss.max:.1e}); all "
+            f"ranks are {max(e.max for e in told.codes.ranks):.1e} off the dense model that rounds "
+            f"alike (bound {told.codes.bound.max:.1e}: {told.codes.flipped} of "
+            f"{told.codes.codes} codes lie at a tie)"
+        )
+    return [("quantized", ", ".join(what))]

@@ -1,0 +1,156 @@
+"""Which linear layers become products of codes, what they become, and what is refused."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cp_convert.capture.decompose import decompose
+from cp_convert.capture.linear8 import Measured, choose, quantized
+from cp_convert.capture.trace import trace
+from cp_convert.errors import CannotConvert, UsageError
+from cp_convert.ir.program import Lowered, module_path
+from cp_convert.ir.quantize import FP8, LARGEST, QUANTIZE_DEQUANTIZE
+from cp_convert.prove import flat_inputs
+from cp_convert.prove.calibrate import largest_inputs, losses
+from cp_convert.prove.lockstep import run
+from tests.conftest import table
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mod = nn.Linear(32, 64)
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.odd = nn.Linear(32, 24)
+        self.out = nn.Linear(24, 32)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        shift, scale = self.mod(vector).unsqueeze(1).chunk(2, -1)
+        x = x * (1 + scale) + shift
+        return self.out(self.odd(self.q(x) * self.k(x)))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16, 32)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor, vector: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x, vector)
+        return self.head(x)
+
+
+def inputs() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return {"x": torch.randn(1, 24, 16), "vector": torch.randn(1, 32)}
+
+
+@cache
+def program() -> Lowered:
+    torch.manual_seed(0)
+    traced, _ = trace(Model().eval().requires_grad_(False), inputs(), {}, ())
+    return decompose(traced, table())
+
+
+def in_fp8(dense: Lowered, keep: Any = (), factor: float = 1.0) -> Lowered:
+    chosen, _ = choose(dense, keep)
+    flat = flat_inputs(dense, inputs())
+    largest = {name: factor * x for name, x in largest_inputs(dense, chosen, [flat]).items()}
+    return quantized(dense, chosen, Measured(largest))[0]
+
+
+def test_blocks_are_quantized_and_what_surrounds_them_is_not() -> None:
+    chosen, kept = choose(program())
+    assert [module_path(n) for n in chosen] == [f"blocks.{i}.{n}" for i in (0, 1) for n in "qk"]
+    assert {one.module: one.reason.split(":")[0] for one in kept} == {
+        "embed": "an embedder or the output",
+        "head": "an embedder or the output",
+        "blocks.0.mod": "modulation",
+        "blocks.1.mod": "modulation",
+        **{
+            f"blocks.{i}.{n}": "its weight's sizes are no multiples of 16"
+            for i in (0, 1)
+            for n in ("odd", "out")
+        },
+    }
+
+
+def test_what_is_to_be_kept_is() -> None:
+    chosen, kept = choose(program(), ("blocks.0.*", "*.k"))
+    assert [module_path(n) for n in chosen] == ["blocks.1.q"]
+    assert sum(one.reason == "--keep" for one in kept) == 6
+    with pytest.raises(UsageError, match=r"--keep blocks.7.q: there is no linear layer"):
+        choose(program(), ("blocks.7.q",))
+    with pytest.raises(CannotConvert, match="no linear layer can be quantized: --keep"):
+        choose(program(), ("*",))
+
+
+def test_codes_take_the_weights_place_and_inputs_are_shared() -> None:
+    dense = in_fp8(program())
+    of_blocks = [t for name, t in dense.state.items() if t.dtype == FP8]
+    assert len(of_blocks) == 4
+    assert all(t.float().abs().max() == 448 for t in of_blocks)
+    graph = dense.graph_module.graph
+    both = list(graph.find_nodes(op="call_function", target=QUANTIZE_DEQUANTIZE))
+    assert len(both) == 2  # one for q and k of a block
+    assert all(len(n.users) == 2 for n in both)
+    assert all(t.dtype != FP8 for t in program().state.values()), "the program before stays"
+
+
+def test_it_computes_what_a_model_of_rounded_numbers_does() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    largest = largest_inputs(program(), chosen, [flat])
+    torch.manual_seed(0)
+    model = Model().eval()
+
+    def rounded(x: Tensor, top: float) -> Tensor:
+        scale = torch.tensor(top, dtype=torch.float32) / 448
+        return (x / scale).clamp(-448, 448).to(FP8).float() * scale
+
+    for block in model.blocks:
+        for own in (block.q, block.k):  # type: ignore[union-attr]
+            own.weight.data = rounded(own.weight.data, own.weight.abs().max().item())  # type: ignore[union-attr,operator,arg-type]
+    tops = iter([largest[str(n.args[0])] for n in chosen])
+    for block in model.blocks:
+        for own in (block.q, block.k):  # type: ignore[union-attr]
+            top = next(tops)
+            own.register_forward_pre_hook(  # type: ignore[union-attr,operator]
+                lambda _, given, top=top: (rounded(given[0], top),)
+            )
+    with torch.no_grad():
+        wanted = model(**inputs())
+    ((got,),) = run(in_fp8(program()), flat, 1)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    ((plain,),) = run(program(), flat, 1)
+    assert (plain - wanted).abs().max() > 1e-3
+
+
+def test_ranges_are_those_of_all_sets_of_inputs() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    larger = {name: 4 * x for name, x in flat.items()}
+    once, both = (largest_inputs(program(), chosen, sets) for sets in ([flat], [flat, larger]))
+    assert all(both[name] > 2 * once[name] for name in once)
+
+
+def test_an_input_of_zeros_has_no_scale() -> None:
+    with pytest.raises(CannotConvert, match=r"the input of blocks.0.q has no scale.*is 0\.0"):
+        in_fp8(program(), factor=0.0)
+
+
+def test_what_a_layer_loses_by_itself() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    _, scales = quantized(program(), chosen, Measured(largest_inputs(program(), chosen, [flat])))
+    lost = losses(program(), scales, flat)
+    assert set(lost) == {node.name for node in chosen}
+    assert all(0.01 < one < 0.06 for one in lost.values())
+    assert all(0 < s < 1 / LARGEST[FP8] for _, s in scales.values())

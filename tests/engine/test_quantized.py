@@ -1,0 +1,169 @@
+"""Engines with quantizers: what is built is read out of the engine, for building proves nothing."""
+
+import runpy
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cp_convert.backends import BACKENDS, select
+from cp_convert.bundle import folder
+from cp_convert.bundle.manifest import Manifest
+from cp_convert.engine.build import build, prepare
+from cp_convert.engine.lower import lower
+from cp_convert.engine.specialise import specialise
+from cp_convert.job import STRATEGY_NAMES, Job
+from cp_convert.model.cast import cast_inputs
+from cp_convert.pipeline import convert
+from cp_convert.progress import Progress
+from tests.conftest import rewritten, tiny, tiny_inputs
+from tests.engine.plans import Plan, read_plan
+from tests.model.fp8_files import FILE, tensors_of, write
+from tests.runtime.bundles import FLUX
+from tests.runtime.ranks import outputs_of
+
+pytestmark = pytest.mark.engine
+prepare(BACKENDS["tensorrt-rtx"])
+
+
+def exchanging(name: str, world: int, eight: str, path: Path) -> Plan:
+    inputs = {key: x.bfloat16() for key, x in tiny_inputs(1).items()}
+    stages = rewritten(tiny().bfloat16(), inputs, name, world, eight=eight)
+    build(specialise(lower(stages.rewritten), 0), 0, path, ["8.0", "8.9", "12.0"])
+    return read_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "codes"),
+    [
+        ("ulysses", "all_to_all", 2),
+        ("ring", "broadcast", 4),
+        pytest.param("allgather-kv", "all_gather", 1, marks=pytest.mark.slow),
+        pytest.param("stream-kv", "all_gather", 4, marks=pytest.mark.slow),
+        pytest.param("usp", "all_to_all", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_built_exchanges_int8(name: str, kind: str, codes: int, tmp_path: Path) -> None:
+    assert name in STRATEGY_NAMES
+    plan = exchanging(name, 4, "qkvo", tmp_path / "engine")
+    assert plan.sent(kind).count("int8") == codes
+    plain = exchanging(name, 4, "", tmp_path / "plain")
+    assert "int8" not in plain.sent(kind)
+
+
+def test_only_what_is_asked_for_is_codes(tmp_path: Path) -> None:
+    plan = exchanging("ulysses", 2, "kv", tmp_path / "engine")
+    assert sorted(plan.sent("all_to_all")) == ["bf16", "bf16", "bf16", "int8"]
+
+
+def converted(tmp_path: Path, **options: Any) -> tuple[Manifest, Plan]:
+    """A small FLUX in FP8, and what its first engine says of itself."""
+    (tmp_path / "flux.py").write_text(FLUX)
+    job = Job(
+        model=tmp_path / "flux.py", out=tmp_path / "out", strategy="ulysses", world=2,
+        precision="bf16", **{"weights_mode": "external", **options},
+    )  # fmt: skip
+    manifest = convert(job, select("auto", job.compute_capabilities), Progress())
+    return manifest, read_plan(tmp_path / "out" / manifest.engines[0].file)
+
+
+def checkpoint(path: Path) -> Path:
+    """That FLUX as ModelOpt would export it: the linear layers of its blocks in FP8."""
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    module = space["build_model"]()
+    layers = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, torch.nn.Linear) and "blocks." in name and "norm" not in name
+    ]
+    return write(path, tensors_of(module, layers))
+
+
+def check_proof(manifest: Manifest) -> None:
+    """All three statements, of the networks too."""
+    told, network = manifest.quantization, manifest.proof.network
+    assert told is not None
+    assert told.loss is not None
+    assert told.codes is not None
+    assert network is not None
+    assert manifest.proof.control is not None
+    for errors in (manifest.proof.algebra, network.algebra):
+        assert max(e.max for e in errors) < 1e-5
+    for errors in (told.codes.ranks, told.codes.networks):
+        assert len(errors) == 2
+        assert max(e.max for e in errors) <= told.codes.bound.max
+    assert manifest.proof.control.max > 1e-3
+
+
+def check_run(out: Path, inputs: dict[str, Any], dense: torch.Tensor) -> None:
+    """Two processes over gloo."""
+    assert all(check.problem is None for check in folder.verify(out))
+    torch.save(cast_inputs(inputs, torch.bfloat16), out.parent / "inputs.pt")
+    both = outputs_of([out], 2, out.parent)
+    assert torch.equal(both[0][0][0], both[1][0][0])
+    assert 1e-4 < (both[0][0][0].float() - dense).norm() / dense.norm() < 0.2
+
+
+def dense_of(model: Path) -> tuple[dict[str, Any], torch.Tensor]:
+    module = SimpleNamespace(**runpy.run_path(str(model)))
+    with torch.no_grad():
+        return module.example_inputs(), module.build_model().eval()(**module.example_inputs())[0]
+
+
+def test_a_quantized_checkpoint_is_multiplied_as_it_is(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path / "weights")
+    manifest, plan = converted(
+        tmp_path, weights=weights, exchange="int8", compute_capabilities=("8.9", "12.0"),
+        proof="network",
+    )  # fmt: skip
+    products = Counter(plan.products())
+    assert products["fp8_e4m3", "fp8_e4m3"] == 17
+    assert all(len(set(one)) == 1 for one in products)
+    assert plan.sent("all_to_all").count("int8") == 2
+    assert manifest.runs_on.compute_capabilities == ["8.9", "12.0"]
+    check_proof(manifest)
+    codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
+    assert {w.file for w in codes} == {str((weights / FILE).resolve())}
+    raw, stored = (weights / FILE).read_bytes(), load_file(weights / FILE)
+    for one in codes:
+        own = stored[one.name].view(torch.uint8).numpy().tobytes()
+        assert raw[one.offset : one.offset + one.bytes] == own
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears is not None
+    told = {one.module: one for one in manifest.quantization.linears.layers}
+    assert len(told) == len(codes) == 17
+    for name, layer in told.items():
+        assert layer.input_scale == stored[f"{name}.input_scale"].item()
+        assert layer.weight_scale == stored[f"{name}.weight_scale"].item()
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+def test_own_codes_are_stored_once(tmp_path: Path) -> None:
+    manifest, plan = converted(tmp_path, quantize="fp8", proof="program", program="yes")
+    assert plan.products().count(("fp8_e4m3", "fp8_e4m3")) == 17
+    # None was named: the least that multiplies FP8, and later ones.
+    assert manifest.runs_on.compute_capabilities == ["8.9+"]
+    assert manifest.backend.compute_capabilities == ["8.9", "12.0+"]
+    codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
+    assert len(codes) == 17
+    assert {w.file for w in codes} == {"constants.safetensors"}
+    assert {w.name.split(".")[0] for w in codes} == {"constants"}
+    stored = load_file(tmp_path / "out" / "program" / "tensors.safetensors")
+    assert not any(t.dtype == torch.float8_e4m3fn for t in stored.values())
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+@pytest.mark.slow
+def test_embedded_codes_are_multiplied(tmp_path: Path) -> None:
+    manifest, plan = converted(
+        tmp_path, quantize="fp8", weights_mode="embedded", proof="network", exchange="int8:qkvo"
+    )
+    # The builder may join those of one input.
+    assert plan.products().count(("fp8_e4m3", "fp8_e4m3")) >= 10
+    assert plan.sent("all_to_all").count("int8") == 4
+    check_proof(manifest)

@@ -1,0 +1,187 @@
+"""FP8 checkpoints: what is read, where it stays, and what is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cp_convert.errors import UsageError, WeightsError
+from cp_convert.ir.source import Source
+from cp_convert.job import Job
+from cp_convert.model.load import load, surroundings
+from tests.model.fp8_files import FILE, FP8, tensors_of, write
+
+MODEL = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(8 * q, k, v)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+def build_model():
+    torch.manual_seed(0)
+    return Model()
+
+def example_inputs():
+    torch.manual_seed(1)
+    return {"x": torch.randn(1, 32, 16)}
+"""
+LAYERS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "out")]
+
+
+def model_at(folder: Path) -> Path:
+    path = folder / "dit.py"
+    path.write_text(MODEL)
+    return path
+
+
+def module() -> torch.nn.Module:
+    space: dict[str, object] = {"__name__": "dit"}
+    exec(MODEL, space)
+    built: torch.nn.Module = space["build_model"]()  # type: ignore[operator]
+    return built
+
+
+def job(folder: Path, **options: object) -> Job:
+    values = {
+        "model": model_at(folder), "strategy": "ulysses", "world": 2, "out": folder / "out",
+        "weights": folder / "weights", "weights_mode": "external", **options,
+    }  # fmt: skip
+    return Job(**values)  # type: ignore[arg-type]
+
+
+def loaded(folder: Path, **options: object) -> Source:
+    asked = job(folder, **options)
+    with surroundings(asked):
+        return load(asked)
+
+
+def test_codes_stay_where_they_are_and_the_module_has_their_numbers(tmp_path: Path) -> None:
+    tensors = tensors_of(module(), LAYERS)
+    write(tmp_path / "weights", tensors)
+    source = loaded(tmp_path)
+    assert sorted(source.codes) == sorted(f"{layer}.weight" for layer in LAYERS)
+    assert source.precision == "bf16"
+    held = dict(source.module.named_parameters())
+    for name, one in source.codes.items():
+        layer = name.removesuffix(".weight")
+        assert torch.equal(one.codes.view(torch.uint8), tensors[name].view(torch.uint8))
+        assert one.weight_scale == tensors[f"{layer}.weight_scale"].item()
+        assert one.input_scale == tensors[f"{layer}.input_scale"].item()
+        numbers = tensors[name].float() * one.weight_scale
+        assert torch.equal(held[name], numbers.bfloat16())
+        assert source.located[name].dtype == FP8
+        assert source.parameters_outside[name].dtype == FP8
+    assert source.parameters_outside["leave.weight"].dtype == torch.bfloat16
+
+
+Damage = Callable[[dict[str, Tensor]], None]
+
+
+def without(name: str) -> Damage:
+    return lambda tensors: tensors.pop(name)  # type: ignore[return-value]
+
+
+def with_(name: str, value: Tensor) -> Damage:
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without("blocks.0.qkv.weight_scale"), "blocks.0.qkv.weight_scale is missing"),
+        (without("blocks.1.out.input_scale"), "blocks.1.out.input_scale is missing.*half prec"),
+        (with_("blocks.0.out.input_scale", torch.tensor(-1.0)), "out.input_scale .* is -1.0"),
+        (with_("blocks.0.out.input_scale", torch.tensor(0.0)), "out.input_scale .* is 0.0"),
+        (with_("blocks.0.out.weight_scale", torch.tensor(torch.nan)), "weight_scale .* is nan"),
+        (with_("blocks.0.out.weight_scale", torch.tensor(torch.inf)), "weight_scale .* is inf"),
+        (with_("blocks.0.out.weight_scale", torch.ones(64)), r"weight_scale .* F32\[64\]"),
+        (with_("blocks.0.out.weight_scale", torch.ones((), dtype=torch.int8)), r"is I8\[\]"),
+        (with_("leave.weight_scale", torch.tensor(1.0)), "leave.weight is stored as BF16"),
+        (with_("blocks.7.out.weight_scale", torch.tensor(1.0)), "blocks.7.out.weight is not there"),
+        (with_("blocks.0.attn.q_bmm_quantizer._amax", torch.tensor(1.0)), "quantizes attention"),
+        (with_("blocks.0.out.weight", torch.zeros(64, 32).to(FP8)), "1 of another shape"),
+        (
+            with_("blocks.0.out.weight", torch.full((64, 64), torch.nan).to(FP8)),
+            "blocks.0.out.weight .* holds NaN",
+        ),
+        (without("blocks.0.out.bias"), "1 missing: blocks.0.out.bias"),
+        (with_("blocks.0.out.pre_quant_scale", torch.ones(64)), "1 unexpected"),
+    ],
+)  # fmt: skip
+def test_what_is_no_such_checkpoint_is_refused_by_name(
+    damage: Damage, told: str, tmp_path: Path
+) -> None:
+    tensors = tensors_of(module(), LAYERS)
+    damage(tensors)
+    write(tmp_path / "weights", tensors)
+    with pytest.raises(WeightsError, match=told) as caught:
+        loaded(tmp_path)
+    assert caught.value.exit_code == 2
+
+
+def test_a_scale_that_stands_twice(tmp_path: Path) -> None:
+    file = write(tmp_path / "weights", tensors_of(module(), LAYERS)) / FILE
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, numbers = data[8 : 8 + size].rstrip(), data[8 + size :]
+    name = b'"blocks.0.out.input_scale":'
+    entry = header[header.index(name) :].split(b"}")[0] + b"}"
+    header = header[:-1] + b"," + entry + b"}"
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    with pytest.raises(WeightsError, match=r"blocks.0.out.input_scale.*twice|twice.*input_scale"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W8A8_SQ_PER_CHANNEL", "NVFP4_SVD"])
+def test_other_algorithms_are_refused_by_name(algorithm: str, tmp_path: Path) -> None:
+    write(tmp_path / "weights", tensors_of(module(), LAYERS), algorithm)
+    with pytest.raises(WeightsError, match=f"by ModelOpt to {algorithm}, of which .* takes FP8"):
+        loaded(tmp_path)
+
+
+def test_what_it_cannot_be_converted_for(tmp_path: Path) -> None:
+    write(tmp_path / "weights", tensors_of(module(), LAYERS))
+    with pytest.raises(UsageError, match=r"--compute-capability 8\.6: its weights are FP8"):
+        loaded(tmp_path, compute_capabilities=("8.9", "8.6"))
+    with pytest.raises(UsageError, match="is quantized already"):
+        loaded(tmp_path, quantize="fp8")
+
+
+def test_options_that_go_with_nothing(tmp_path: Path) -> None:
+    for options, told in (
+        ({"keep": ("x",)}, "--keep: it goes with --quantize"),
+        ({"calibration": (tmp_path / "a",)}, "--calibration: it goes with --quantize"),
+        ({"quantize": "fp8", "calibration": (tmp_path / "a",)}, "there is no such file"),
+        ({"quantize": "fp8", "compute_capabilities": ("8.9", "8.6", "7.5")}, "8.6, 7.5: FP8 is"),
+        ({"max_loss": 0.1}, "nothing is quantized"),
+        ({"max_loss": 2.0, "exchange": "int8"}, "lies between 0 and 1"),
+        ({"max_loss": 0.1, "exchange": "int8", "proof": "none"}, "measured by the proof"),
+        ({"exchange": "int4"}, "not one of int8"),
+        ({"quantize": "fp4"}, "not one of fp8"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            job(tmp_path, **options)
