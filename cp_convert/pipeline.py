@@ -47,22 +47,23 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
 def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Clock) -> Manifest:
     tool = tool_key(backend)
     request = request_key(job, tool)
-    trace: Traced | None = None
+    traces: list[Traced] | None = None
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
         _check_own_groups(loaded, clock.progress)
         for told in loaded.source.told:
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
-            trace = traced(loaded.source, clock)
+            traces = [traced(one.source, clock) for one in loaded.variants]
             with clock.stage("recall"):
-                key = job_key(loaded.job, loaded.values, program_key(tool, trace))
+                programs = [program_key(tool, trace) for trace in traces]
+                key = job_key(loaded.job, loaded.values, programs)
                 manifest = recall(cache, key, loaded.job, loaded.source, placing, folder)
             if manifest is not None:
                 return msgspec.structs.replace(manifest, timings=dict(clock.seconds))
             cache.forget("requests", request)
             if job.proof != "none":  # the model must not have been traced when it is measured
-                trace = None
+                traces = None
                 work.close()
                 loaded, placing = work.enter_context(
                     _loaded(job, backend, tool, folder, cache, clock)
@@ -71,8 +72,8 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
         from .stages import make
 
         with placing.to_blame():
-            manifest, engine_keys, program = make(loaded, trace, placing, cache, clock)
-        key = job_key(loaded.job, loaded.values, program)
+            manifest, engine_keys, programs = make(loaded, traces, placing, cache, clock)
+        key = job_key(loaded.job, loaded.values, programs)
         keep(cache, request, key, manifest, engine_keys, folder)
         return manifest
 

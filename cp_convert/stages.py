@@ -6,17 +6,19 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from .advise.hardware import read as read_hardware
 from .advise.planning import cheapest
 from .bundle.describe import describe
 from .bundle.external import Placing
-from .bundle.folder import engine_name
+from .bundle.folder import CONSTANTS, engine_name
 from .bundle.manifest import Manifest
 from .bundle.program import write_program
+from .bundle.variants import joined
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
@@ -42,7 +44,7 @@ from .ir.records import (
     Traced,
 )
 from .ir.source import Source
-from .ir.tensors import Weight
+from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
 from .mesh import Mesh
 from .progress import Clock
@@ -88,32 +90,43 @@ class Begun:
 
 
 def make(
-    loaded: Loaded, trace: Traced | None, placing: Placing, cache: Cache, clock: Clock
-) -> tuple[Manifest, Mapping[int, str], str | None]:
-    """All stages.
+    loaded: Loaded, traces: Sequence[Traced] | None, placing: Placing, cache: Cache, clock: Clock
+) -> tuple[Manifest, Mapping[str, str], list[str | None]]:
+    """All stages, for one variant after another.
 
     Args:
         loaded: the model and what was asked for.
-        trace: its program, if it was traced already; ``None`` where it has to be measured first.
-        placing: finds the external weights.
+        traces: the variants' programs, if they were traced already; ``None`` where each has to be
+            measured first.
+        placing: finds the external weights, for all variants.
         cache: knows what was made before.
         clock: times the stages and shows them.
 
     Returns:
-        the manifest, under which keys the cache has the engines, by rank, and the key of the
-        traced program.
+        the manifest, under which keys the cache has the engines, by file, and the keys of the
+        traced programs.
 
     Raises:
         ConvertError: see :mod:`cp_convert.errors`.
     """
-    job = loaded.job
+    job, variants = loaded.job, loaded.variants
+    told: list[Manifest] = []
+    keys: dict[str, str] = {}
+    programs: list[str | None] = []
+    constants: dict[str, Weight] = {}
     with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
-        begun = begin(loaded, trace, cache, clock)
-        made = build(begun, pool, cache, clock)
-    made = check_networks(made, clock)
-    made = replace(made, weights=_weights(made, placing, clock))
-    made = replace(made, program=_stored(made, placing, clock))
-    return describe(made, clock.seconds), made.built.keys, begun.key
+        for one, trace in zip_longest(variants, traces or ()):
+            clock.progress.variant(one.source.variant.name)
+            begun = begin(one, trace, cache, clock)
+            made = build(begun, pool, cache, clock)
+            made = check_networks(made, clock)
+            made = replace(made, weights=_weights(made, placing, constants, clock))
+            made = replace(made, program=_stored(made, placing, clock))
+            told.append(describe(made, clock.seconds))
+            own = made.built.keys
+            keys |= {e.file: own.get(e.rank, own.get(0, "")) for e in told[-1].engines}
+            programs.append(begun.key)
+    return joined(told), keys, programs
 
 
 def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> Begun:
@@ -255,7 +268,9 @@ def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Cl
         wanted = Wanted(
             loaded.job, loaded.backend, loaded.tool, emitted.program, emitted.names, ranks
         )
-        built = build_all(wanted, pool, cache, loaded.folder, clock.progress)
+        folder = loaded.folder / loaded.within
+        folder.mkdir(parents=True, exist_ok=True)
+        built = build_all(wanted, pool, cache, folder, clock.progress)
     engines, recalled = list(built.engines), list(built.recalled)
     for rank in world[len(engines) :]:
         twin = engines[0].path.with_name(engine_name(rank))
@@ -286,9 +301,18 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
     )
 
 
-def _weights(made: Made, placing: Placing, clock: Clock) -> tuple[Weight, ...]:
+def _weights(
+    made: Made, placing: Placing, known: dict[str, Weight], clock: Clock
+) -> tuple[Weight, ...]:
+    """Where every one is; ``known`` are the first variant's constants, and serve their equals."""
+    loaded, constants = made.loaded, made.emitted.constants
     with clock.stage("weights"):
-        found = placing.weights | store(made.emitted.constants, made.loaded.folder)
+        same = {n: known[n] for n, t in constants.items() if n in known and is_held(known[n], t)}
+        new = {name: tensor for name, tensor in constants.items() if name not in same}
+        stored = store(new, loaded.folder, f"{loaded.within}{CONSTANTS}")
+        if not loaded.within:
+            known |= stored
+        found = placing.weights | same | stored
         return tuple(found[name] for name in made.emitted.names.values())
 
 
@@ -300,7 +324,8 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
         return None
     with clock.stage("store"):
         names = made.captured.signature.parameters if source.external else {}
-        files = write_program(emitted.rewritten, names, made.loaded.folder)
+        loaded = made.loaded
+        files = write_program(emitted.rewritten, names, loaded.folder, loaded.within)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)
         return StoredProgram(*files, tuple(rest))

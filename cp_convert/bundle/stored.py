@@ -6,10 +6,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from .call import Count, Sha256, Struct
+from .call import Count, Positive, Sha256, Struct
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
 SET_NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 SetName = Annotated[str, msgspec.Meta(pattern=SET_NAME)]
 
@@ -31,10 +29,13 @@ class Weight(Struct, frozen=True):
     sha256: Sha256
 
 
+BundlePath = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+
+
 class BundleFile(Struct, frozen=True):
     """A file of the bundle, by its path within."""
 
-    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+    file: BundlePath
     bytes: Positive
     sha256: Sha256
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..job import Variant
 from ..mesh import Axis
 from .tensors import Location
 
@@ -24,6 +25,14 @@ class Cast:
     stored: str
     computed: str
     tensors: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """What forward is called with: keyword arguments, and which variant they are."""
+
+    variant: Variant
+    inputs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Source:
         casts: types of weights that were changed.
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
+        variant: which of the model's shapes the inputs have.
+        others: the same model with the inputs of further variants; the parameters are the same.
     """
 
     module: nn.Module
@@ -62,6 +73,8 @@ class Source:
     casts: tuple[Cast, ...] = ()
     told: tuple[str, ...] = ()
     precision: str = "fp32"
+    variant: Variant = field(default_factory=Variant)
+    others: tuple[Source, ...] = ()
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Source
+from ..ir.source import Example, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job
+from ..job import AUTO, EXTERNAL_FROM, Job, Variant
 from ..mesh import Mesh
 from .adapters import check_no_adapters
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
@@ -24,9 +24,10 @@ from .file import Given, from_file
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
-from .preset import read
+from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
+from .variants import check_apart, with_variants
 from .weights import Filled, check_finite, load_weights
 
 
@@ -65,11 +66,14 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, external=external)
     else:
         stand_in(given.module)
-    return Source(
+    keep, freeze = given.keep_float32, (*given.freeze, *job.freeze)
+    examples = [Example(e.variant, cast_inputs(e.inputs, dtype, keep=keep)) for e in given.examples]
+    check_apart(examples, freeze, job.model)
+    source = Source(
         module=given.module,
-        inputs=cast_inputs(given.inputs, dtype, keep=given.keep_float32),
+        inputs=examples[0].inputs,
         plan=_plan(given, job),
-        freeze=(*given.freeze, *job.freeze),
+        freeze=freeze,
         sha256=hashlib.sha256(job.model.read_bytes()).hexdigest(),
         parameters=sum(p.numel() for p in given.module.parameters()),
         bytes=size,
@@ -81,6 +85,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         groups=given.groups,
         precision=precision,
     )
+    return with_variants(source, examples)
 
 
 def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
@@ -90,7 +95,7 @@ def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
     with unallocated() if mapped or not allocate else nullcontext():
         if job.is_preset:
             return _from_preset(job, allocate, located)
-        return from_file(job.model, job.world, job.module)
+        return from_file(job.model, job.world, job.module, job.variants)
 
 
 def _ranks(given: Given) -> tuple[nn.Module, ...]:
@@ -195,8 +200,7 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
         if job.tiny:
             raise UsageError("--tiny has no published weights.", hint="leave --weights out.")
         config = published_config(preset, transformer_folder(job.weights))
-    resolution = job.resolution or preset.resolution
-    inputs = example_inputs(preset, config, resolution, tiny=job.tiny)
+    examples = [_example(preset, config, asked, tiny=job.tiny) for asked in job.shapes]
     return Given(
         module=build(
             preset,
@@ -205,10 +209,18 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
             random=allocate and job.weights is None,
             bytes_each=_bytes_each(job, located) if allocate else 0,
         ),
-        inputs=inputs,
+        examples=tuple(examples),
         plan={},
         freeze=tuple(preset.freeze),
         keep_float32=tuple(preset.keep_float32),
+    )
+
+
+def _example(preset: Preset, config: Mapping[str, Any], asked: Variant, *, tiny: bool) -> Example:
+    resolution = asked.resolution or preset.resolution
+    return Example(
+        asked,
+        example_inputs(preset, config, resolution, tiny=tiny, batch=asked.batch, text=asked.text),
     )
 
 

@@ -6,6 +6,7 @@ It is what the engines are compared with, and what runs where no TensorRT does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from ..bundle.manifest import Manifest
-from ..bundle.program import read_program
+from ..bundle.program import Stored, read_program
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
 from ..ir.program import Lowered
 from ..lora.choose import Asked
 from ..prove.device import Mover
-from .arguments import flattened
+from .choice import Choice, weights_of
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
@@ -47,6 +48,7 @@ class TorchExecutor:
         device: str | None,
         communicator: Any = None,
         *,
+        variant: str | None = None,
         compiled: bool = False,
         verify: bool = True,
         told: Told = lambda _: None,
@@ -54,62 +56,45 @@ class TorchExecutor:
         self.manifest, self.rank = manifest, rank
         self.device = device_of(rank, device)
         checked_world(manifest.world, communicator)
-        stored = read_program(manifest, folder, verify=verify)
-        for reason in unsupported(stored.program):
-            raise BackendMissing(f"torch cannot run this program: {reason}.")
+        self._choice = Choice(manifest, variant, communicator)
+        stored = {
+            name: read_program(one, folder, verify=verify)
+            for name, one in self._choice.manifests.items()
+        }
         told("program")
-        names = make_groups(groups_of(stored.program), rank, group_of(communicator))
+        wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
+        names = make_groups(list(wanted), rank, group_of(communicator))
         told("groups")
-        program = over_the_wire(specialise(stored.program, rank), rank, names)
-        self._program = on_device(program, self.device, stored.names)
-        self._names = stored.names
-        self._weights = self._bound(folder, stored.names, verify=verify, told=told)
-        bound = {name: self._weights[node] for node, name in stored.names.items()}
-        self._sets = Sets(manifest, folder, bound, communicator, verify=verify, told=told)
-        graph = self._program.graph_module
-        self._call: Callable[..., Any] = fx.GraphModule(graph, graph.graph)
-        if compiled:
-            self._call = torch.compile(self._call, dynamic=False)
+        self._called = {
+            name: Called(one, rank, names, self.device, compiled=compiled)
+            for name, one in stored.items()
+        }
+        shared, own = weights_of(self._choice.manifests, programs=True)
+        used = {name for one in self._called.values() for name in one.names.values()}
+        bound = partial(bound_weights, folder=folder, device=self.device, verify=verify, told=told)
+        self._weights = bound([w for w in shared.values() if w.name in used])
+        self._own = {name: bound(weights) for name, weights in own.items()}
+        self._sets = Sets(manifest, folder, self._weights, communicator, verify=verify, told=told)
 
-    def _bound(
-        self, folder: Path, names: Mapping[str, str], *, verify: bool, told: Told
-    ) -> dict[str, Tensor]:
-        """By placeholder: weights from their files, the others out of the bundle's program."""
-        assert self.manifest.program is not None
-        wanted = set(names.values())
-        listed = (*self.manifest.weights, *self.manifest.program.weights)
-        weights = [w for w in listed if w.name in wanted]
-        found = bound_weights(weights, folder, self.device, verify=verify, told=told)
-        own = {name: t for name, t in self._program.state.items() if name not in names}
-        return own | {node: found[name] for node, name in names.items()}
+    def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        """See :class:`.executors.Executor`."""
+        return self._choice.picked(arguments)
 
-    @torch.no_grad()
+    def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`.executors.Executor`."""
+        return self._called[variant](given, self._weights | self._own.get(variant, {}))
+
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`."""
-        given = flattened(self.manifest, arguments)
-        bound = {b.node: given[b.name] for b in self._program.inputs}
-        placeholders = self._program.graph_module.graph.find_nodes(op="placeholder")
-        values = [
-            self._weights[n.name] if n.name in self._weights else bound[n.name].to(self.device)
-            for n in placeholders
-        ]
-        returned = self._call(*values)
-        names = {b.node: b.name for b in self._program.outputs}
-        nodes: Any = self._program.graph_module.graph.output_node().args[0]
-        return {
-            names[node.name]: value
-            for node, value in zip(nodes, returned, strict=True)
-            if isinstance(node, fx.Node) and node.name in names
-        }
+        return self.run(*self.picked(arguments))
 
     def use_lora(self, asked: Asked) -> None:
         """See :class:`.executors.Executor`."""
-        found = {**self._sets.bound, **self._sets.tensors(asked)}
-        self._weights |= {node: found[name] for node, name in self._names.items()}
+        self._weights = {**self._sets.bound, **self._sets.tensors(asked)}
 
     def close(self) -> None:
         """Free the weights."""
-        self._weights = {}
+        self._weights, self._own, self._called = {}, {}, {}
         self._sets.close()
 
     def __enter__(self) -> TorchExecutor:
@@ -117,6 +102,70 @@ class TorchExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Called:
+    """One variant's program on one rank.
+
+    Args:
+        stored: as the bundle holds it.
+        rank: whose.
+        groups: names of torch's process groups, by ranks.
+        device: where it runs.
+        compiled: whether it goes through ``torch.compile``.
+
+    Attributes:
+        names: of weights that it is called with, by placeholder.
+
+    Raises:
+        BackendMissing: the program has what only TensorRT has.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        rank: int,
+        groups: Mapping[tuple[int, ...], str],
+        device: torch.device,
+        *,
+        compiled: bool,
+    ) -> None:
+        program = over_the_wire(specialise(stored.program, rank), rank, groups)
+        self.names, self._device = stored.names, device
+        self._program = on_device(program, device, stored.names)
+        self._own = {n: t for n, t in self._program.state.items() if n not in stored.names}
+        graph = self._program.graph_module
+        self._call: Callable[..., Any] = fx.GraphModule(graph, graph.graph)
+        if compiled:
+            self._call = torch.compile(self._call, dynamic=False)
+
+    @torch.no_grad()
+    def __call__(
+        self, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs by name, of inputs and weights by name."""
+        bound = {b.node: given[b.name].to(self._device) for b in self._program.inputs}
+        bound |= self._own | {node: weights[name] for node, name in self.names.items()}
+        graph = self._program.graph_module.graph
+        returned = self._call(*(bound[n.name] for n in graph.find_nodes(op="placeholder")))
+        names = {b.node: b.name for b in self._program.outputs}
+        nodes: Any = graph.output_node().args[0]
+        return {
+            names[node.name]: value
+            for node, value in zip(nodes, returned, strict=True)
+            if isinstance(node, fx.Node) and node.name in names
+        }
+
+
+def _groups(program: Lowered) -> list[tuple[int, ...]]:
+    """Ranks that communicate.
+
+    Raises:
+        BackendMissing: the program has what only TensorRT has.
+    """
+    for reason in unsupported(program):
+        raise BackendMissing(f"torch cannot run this program: {reason}.")
+    return groups_of(program)
 
 
 def device_of(rank: int, device: str | None) -> torch.device:

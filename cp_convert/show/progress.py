@@ -67,6 +67,10 @@ class _Lines(Progress):
     def finish(self, stage: str, seconds: float) -> None:
         self.console.print(f"{stage} done in {seconds:.1f} s")
 
+    def variant(self, name: str | None) -> None:
+        if name is not None:
+            self.console.print(f"variant {name} ...", soft_wrap=True, markup=False)
+
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", soft_wrap=True, markup=False)
 
@@ -99,6 +103,14 @@ class _Bars(Progress):
         task = self.bars.tasks[self.tasks[stage]]
         self.bars.update(self.tasks[stage], completed=task.total)
         self.bars.stop_task(self.tasks[stage])
+
+    def variant(self, name: str | None) -> None:
+        """The bars of the variant before make room."""
+        if name is not None:
+            for task in self.tasks.values():
+                self.bars.remove_task(task)
+            self.tasks.clear()
+            self.bars.console.print(f"variant {name}", soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", soft_wrap=True, markup=False)

@@ -19,14 +19,16 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
     files = [folder / bundle.engine_name(rank) for rank in range(world)]
     error = m.Error(max=1e-7, rms=1e-8)
     return m.Manifest(
-        schema_version=6,
+        schema_version=7,
         tool=m.Tool(name="cp-convert", version="0"),
         created="2026-01-01T00:00:00+00:00",
         model=m.Model(
             name="x", kind="X", source="x.py", source_sha256="0" * 64, parameters=1, weights=None,
             config=None, matched=[], casts=[],
         ),
-        request=m.Request(tiny=False, resolution=None, freeze=[]),
+        request=m.Request(
+            tiny=False, resolution=None, freeze=[], variant=None, batch=None, text=None
+        ),
         program=None,
         strategy="ulysses",
         axes={"cp": world},
@@ -35,6 +37,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         weights_mode="embedded",
         weights=[],
         lora=[],
+        variants=[],
         world=world,
         precision="fp16",
         float32=["residual"],
@@ -255,18 +258,18 @@ def test_encoding_is_stable(tmp_path: Path) -> None:
     text = (out / "manifest.json").read_bytes()
     assert text == m.encode(m.decode(text))
     assert text.endswith(b"}\n")
-    assert msgspec.json.decode(text)["schema_version"] == 6
+    assert msgspec.json.decode(text)["schema_version"] == 7
 
 
 @pytest.mark.parametrize(
-    ("theirs", "way_out"), [(7, "a later one"), (5, "convert the model again")]
+    ("theirs", "way_out"), [(8, "a later one"), (6, "convert the model again")]
 )
 def test_another_schema_says_who_reads_it(tmp_path: Path, theirs: int, way_out: str) -> None:
     path = written(tmp_path / "out") / "manifest.json"
-    text = path.read_text().replace('"schema_version": 6', f'"schema_version": {theirs}')
+    text = path.read_text().replace('"schema_version": 7', f'"schema_version": {theirs}')
     text = text.replace('"version": "0"', '"version": "9.8.7"', 1)
     path.write_text(text.replace('"created"', '"renamed"'))
-    with pytest.raises(DamagedBundle, match=f"follows schema {theirs}.*reads schema 6") as caught:
+    with pytest.raises(DamagedBundle, match=f"follows schema {theirs}.*reads schema 7") as caught:
         bundle.read(path)
     assert "cp-convert 9.8.7 wrote it" in str(caught.value.hint)
     assert way_out in str(caught.value.hint)

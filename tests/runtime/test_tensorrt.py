@@ -157,7 +157,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )  # fmt: skip
     (out / "manifest.json").write_bytes(m.encode(manifest))
     monkeypatch.setattr(Backend, "version", "1.7.1")
-    monkeypatch.setattr("cp_convert.runtime.tensorrt_executor.ALIGNMENT", 8)  # of mapped weights
+    monkeypatch.setattr("cp_convert.runtime.tensorrt_context.ALIGNMENT", 8)  # of mapped weights
     return out
 
 
