@@ -30,6 +30,7 @@ def joined(manifests: Sequence[Manifest]) -> Manifest:
     return replace(
         first,
         backend=replace(first.backend, workarounds=list(workarounds)),
+        timings=manifests[-1].timings,
         variants=[_variant(one, first) for one in others],
     )
 

@@ -123,7 +123,7 @@ def command(
             checked = _checked(manifest, request)
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
-        ran(screen, manifest, reports, checked, outputs, sets)
+        ran(screen, manifest, reports, checked, outputs, sets, _variant(manifest, request))
 
 
 def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
@@ -206,6 +206,15 @@ def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
     from ..runtime.dense import compare  # late: torch
 
     return compare(manifest, request)
+
+
+def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:
+    """The variant that was run, where the bundle has several."""
+    if not manifest.variants:
+        return None
+    from ..runtime.given import asked_variant  # late: torch
+
+    return asked_variant(manifest, request["variant"], request["inputs"]).request.variant
 
 
 def _keep(written: Path, outputs: Path) -> None:

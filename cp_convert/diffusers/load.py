@@ -36,6 +36,7 @@ def load_transformer(
     check: bool = True,
     config: Mapping[str, Any] | None = None,
     timeout: float | None = None,
+    variant: str | None = None,
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
@@ -53,6 +54,7 @@ def load_transformer(
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
+        variant: the only one to open; ``None``: all, of which every call takes its own by shapes.
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
@@ -63,16 +65,16 @@ def load_transformer(
     with ExitStack() as stack:
         where = _joined(manifest, device, communicator, seconds, stack)
         if manifest.world > 1:
-            agree(manifest, {}, where, communicator)
+            agree(manifest, {}, where, communicator, variant=variant)
         opened = stack.enter_context(
             runtime.open(
                 bundle, executor=executor, device=str(where), communicator=communicator,
-                compiled=compiled, graph=graph, verify=verify,
+                compiled=compiled, graph=graph, verify=verify, variant=variant,
             )
         )  # fmt: skip
         channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
         told = {**(manifest.model.config or {}), **(config or {})}
-        ranks = Ranks(channel, check=check)
+        ranks = Ranks(channel, check=check, several=len(opened.manifests) > 1)
         return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
 
 

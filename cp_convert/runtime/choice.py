@@ -13,7 +13,7 @@ from ..bundle.variants import all_variants, variant_of
 from ..errors import ConvertError, RunFailed, UsageError
 from ..ir.frozen_value import leaves
 from .arguments import flattened, inputs_of
-from .frozen import check_frozen, shown
+from .frozen import check_frozen
 from .groups import everyone
 
 Name = str | None
@@ -108,54 +108,66 @@ def check_same(ranks: Sequence[tuple[Name, str | None]], refusal: ConvertError |
 
 
 def fitting(manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any]) -> Name:
-    """The variant with the inputs that these arguments are.
+    """The variant with the inputs that these arguments are, by their shapes.
+
+    Where several have these shapes it is the one with these values among those that are part of
+    the engines. What the model takes and in which types, and other values, is the same in all
+    variants: that is looked at when one is found.
 
     Raises:
         UsageError: there is none; the nearest is named, with the dimensions that differ.
     """
-    misfits = {name: _misfits(one, arguments) for name, one in manifests.items()}
+    values = {name: dict(leaves(whole, name)) for name, whole in arguments.items()}
+    misfits = {name: _misfits(one, values) for name, one in manifests.items()}
+    fit = [name for name, found in misfits.items() if not found]
+    if len(fit) > 1:
+        return next((name for name in fit if _has_values(manifests[name], values)), fit[0])
+    if fit:
+        return fit[0]
     nearest = min(misfits, key=lambda name: sum(one.distance for one in misfits[name]))
-    if misfits[nearest]:
-        listed = "; ".join(one.text for one in misfits[nearest])
-        raise UsageError(
-            f"no variant of the bundle has these inputs; the nearest is {nearest}, and {listed}.",
-            hint=f"the bundle has {', '.join(map(str, manifests))}. An engine's shapes are fixed: "
-            "run at one of these sizes, or convert again with one variant more.",
-        )
-    return nearest
+    raise UsageError(
+        f"no variant of the bundle has these inputs; the nearest is {nearest}, and "
+        f"{'; '.join(one.text for one in misfits[nearest])}.",
+        hint=f"the bundle has {', '.join(map(str, manifests))}. An engine's shapes are fixed: run "
+        "at one of these sizes, or convert again with one variant more.",
+    )
+
+
+Values = Mapping[str, Mapping[str, Any]]
+"""Of every argument what it holds, by path."""
 
 
 class Misfit(NamedTuple):
-    """In what an argument is not a variant's: how far away that is, and in words."""
+    """A dimension that is not a variant's: how far away that is, and in words."""
 
     distance: float
     text: str
 
 
-def _misfits(manifest: Manifest, arguments: Mapping[str, Any]) -> list[Misfit]:
-    """One a dimension or value that is another.
-
-    What the model takes and in which types is the same in all variants: that is looked at when one
-    is found.
-    """
+def _misfits(manifest: Manifest, values: Values) -> list[Misfit]:
     wanted = inputs_of(manifest)
-    values = {name: dict(leaves(whole, name)) for name, whole in arguments.items()}
-    found = [
+    return [
         misfit
         for argument in values.values()
         for path, value in argument.items()
         if isinstance(value, Tensor) and path in wanted
         for misfit in _other_dimensions(path, list(value.shape), wanted[path].shape)
     ]
-    if found:
-        return found
+
+
+def _has_values(manifest: Manifest, values: Values) -> bool:
+    """Whether the arguments that are part of the engines are those of this variant."""
+    wanted = inputs_of(manifest)
     frozen: dict[str, list[Frozen]] = {}
     for one in manifest.frozen:
         frozen.setdefault(one.name.partition(".")[0], []).append(one)
-    for name, inside in frozen.items():
-        rest = [value for path, value in values.get(name, {}).items() if path not in wanted]
-        found += _other_value(name, rest, inside) if name in values else []
-    return found
+    try:
+        for name in frozen.keys() & values.keys():
+            rest = [value for path, value in values[name].items() if path not in wanted]
+            check_frozen(name, rest[0] if len(rest) == 1 else rest, frozen[name])
+    except UsageError:
+        return False
+    return True
 
 
 def _other_dimensions(name: str, shape: Sequence[int], wanted: Sequence[int]) -> Iterator[Misfit]:
@@ -166,12 +178,3 @@ def _other_dimensions(name: str, shape: Sequence[int], wanted: Sequence[int]) ->
         if own != right:
             away = abs(math.log((own + 1) / (right + 1)))
             yield Misfit(away, f"dimension {number} of {name} is {right} there, {own} here")
-
-
-def _other_value(name: str, values: Sequence[Any], inside: Sequence[Frozen]) -> Iterator[Misfit]:
-    """Of an argument that is part of the engines; unlike sizes, no value is near another."""
-    try:
-        check_frozen(name, values[0] if len(values) == 1 else list(values), inside)
-    except UsageError:
-        built = ", ".join(one.value for one in inside)
-        yield Misfit(1.0, f"{name} is {built} there, {', '.join(map(shown, values))} here")

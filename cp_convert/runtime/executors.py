@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
 
     from ..lora.choose import Asked
+    from .choice import Choice
 
 EXECUTORS: Final = ("auto", "tensorrt", "torch")
 Told = Callable[[str], None]
@@ -27,11 +28,13 @@ class Executor(Protocol):
         name: ``tensorrt`` or ``torch``.
         manifest: of the bundle.
         rank: whose engine or program it is.
+        choice: the variants that are open.
     """
 
     name: str
     manifest: Manifest
     rank: int
+    choice: Choice
 
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """The model's outputs by name; all ranks must be called alike, with the same inputs."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.manifest import Manifest, Returned
-from ..bundle.variants import all_variants
 from ..errors import UsageError
 from .executors import Executor, open_rank
 
@@ -38,14 +37,14 @@ class Opened:
     Attributes:
         executor: what runs it, see :class:`.executors.Executor`.
         manifest: of the bundle.
+        manifests: of the variants that are open, each alone, by name.
         rank: whose engine or program it is.
     """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.manifest, self.rank = executor.manifest, executor.rank
-        views = all_variants(self.manifest)
-        self._returned = {one.request.variant: one.forward.returned for one in views}
+        self.manifests = executor.choice.manifests
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns for these arguments; all ranks are called alike.
@@ -57,7 +56,7 @@ class Opened:
         """
         variant, given = self.executor.picked(named(self.manifest, args, kwargs))
         outputs = self.executor.run(variant, given)
-        return rebuilt(self._returned[variant], outputs)
+        return rebuilt(self.manifests[variant].forward.returned, outputs)
 
     def use_lora(self, asked: Asked) -> None:
         """Use these LoRA sets from the next call on; all ranks ask for the same.

@@ -140,7 +140,7 @@ class TensorRTExecutor:
         self.manifest, self.rank = manifest, rank
         checked_world(manifest.world, communicator)
         self.gpu = gpu or Gpu(device_of(rank, device))
-        self._choice = Choice(manifest, variant, communicator)
+        self.choice = Choice(manifest, variant, communicator)
         self._wants_graph = graph
         self._contexts: dict[str | None, Context] = {}
         self._memory: Tensor | None = None
@@ -159,12 +159,12 @@ class TensorRTExecutor:
         self.gpu.use()
         told("the engine")
         self._runtime = self._trt.Runtime(self._logger)
-        several = len(self._choice.manifests) > 1
-        for name, one in self._choice.manifests.items():
+        several = len(self.choice.manifests) > 1
+        for name, one in self.choice.manifests.items():
             rank = Rank(one, self.rank, self.gpu, self._trt, self._runtime, self._logger)
             self._contexts[name] = Context(rank, folder, user_managed=several, verify=verify)
             told("the engine")
-        shared, own = weights_of(self._choice.manifests, programs=False)
+        shared, own = weights_of(self.choice.manifests, programs=False)
         bound = partial(
             bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told
         )
@@ -197,7 +197,7 @@ class TensorRTExecutor:
 
     def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
         """See :class:`.executors.Executor`."""
-        return self._choice.picked(arguments)
+        return self.choice.picked(arguments)
 
     @torch.no_grad()
     def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

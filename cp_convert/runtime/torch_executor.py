@@ -56,10 +56,10 @@ class TorchExecutor:
         self.manifest, self.rank = manifest, rank
         self.device = device_of(rank, device)
         checked_world(manifest.world, communicator)
-        self._choice = Choice(manifest, variant, communicator)
+        self.choice = Choice(manifest, variant, communicator)
         stored = {
             name: read_program(one, folder, verify=verify)
-            for name, one in self._choice.manifests.items()
+            for name, one in self.choice.manifests.items()
         }
         told("program")
         wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
@@ -69,7 +69,7 @@ class TorchExecutor:
             name: Called(one, rank, names, self.device, compiled=compiled)
             for name, one in stored.items()
         }
-        shared, own = weights_of(self._choice.manifests, programs=True)
+        shared, own = weights_of(self.choice.manifests, programs=True)
         used = {name for one in self._called.values() for name in one.names.values()}
         bound = partial(bound_weights, folder=folder, device=self.device, verify=verify, told=told)
         self._weights = bound([w for w in shared.values() if w.name in used])
@@ -78,7 +78,7 @@ class TorchExecutor:
 
     def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
         """See :class:`.executors.Executor`."""
-        return self._choice.picked(arguments)
+        return self.choice.picked(arguments)
 
     def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`."""

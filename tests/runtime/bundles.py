@@ -73,7 +73,8 @@ def build_model():
 def example_inputs(frames=3, rows=8, columns=8, text=7, batch=1):
     torch.manual_seed(1)
     return {"hidden_states": torch.randn(batch, 4, frames, rows, columns),
-        "timestep": torch.full((batch,), 500), "encoder_hidden_states": torch.randn(batch, text, 16)}
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, text, 16)}
 """
 QWEN = """
 import torch
