@@ -1,4 +1,4 @@
-"""A job to a bundle: load, trace and recall, or make and keep; publish. ``stages.py`` makes."""
+"""A job to a bundle: load, trace and recall, or make and keep; publish. ``making.py`` makes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
                     _loaded(job, backend, tool, folder, cache, clock)
                 )
         # Late: TensorRT takes seconds to import, which a job that is recalled does without.
-        from .stages import make
+        from .making import make
 
         with placing.to_blame():
             manifest, engine_keys, programs = make(loaded, traces, placing, cache, clock)

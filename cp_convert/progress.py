@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 
 class Progress:
@@ -47,6 +48,7 @@ class Clock:
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    _adding: Lock = field(default_factory=Lock, repr=False)
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[None]:
@@ -55,5 +57,6 @@ class Clock:
         start = time.perf_counter()
         yield
         took = time.perf_counter() - start
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
+        with self._adding:  # engines are built on threads
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
         self.progress.finish(name, round(took, 3))

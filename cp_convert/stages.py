@@ -6,26 +6,20 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 from .advise.hardware import read as read_hardware
 from .advise.planning import cheapest
-from .bundle.describe import describe
-from .bundle.external import Placing
-from .bundle.folder import CONSTANTS, engine_name
-from .bundle.manifest import Manifest
-from .bundle.program import write_program
-from .bundle.variants import joined
+from .bundle.folder import engine_name
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
-from .engine.fold_weights import fold_weights, store
+from .engine.fold_weights import fold_weights
 from .engine.lower import lower
 from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
@@ -40,12 +34,10 @@ from .ir.records import (
     Loaded,
     Made,
     Rewritten,
-    StoredProgram,
     Traced,
 )
 from .ir.source import Source
-from .ir.tensors import Weight, is_held
-from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
+from .job import AUTO, FUSED, RESIDUAL, Job
 from .mesh import Mesh
 from .progress import Clock
 from .prove import (
@@ -89,44 +81,19 @@ class Begun:
     key: str | None
 
 
-def make(
-    loaded: Loaded, traces: Sequence[Traced] | None, placing: Placing, cache: Cache, clock: Clock
-) -> tuple[Manifest, Mapping[str, str], list[str | None]]:
-    """All stages, for one variant after another.
+@dataclass(frozen=True)
+class Ready:
+    """A program that is proven, and from which engines can be built."""
 
-    Args:
-        loaded: the model and what was asked for.
-        traces: the variants' programs, if they were traced already; ``None`` where each has to be
-            measured first.
-        placing: finds the external weights, for all variants.
-        cache: knows what was made before.
-        clock: times the stages and shows them.
+    begun: Begun
+    rewritten: Rewritten
+    emitted: Emitted
+    proof: Proof | None
 
-    Returns:
-        the manifest, under which keys the cache has the engines, by file, and the keys of the
-        traced programs.
-
-    Raises:
-        ConvertError: see :mod:`cp_convert.errors`.
-    """
-    job, variants = loaded.job, loaded.variants
-    told: list[Manifest] = []
-    keys: dict[str, str] = {}
-    programs: list[str | None] = []
-    constants: dict[str, Weight] = {}
-    with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
-        for one, trace in zip_longest(variants, traces or ()):
-            clock.progress.variant(one.source.variant.name)
-            begun = begin(one, trace, cache, clock)
-            made = build(begun, pool, cache, clock)
-            made = check_networks(made, clock)
-            made = replace(made, weights=_weights(made, placing, constants, clock))
-            made = replace(made, program=_stored(made, placing, clock))
-            told.append(describe(made, clock.seconds))
-            own = made.built.keys
-            keys |= {e.file: own.get(e.rank, own.get(0, "")) for e in told[-1].engines}
-            programs.append(begun.key)
-    return joined(told), keys, programs
+    def made(self, built: Built) -> Made:
+        """With its engines."""
+        one = self.begun
+        return Made(one.loaded, one.captured, self.rewritten, self.emitted, self.proof, built, None)
 
 
 def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> Begun:
@@ -159,13 +126,28 @@ def build(begun: Begun, pool: Pool, cache: Cache, clock: Clock) -> Made:
     Raises:
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
-    loaded, captured = begun.loaded, begun.captured
+    return build_engines(prove_program(begun, clock), pool, cache, clock)
+
+
+def build_engines(ready: Ready, pool: Pool, cache: Cache, clock: Clock) -> Made:
+    """Engines of a program, built or found in the cache.
+
+    Raises:
+        BuildFailed: TensorRT refused a network, or a worker was killed.
+    """
+    built = _built(ready.begun.loaded, ready.emitted, pool, cache, clock)
+    return ready.made(replace(built, workarounds=ready.begun.workarounds))
+
+
+def prove_program(begun: Begun, clock: Clock) -> Ready:
+    """Shard, rewrite, lower and prove, by the job's strategy.
+
+    Raises:
+        ConvertError: the strategy does not fit, or the proof failed.
+    """
     rewritten = _rewritten(begun, clock)
-    emitted = _emitted(rewritten, captured, loaded.source, clock)
-    proof = _proven(begun, rewritten, emitted, clock)
-    built = _built(loaded, emitted, pool, cache, clock)
-    built = replace(built, workarounds=begun.workarounds)
-    return Made(loaded, captured, rewritten, emitted, proof, built, None)
+    emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
+    return Ready(begun, rewritten, emitted, _proven(begun, rewritten, emitted, clock))
 
 
 def check_networks(made: Made, clock: Clock) -> Made:
@@ -266,7 +248,13 @@ def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Cl
     ranks = world if emitted.layout == "per-rank" else range(1)
     with clock.stage("build", total=len(ranks)):
         wanted = Wanted(
-            loaded.job, loaded.backend, loaded.tool, emitted.program, emitted.names, ranks
+            loaded.job,
+            loaded.backend,
+            loaded.tool,
+            emitted.program,
+            emitted.names,
+            ranks,
+            loaded.source.variant.name,
         )
         folder = loaded.folder / loaded.within
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,33 +287,3 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
     return job.proof == "network" or (
         job.proof == "auto" and 2 * proof.seconds_a_run <= build_seconds
     )
-
-
-def _weights(
-    made: Made, placing: Placing, known: dict[str, Weight], clock: Clock
-) -> tuple[Weight, ...]:
-    """Where every one is; ``known`` are the first variant's constants, and serve their equals."""
-    loaded, constants = made.loaded, made.emitted.constants
-    with clock.stage("weights"):
-        same = {n: known[n] for n, t in constants.items() if n in known and is_held(known[n], t)}
-        new = {name: tensor for name, tensor in constants.items() if name not in same}
-        stored = store(new, loaded.folder, f"{loaded.within}{CONSTANTS}")
-        if not loaded.within:
-            known |= stored
-        found = placing.weights | same | stored
-        return tuple(found[name] for name in made.emitted.names.values())
-
-
-def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
-    """The program in the bundle; it refers to weights as the engines do."""
-    job, source, emitted = made.loaded.job, made.loaded.source, made.emitted
-    copied = 0 if source.external else source.bytes
-    if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
-        return None
-    with clock.stage("store"):
-        names = made.captured.signature.parameters if source.external else {}
-        loaded = made.loaded
-        files = write_program(emitted.rewritten, names, loaded.folder, loaded.within)
-        bound = set(emitted.names.values())
-        rest = (placing.weights[name] for name in names.values() if name not in bound)
-        return StoredProgram(*files, tuple(rest))
