@@ -26,7 +26,7 @@ from .ir.records import Loaded, Made, StoredProgram, Traced
 from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM
 from .progress import Clock
-from .stages import begin, build_engines, check_networks, prove_program
+from .stages import begin, build_engines, check_networks, measured, prove_program
 
 _AHEAD: Final = 2
 """Variants whose engines are being built while another is traced: each is held in memory."""
@@ -77,10 +77,11 @@ def _all_built(
 ) -> Generator[tuple[Made, str | None]]:
     """Every variant with the key of its program; engines are built while the next is traced."""
     waiting: deque[tuple[Future[Made], str | None]] = deque()
+    truths = [measured(one, clock) for one in variants]  # before another thread reads parameters
     with pool.beside() as threads:
-        for one, trace in zip_longest(variants, traces):
+        for one, trace, truth in zip_longest(variants, traces, truths):
             clock.progress.variant(one.source.variant.name)
-            begun = begin(one, trace, cache, clock)
+            begun = begin(one, trace, cache, clock, truth=truth)
             ready = prove_program(begun, clock)
             waiting.append((threads.submit(build_engines, ready, pool, cache, clock), begun.key))
             if len(waiting) > _AHEAD:

@@ -96,7 +96,14 @@ class Ready:
         return Made(one.loaded, one.captured, self.rewritten, self.emitted, self.proof, built, None)
 
 
-def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> Begun:
+def begin(
+    loaded: Loaded,
+    trace: Traced | None,
+    cache: Cache,
+    clock: Clock,
+    *,
+    truth: Truth | None = None,
+) -> Begun:
     """Measure, trace and decompose: the same for every strategy.
 
     Args:
@@ -104,13 +111,14 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
         trace: of the model, where it was traced already.
         cache: where to look, and to keep.
         clock: times the stages.
+        truth: see :func:`measured`, where that was done already.
 
     Raises:
         ConvertError: the model cannot be run or traced.
     """
     workarounds = prepare(loaded.backend, fused=loaded.job.strategy == FUSED)
     table = decompositions()
-    truth = _measured(loaded, clock)
+    truth = truth or measured(loaded, clock)
     trace = traced(loaded.source, clock) if trace is None else trace
     key = program_key(loaded.tool, trace) if cache.folder is not None else None
     captured = capture(loaded.source, trace, table, cache, key, clock)
@@ -159,8 +167,11 @@ def check_networks(made: Made, clock: Clock) -> Made:
     return replace(made, network_proof=_replayed(made, clock))
 
 
-def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
-    """What the dense model returns; before it is traced, see :func:`.prove.measure`."""
+def measured(loaded: Loaded, clock: Clock) -> Truth | None:
+    """What the dense model returns; before it is traced, see :func:`.prove.measure`.
+
+    Meanwhile the parameters are lent other numbers: nothing else may read them.
+    """
     job, source = loaded.job, loaded.source
     if job.proof == "none" or source.groups:
         return None
