@@ -51,7 +51,7 @@ def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Cl
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
         _check_own_groups(loaded, clock.progress)
-        for told in loaded.source.told:
+        for told in (*loaded.source.told, *_costs(loaded)):
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
             traces = [traced(one.source, clock) for one in loaded.variants]
@@ -93,6 +93,17 @@ def _check_own_groups(loaded: Loaded, progress: Progress) -> None:
     parts = parts or job.names_groups
     if why := doubt(backend.name, backend.version, devices=job.world > 1, groups=parts):
         progress.note(f"{why} ({NEWER[backend.name]}).")
+
+
+def _costs(loaded: Loaded) -> Iterator[str]:
+    """What several variants cost where engines hold the weights."""
+    source, variants = loaded.source, loaded.variants
+    if len(variants) > 1 and not source.external:
+        size = source.bytes * len(variants) * loaded.job.world
+        yield (
+            f"{len(variants)} variants for {loaded.job.world} ranks hold the weights in each of "
+            f"their engines, {size / 1e9:.2f} GB; --weights-mode external has them once."
+        )
 
 
 @contextmanager

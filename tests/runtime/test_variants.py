@@ -6,9 +6,11 @@ import copy
 import json
 import multiprocessing
 import os
+import runpy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cp_convert import bundle as bundles
 from cp_convert import cli
+from cp_convert.errors import UsageError
 from cp_convert.lora.add import add
 from tests.lora.files import diffusers_names, factors, fused, linears
+from tests.runtime.bundles import converted
 from tests.runtime.conftest import SEVERAL, Several
 
 Step = tuple[str, Any]
@@ -132,6 +137,44 @@ def test_what_no_variant_has_and_ranks_that_disagree(
     assert ranks[0][3].startswith("RunFailed: rank 1 cannot run what it was given: no variant of")
     assert ranks[1][3] == nearest
     assert ranks[1][8].startswith("RunFailed: rank 0 cannot run what it was given: timestep is")
+
+
+POSITIONS = (
+    ("def __init__(self):\n        super().__init__()\n",
+     "def __init__(self):\n        super().__init__()\n"
+     "        self.places = nn.Parameter(torch.randn(1, 64, 5))\n"),
+    ("self.qkv(self.enter(x))",
+     "self.qkv(self.enter(x) + functional.interpolate(self.places, x.shape[1]).transpose(1, 2))"),
+    ("def example_inputs():", "def example_inputs(tokens=16):"),
+    ("torch.randn(1, 16, 8)", "torch.randn(1, tokens, 8)"),
+)  # fmt: skip
+
+
+def test_what_follows_from_weights_is_each_variants_own(
+    model_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Places that are learned for one length, and interpolated to others."""
+    path = model_file(*POSITIONS)
+    path.write_text(path.read_text() + '\nvariants = {"a": {}, "b": {"tokens": 24}}\n')
+    out = tmp_path / "out"
+    manifest = converted(path, out, "ulysses", 2, weights_mode="external", proof="program")
+    assert {one.name for one in manifest.weights} >= {"qkv.weight"}
+    (constant,) = [w for w in manifest.weights if w.name.startswith("constants.")]
+    (own,) = manifest.variants[0].weights
+    assert own.name == constant.name and own.shape != constant.shape
+    assert own.file == "variants/b/constants.safetensors"
+    assert not [check for check in bundles.verify(out) if check.problem]
+    python = SimpleNamespace(**runpy.run_path(str(path)))
+    inputs = [python.example_inputs(tokens) for tokens in (16, 24, 16)]
+    with torch.no_grad():
+        wanted = [python.build_model()(**one) for one in inputs]
+    for rank in told(out, [("call", one) for one in inputs], tmp_path / "ranks"):
+        for found, want in zip(rank, wanted, strict=True):
+            assert (found - want[0]).abs().max() <= 1e-5 * want.abs().max()
+    dense = python.build_model()
+    file = diffusers_names(factors(linears(dense, lambda _: True), 1), tmp_path / "a.safetensors")
+    with pytest.raises(UsageError, match=r"variant b has constants\..* of its own"):
+        add(out, file)
 
 
 Run = Callable[..., tuple[int, str]]
