@@ -141,8 +141,8 @@ def test_what_no_variant_has_and_ranks_that_disagree(
 
 POSITIONS = (
     ("def __init__(self):\n        super().__init__()\n",
-     "def __init__(self):\n        super().__init__()\n"
-     "        self.places = nn.Parameter(torch.randn(1, 64, 5))\n"),
+     ("def __init__(self):\n        super().__init__()\n"
+     "        self.places = nn.Parameter(torch.randn(1, 64, 5))\n")),
     ("self.qkv(self.enter(x))",
      "self.qkv(self.enter(x) + functional.interpolate(self.places, x.shape[1]).transpose(1, 2))"),
     ("def example_inputs():", "def example_inputs(tokens=16):"),
