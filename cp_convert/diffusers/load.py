@@ -72,10 +72,16 @@ def load_transformer(
                 compiled=compiled, graph=graph, verify=verify, variant=variant,
             )
         )  # fmt: skip
-        channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
+        ranks = _ranks(opened, communicator, seconds, check=check)
         told = {**(manifest.model.config or {}), **(config or {})}
-        ranks = Ranks(channel, check=check, several=len(opened.manifests) > 1)
         return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
+
+
+def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: bool) -> Ranks:
+    channel = None
+    if opened.manifest.world > 1:
+        channel = Channel(group_of(communicator), timeout)
+    return Ranks(channel, check=check, several=len(opened.manifests) > 1)
 
 
 def _ended(module: Transformer, ranks: Ranks) -> Transformer:

@@ -84,12 +84,17 @@ def weights_of(
     return shared, own
 
 
-def check_same(ranks: Sequence[tuple[Name, str | None]], refusal: ConvertError | None) -> None:
+def check_same(
+    ranks: Sequence[tuple[Name, str | None]],
+    refusal: ConvertError | None,
+    words: str = "was given inputs of the variant {}, and rank 0 of {}",
+) -> None:
     """All ranks run one variant, or none runs any.
 
     Args:
         ranks: what each picked, or why it could not.
         refusal: this rank's own.
+        words: what another rank than 0 does, and rank 0.
 
     Raises:
         ConvertError: the refusal.
@@ -99,10 +104,10 @@ def check_same(ranks: Sequence[tuple[Name, str | None]], refusal: ConvertError |
         raise refusal
     for rank, (name, problem) in enumerate(ranks):
         if problem is not None:
-            raise RunFailed(f"rank {rank} cannot run what it was given: {problem}")
+            raise RunFailed(f"rank {rank} cannot run what it is asked for: {problem}")
         if name != ranks[0][0]:
             raise RunFailed(
-                f"rank {rank} was given inputs of the variant {name}, and rank 0 of {ranks[0][0]}.",
+                f"rank {rank} {words.format(name, ranks[0][0])}.",
                 hint="all ranks are called alike, with the same inputs.",
             )
 

@@ -143,7 +143,7 @@ def _opened(
             f"rank {rank}: the bundle has ranks 0 to {manifest.world - 1}.",
             hint=f"start {manifest.world} ranks.",
         )
-    wanted = manifest if variant is None else variant_of(manifest, variant)
+    wanted = _wanted(manifest, variant, communicator)
     name, why_not = choose(wanted, executor, rank, device, communicator)
     given = (manifest, folder, rank, device, communicator)
     if name == "tensorrt":
@@ -154,6 +154,29 @@ def _opened(
     from .torch_executor import TorchExecutor  # late: torch
 
     return TorchExecutor(*given, variant=variant, compiled=compiled, verify=verify, told=told)
+
+
+def _wanted(manifest: Manifest, variant: str | None, communicator: Any) -> Manifest:
+    """What is opened; where there are several variants, all ranks open the same.
+
+    Raises:
+        UsageError: there is no such variant.
+        RunFailed: other ranks open others.
+    """
+    if not manifest.variants:
+        return manifest if variant is None else variant_of(manifest, variant)
+    from .choice import check_same  # late: torch
+    from .groups import checked_world, everyone  # late: torch
+
+    checked_world(manifest.world, communicator)
+    refusal, found = None, manifest
+    try:
+        found = manifest if variant is None else variant_of(manifest, variant)
+    except UsageError as error:
+        refusal = error
+    own = (variant or "all of its variants", refusal and refusal.message)
+    check_same(everyone(own, communicator), refusal, "opens {}, and rank 0 {}")
+    return found
 
 
 def _check_program(manifest: Manifest, why_not: str | None) -> None:

@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from cp_convert.errors import UsageError
 from cp_convert.lora.add import add
 from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import converted
-from tests.runtime.conftest import SEVERAL, Several
+from tests.runtime.conftest import Several
 
 Step = tuple[str, Any]
 
@@ -32,7 +33,8 @@ Step = tuple[str, Any]
 def told(bundle: Path, steps: Sequence[Step], folder: Path) -> list[list[Any]]:
     """By rank, what every step comes to.
 
-    A step is ``("call", inputs)`` or ``("lora", sets)``; a tuple of two is one for each rank.
+    A step is ``("call", inputs)``, ``("lora", sets)`` or ``("open", variant)``; a tuple of two is
+    one for each rank.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cp_convert.runtime.session", "cp_convert.runtime.lora"])
@@ -56,15 +58,17 @@ def _rank(bundle: Path, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     found: list[Any] = []
     store = str(folder / "store")
-    with (
-        joined(rank, 2, torch.device("cpu"), store=store, timeout=60),
-        runtime.open(bundle, executor="torch", device="cpu") as opened,
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(joined(rank, 2, torch.device("cpu"), store=store, timeout=60))
+        opened = stack.enter_context(runtime.open(bundle, executor="torch", device="cpu"))
         for kind, what in torch.load(folder / "steps.pt"):
             own = what[rank] if isinstance(what, tuple) else what
             try:
                 if kind == "lora":
                     opened.use_lora(own)
+                elif kind == "open":
+                    opened.close()
+                    opened = runtime.open(bundle, executor="torch", device="cpu", variant=own)
                 else:
                     found.append(opened(**own)[0].clone())
             except ConvertError as error:
@@ -79,7 +83,7 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.parametrize("name", ["flux", pytest.param("wan", marks=pytest.mark.slow), "qwen"])
 def test_variants_and_sets_are_switched(
     name: str, several: Callable[[str], Several], tmp_path: Path
 ) -> None:
@@ -116,7 +120,8 @@ def test_what_no_variant_has_and_ranks_that_disagree(
         ("call", wrong), ("call", {**first, "nothing": torch.ones(1)}), ("call", second),
         ("call", {name: one for name, one in first.items() if name != "guidance"}),
         ("call", (wrong, first)), ("call", {**first, "hidden_states": first["timestep"]}),
-        ("call", first),
+        ("call", first), ("open", ("v0", "v1")), ("open", ("v0", "v9")), ("open", "v1"),
+        ("call", second), ("call", first),
     ]  # fmt: skip
     ranks = told(made.bundle, steps, tmp_path / "ranks")
     nearest = (
@@ -134,9 +139,15 @@ def test_what_no_variant_has_and_ranks_that_disagree(
         assert "hidden_states has the shape [1, 48, 16] there, here [1]" in rank[9]
         assert torch.equal(rank[0], rank[10])
         assert rank[6].shape == (1, 40, 16)
-    assert ranks[0][3].startswith("RunFailed: rank 1 cannot run what it was given: no variant of")
+        assert rank[11] == "RunFailed: rank 1 opens v1, and rank 0 v0."
+        assert torch.equal(rank[13], rank[6])
+        assert "hidden_states has the shape [1, 48, 16]; the engines were built for" in rank[14]
+    assert ranks[1][12] == "UsageError: the bundle has no variant 'v9'."
+    refused = "RunFailed: rank {} cannot run what it is asked for: "
+    assert ranks[0][3].startswith(refused.format(1) + "no variant of the bundle")
+    assert ranks[0][12].startswith(refused.format(1) + "the bundle has no variant 'v9'")
     assert ranks[1][3] == nearest
-    assert ranks[1][8].startswith("RunFailed: rank 0 cannot run what it was given: timestep is")
+    assert ranks[1][8].startswith(refused.format(0) + "timestep is")
 
 
 POSITIONS = (
