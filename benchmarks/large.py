@@ -78,6 +78,7 @@ def save_holes(tensors: dict[str, torch.Tensor], path: Path) -> None:
         begin, end = end, end + 2 * tensor.numel()
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # else nothing is aligned, and every tensor would be copied
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
