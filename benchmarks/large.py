@@ -121,7 +121,7 @@ def watched(arguments: list[str]) -> dict[str, Any]:
         if process.returncode:
             sys.exit(f"{' '.join(command)} failed")
         manifest: dict[str, Any] = json.loads((Path(folder) / "out.json").read_text())["manifest"]
-        files = {p.stat().st_ino: p.stat().st_size for p in Path(f"{folder}/bundle").iterdir()}
+        files = {p.stat().st_ino: p.stat().st_size for p in Path(f"{folder}/bundle").rglob("*.*")}
     return {**manifest, "wall": wall, "peak": peak, "size": sum(files.values())}
 
 

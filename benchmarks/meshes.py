@@ -103,7 +103,8 @@ def _proven(name: str, mesh: str) -> dict[str, Any]:
     job = replace(loaded.job, cfg=cfg, tp=tp, proof="program")
     clock = Clock(Progress())
     begun = stages.begin(replace(loaded, job=job, source=source), None, Cache(None), clock)
-    rewritten, _, proof = stages.program_of(begun, clock)
+    ready = stages.prove_program(begun, clock)
+    rewritten, proof = ready.rewritten, ready.proof
     assert proof is not None
     moves = Counter(m.kind for m in rewritten.guided.moves)
     return {

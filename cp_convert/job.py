@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -26,6 +28,8 @@ EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
 """What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
 QUANTIZED: Final = ("fp8",)
 """Codes that linear layers may multiply."""
+VARIANT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What a variant may be called: it is a folder's name."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
@@ -38,6 +42,28 @@ engine, and several while one is built, no longer fit a small machine."""
 DEVICES: Final = ("cpu", "cuda")
 PROGRAMS: Final = (AUTO, "yes", "no")
 PROOFS: Final = ("auto", "none", "program", "network")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the shapes that a model is converted for.
+
+    Attributes:
+        name: ``None`` where there is but one, and nobody named it.
+        resolution: of a preset; ``None``: its usual one.
+        batch: how many samples a preset's inputs hold; ``None``: one.
+        text: how many tokens a preset's text has; ``None``: the resolution's.
+    """
+
+    name: str | None = None
+    resolution: str | None = None
+    batch: int | None = None
+    text: int | None = None
+
+    @property
+    def within(self) -> str:
+        """The folder, in a bundle, of what a further variant has to itself; the first has none."""
+        return f"variants/{self.name}/"
 
 
 @dataclass(frozen=True)
@@ -83,7 +109,10 @@ class Job:
         freeze: arguments of forward whose example values become part of the engines, besides those
             that the model file names.
         tiny: shrink a preset's depth and width.
-        resolution: one of the preset's; ``None`` takes its usual one.
+        resolutions: of the preset's; none takes its usual one.
+        batches: how many samples a preset's inputs hold; none: one.
+        texts: how many tokens a preset's text has; none: as many as the resolution says.
+        variants: names among those of the model file; none takes all.
         exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
         quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
         keep: patterns of the paths of linear layers that are left in the precision.
@@ -126,7 +155,10 @@ class Job:
     plan: str | None = None
     freeze: tuple[str, ...] = ()
     tiny: bool = False
-    resolution: str | None = None
+    resolutions: tuple[str, ...] = ()
+    batches: tuple[int, ...] = ()
+    texts: tuple[int, ...] = ()
+    variants: tuple[str, ...] = ()
     exchange: str | None = None
     quantize: str | None = None
     keep: tuple[str, ...] = ()
@@ -168,11 +200,24 @@ class Job:
         self._check_quantize()
         self._check_errors()
         _check_model(self.model)
-        if (self.tiny or self.resolution) and not self.is_preset:
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        shapes = {"resolution": self.resolutions, "batch": self.batches, "text": self.texts}
+        if (self.tiny or any(shapes.values())) and not self.is_preset:
             raise UsageError(
-                f"--tiny and --resolution are for presets; {self.model} is a Python file.",
-                hint="its build_model() and example_inputs() say how large it is.",
+                "--tiny and --resolution are for presets, and so are --batch and --text; "
+                f"{self.model} is a Python file.",
+                hint="its build_model() and example_inputs() say how large it is; several sizes "
+                'are variants = {"wide": {"width": 1360}}, each given to example_inputs().',
             )
+        if self.variants and self.is_preset:
+            raise UsageError(
+                f"--variant is for model files with variants; {self.model.stem} is a preset.",
+                hint="--resolution, --batch and --text.",
+            )
+        for option, values in {**shapes, "variant": self.variants}.items():
+            _check_listed(option, values)
 
     def _check_mesh(self) -> None:
         sharing = self.mesh.size(SEQUENCE)
@@ -263,6 +308,15 @@ class Job:
             )
 
     @property
+    def shapes(self) -> tuple[Variant, ...]:
+        """What is asked of a preset: every resolution with every batch and every text length."""
+        asked: tuple[Sequence[Any], ...] = (self.resolutions, self.batches, self.texts)
+        found = [Variant(None, *one) for one in product(*(values or (None,) for values in asked))]
+        if len(found) == 1:
+            return tuple(found)
+        return tuple(Variant(_named(one), one.resolution, one.batch, one.text) for one in found)
+
+    @property
     def is_preset(self) -> bool:
         """Whether the model is described by a preset."""
         return self.model.suffix == ".toml"
@@ -303,6 +357,25 @@ class Job:
         if self.module is not None:
             name = self.module.rpartition(".")[2]
         return name + ("-tiny" if self.tiny else "")
+
+
+def _named(asked: Variant) -> str:
+    """Such as ``1024x1024-b2-t256``: what was named of it."""
+    parts = (
+        asked.resolution,
+        None if asked.batch is None else f"b{asked.batch}",
+        None if asked.text is None else f"t{asked.text}",
+    )
+    return "-".join(part for part in parts if part is not None)
+
+
+def _check_listed(option: str, values: Sequence[Any]) -> None:
+    """Refuse what is named twice, or is no positive number."""
+    for value in values:
+        if isinstance(value, int) and value < 1:
+            raise UsageError(f"--{option} {value}: at least 1 is needed.")
+        if values.count(value) > 1:
+            raise UsageError(f"--{option} {value} is given twice.", hint="name each once.")
 
 
 _TAKEN_OTHERWISE: Final = {

@@ -1,4 +1,4 @@
-"""A job to a bundle: load, trace and recall, or make and keep; publish. ``stages.py`` makes."""
+"""A job to a bundle: load, trace and recall, or make and keep; publish. ``making.py`` makes."""
 
 from __future__ import annotations
 
@@ -47,32 +47,33 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
 def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Clock) -> Manifest:
     tool = tool_key(backend)
     request = request_key(job, tool)
-    trace: Traced | None = None
+    traces: list[Traced] | None = None
     with ExitStack() as work:
         loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
         _check_own_groups(loaded, clock.progress)
-        for told in (*loaded.source.told, *_repeated(loaded)):
+        for told in (*loaded.source.told, *_repeated(loaded), *_costs(loaded)):
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
-            trace = traced(loaded.source, clock)
+            traces = [traced(one.source, clock) for one in loaded.variants]
             with clock.stage("recall"):
-                key = job_key(loaded.job, loaded.values, program_key(tool, trace))
+                programs = [program_key(tool, trace) for trace in traces]
+                key = job_key(loaded.job, loaded.values, programs)
                 manifest = recall(cache, key, loaded.job, loaded.source, placing, folder)
             if manifest is not None:
                 return msgspec.structs.replace(manifest, timings=dict(clock.seconds))
             cache.forget("requests", request)
             if job.proof != "none":  # the model must not have been traced when it is measured
-                trace = None
+                traces = None
                 work.close()
                 loaded, placing = work.enter_context(
                     _loaded(job, backend, tool, folder, cache, clock)
                 )
         # Late: TensorRT takes seconds to import, which a job that is recalled does without.
-        from .stages import make
+        from .making import make
 
         with placing.to_blame():
-            manifest, engine_keys, program = make(loaded, trace, placing, cache, clock)
-        key = job_key(loaded.job, loaded.values, program)
+            manifest, engine_keys, programs = make(loaded, traces, placing, cache, clock)
+        key = job_key(loaded.job, loaded.values, programs)
         keep(cache, request, key, manifest, engine_keys, folder)
         return manifest
 
@@ -100,6 +101,17 @@ def _check_own_groups(loaded: Loaded, progress: Progress) -> None:
         _check_groups(job, backend, f"{job.model} has process_groups and")
     if why := doubt(backend.name, backend.version, devices=job.world > 1, groups=parts):
         progress.note(f"{why} ({NEWER[backend.name]}).")
+
+
+def _costs(loaded: Loaded) -> Iterator[str]:
+    """What several variants cost where engines hold the weights."""
+    source, variants = loaded.source, loaded.variants
+    if len(variants) > 1 and not source.external:
+        size = source.bytes * len(variants) * loaded.job.world
+        yield (
+            f"{len(variants)} variants for {loaded.job.world} ranks hold the weights in each of "
+            f"their engines, {size / 1e9:.2f} GB; --weights-mode external has them once."
+        )
 
 
 @contextmanager

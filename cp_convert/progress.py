@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 
 class Progress:
@@ -29,6 +30,9 @@ class Progress:
     def finish(self, stage: str, seconds: float) -> None:
         """The stage is done."""
 
+    def variant(self, name: str | None) -> None:
+        """What follows is done for the variant of this name; ``None``: there is but one."""
+
     def note(self, text: str) -> None:
         """Something that a person should know, whatever comes of it."""
 
@@ -39,11 +43,12 @@ class Clock:
 
     Attributes:
         progress: who is told.
-        seconds: how long every finished stage took, in order.
+        seconds: how long every finished stage took, in order; of several variants together.
     """
 
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
+    _adding: Lock = field(default_factory=Lock, repr=False)
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[None]:
@@ -51,5 +56,7 @@ class Clock:
         self.progress.start(name, total)
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        self.progress.finish(name, self.seconds[name])
+        took = time.perf_counter() - start
+        with self._adding:  # engines are built on threads
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 3)
+        self.progress.finish(name, round(took, 3))

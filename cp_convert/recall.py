@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from .bundle import manifest as m
 from .bundle.describe import model_entry, weight_entry
 from .bundle.external import Placing
 from .bundle.folder import CONSTANTS
+from .bundle.variants import all_variants, joined
 from .cache.fingerprint import code_key
 from .cache.store import ENGINE, Cache, key_of
 from .errors import CannotLower
@@ -79,20 +80,21 @@ def values_key(job: Job, source: Source) -> str | None:
         return None
 
 
-def job_key(job: Job, values: str | None, program: str | None) -> str | None:
+def job_key(job: Job, values: str | None, programs: Sequence[str | None]) -> str | None:
     """Of a whole conversion; ``None`` for one that gets no key.
 
     Args:
         job: what was asked for.
         values: see :func:`values_key`.
-        program: the key of what was traced, with our own code and the versions below it.
+        programs: the keys of what was traced, variant by variant, with our own code and the
+            versions below it.
     """
-    if values is None or program is None:
+    if values is None or None in programs:
         return None
     hardware = read_hardware(job.hardware) if job.strategy == AUTO else None
     # The proof's reference is the model itself, called: its code counts beside its trace.
     reference = code_key() if job.proof != "none" else None
-    return key_of([program, values, *_options(job), hardware, reference])
+    return key_of([*programs, values, *_options(job), hardware, reference])
 
 
 def _options(job: Job) -> list[tuple[str, Any]]:
@@ -113,9 +115,11 @@ def _values(source: Source) -> Iterator[object]:
         at = source.located.get(name)
         where = None if at is None else (states[at.file], at.offset, at.size, str(at.dtype))
         yield name, _kind(parameter), where or _digest(parameter)
-    for path, leaf in pytree.tree_flatten_with_path(source.inputs)[0]:
-        is_tensor = isinstance(leaf, Tensor)
-        yield str(path), (_kind(leaf), _digest(leaf)) if is_tensor else (type(leaf), repr(leaf))
+    for one in (source, *source.others):
+        yield one.variant
+        for path, leaf in pytree.tree_flatten_with_path(one.inputs)[0]:
+            is_tensor = isinstance(leaf, Tensor)
+            yield str(path), (_kind(leaf), _digest(leaf)) if is_tensor else (type(leaf), repr(leaf))
 
 
 def _scales(source: Source) -> list[tuple[object, ...]]:
@@ -156,20 +160,29 @@ def recall(
             return None
         files[engine] = found / ENGINE
     placing.share(_shares(known, job))
-    weights = [w if w.file == CONSTANTS else _found(placing, w) for w in known.weights]
-    if [_content(w) for w in weights] != [_content(w) for w in known.weights]:
-        return None
+    views = [_recalled(one, placing) for one in all_variants(known)]
+    for told, one in zip(all_variants(known), views, strict=True):
+        if [_content(w) for w in one.weights] != [_content(w) for w in told.weights]:
+            return None
     for name, engine in engines.items():
-        place(files[engine], folder / name)
+        _put(files[engine], folder / name)
     _take(entry, folder, known)
     return replace(
-        known,
+        joined(views),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model_entry(job, source),
+        command=job.command,
+    )
+
+
+def _recalled(known: m.Manifest, placing: Placing) -> m.Manifest:
+    """A variant with its weights where they are now, proven when it was first converted."""
+    weights = [w if _is_constant(w) else _found(placing, w) for w in known.weights]
+    return replace(
+        known,
         weights=weights,
         engines=[replace(engine, recalled=True) for engine in known.engines],
         proof=replace(known.proof, recalled=known.proof.status == "passed"),
-        command=job.command,
     )
 
 
@@ -184,6 +197,17 @@ def _found(placing: Placing, told: m.Weight) -> m.Weight:
     return next((one for one in found if one.ranks == told.ranks), told)
 
 
+def _is_constant(weight: m.Weight) -> bool:
+    """Whether it is in a file that the conversion wrote beside the engines."""
+    file = Path(weight.file)
+    return file.name == CONSTANTS and not file.is_absolute()
+
+
+def _put(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place(source, target)
+
+
 def _content(weight: m.Weight) -> tuple[Any, ...]:
     return weight.name, weight.dtype, weight.shape, weight.sha256
 
@@ -193,7 +217,7 @@ def keep(
     request: str,
     key: str | None,
     manifest: m.Manifest,
-    keys: Mapping[int, str],
+    keys: Mapping[str, str],
     bundle: Path,
 ) -> None:
     """Remember a finished conversion; its engines are in the cache already.
@@ -203,15 +227,14 @@ def keep(
         request: see :func:`request_key`.
         key: see :func:`job_key`.
         manifest: of the conversion.
-        keys: the engines' own keys by rank; ranks that are not named share rank 0's.
+        keys: the engines' own keys by file.
         bundle: the folder that holds it.
     """
     if key is None:
         return
-    engines = {engine.file: keys.get(engine.rank, keys[0]) for engine in manifest.engines}
     with cache.store("bundles", key) as folder:
         (folder / _MANIFEST).write_bytes(m.encode(manifest))
-        (folder / _ENGINES).write_bytes(msgspec.json.encode(engines))
+        (folder / _ENGINES).write_bytes(msgspec.json.encode(dict(keys)))
         _take(bundle, folder, manifest)
     with cache.store("requests", request):
         pass  # that there is one is all there is to know
@@ -219,9 +242,10 @@ def keep(
 
 def _take(source: Path, target: Path, manifest: m.Manifest) -> None:
     """The bundle's own files besides engines and weights, from one folder into another."""
-    names = [CONSTANTS] if (source / CONSTANTS).is_file() else []
-    if manifest.program is not None:
-        names += [manifest.program.document.file, manifest.program.tensors.file]
-    for name in names:
-        (target / name).parent.mkdir(exist_ok=True)
-        place(source / name, target / name)
+    for one in all_variants(manifest):
+        names = {weight.file for weight in one.weights if _is_constant(weight)}
+        if one.program is not None:
+            names |= {one.program.document.file, one.program.tensors.file}
+        for name in sorted(names):
+            if not (target / name).exists():
+                _put(source / name, target / name)

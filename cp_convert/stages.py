@@ -13,27 +13,22 @@ from typing import Any
 
 from .advise.hardware import read as read_hardware
 from .advise.planning import cheapest
-from .bundle.describe import describe
 from .bundle.external import Placing
 from .bundle.folder import engine_name
-from .bundle.manifest import Manifest
-from .bundle.program import write_program
 from .cache.fingerprint import program_key
 from .cache.store import Cache
-from .capture import linear8
 from .capture.capture import capture, traced
 from .capture.combine import combine
 from .capture.residual import float32_residual
 from .engine.build import prepare
 from .engine.engines import Wanted, build_all
-from .engine.fold_weights import fold_weights, store
+from .engine.fold_weights import fold_weights
 from .engine.lower import lower
 from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
 from .files import place
-from .ir.linear8 import Layer, Linears
-from .ir.program import Lowered, module_path
+from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
 from .ir.records import (
     Built,
@@ -42,12 +37,10 @@ from .ir.records import (
     Loaded,
     Made,
     Rewritten,
-    StoredProgram,
     Traced,
 )
 from .ir.source import Source
-from .ir.tensors import Weight
-from .job import AUTO, EXTERNAL_FROM, FUSED, RESIDUAL, Job
+from .job import AUTO, FUSED, RESIDUAL, Job
 from .progress import Clock
 from .prove import (
     Stages,
@@ -60,7 +53,7 @@ from .prove import (
     prove,
     prove_networks,
 )
-from .prove.calibrate import largest_inputs, losses, sets_of
+from .quantizing import quantized
 from .releases import release_of
 from .sharding.others import along_others
 from .sharding.shard import shard
@@ -93,36 +86,29 @@ class Begun:
     key: str | None
 
 
-def make(
-    loaded: Loaded, trace: Traced | None, placing: Placing, cache: Cache, clock: Clock
-) -> tuple[Manifest, Mapping[int, str], str | None]:
-    """All stages.
+@dataclass(frozen=True)
+class Ready:
+    """A program that is proven, and from which engines can be built."""
 
-    Args:
-        loaded: the model and what was asked for.
-        trace: its program, if it was traced already; ``None`` where it has to be measured first.
-        placing: finds the external weights.
-        cache: knows what was made before.
-        clock: times the stages and shows them.
+    begun: Begun
+    rewritten: Rewritten
+    emitted: Emitted
+    proof: Proof | None
 
-    Returns:
-        the manifest, under which keys the cache has the engines, by rank, and the key of the
-        traced program.
-
-    Raises:
-        ConvertError: see :mod:`cp_convert.errors`.
-    """
-    job = loaded.job
-    with Pool(job.workers, job.memory_limit) as pool:  # ends before the folder does
-        begun = begin(loaded, trace, cache, clock)
-        made = build(begun, pool, cache, clock, placing)
-    made = check_networks(made, clock)
-    made = replace(made, weights=_weights(made, placing, clock))
-    made = replace(made, program=_stored(made, placing, clock))
-    return describe(made, clock.seconds), made.built.keys, begun.key
+    def made(self, built: Built) -> Made:
+        """With its engines."""
+        one = self.begun
+        return Made(one.loaded, one.captured, self.rewritten, self.emitted, self.proof, built, None)
 
 
-def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> Begun:
+def begin(
+    loaded: Loaded,
+    trace: Traced | None,
+    cache: Cache,
+    clock: Clock,
+    *,
+    truth: Truth | None = None,
+) -> Begun:
     """Measure, trace and decompose: the same for every strategy.
 
     Args:
@@ -130,13 +116,14 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
         trace: of the model, where it was traced already.
         cache: where to look, and to keep.
         clock: times the stages.
+        truth: see :func:`measured`, where that was done already.
 
     Raises:
         ConvertError: the model cannot be run or traced.
     """
     workarounds = prepare(loaded.backend, fused=loaded.job.strategy == FUSED)
     table = decompositions()
-    truth = _measured(loaded, clock)
+    truth = truth or measured(loaded, clock)
     trace = traced(loaded.source, clock) if trace is None else trace
     key = program_key(loaded.tool, trace) if cache.folder is not None else None
     captured = capture(loaded.source, trace, table, cache, key, clock)
@@ -145,7 +132,7 @@ def begin(loaded: Loaded, trace: Traced | None, cache: Cache, clock: Clock) -> B
     captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     truth = _measured_further(loaded, captured, truth, clock)
     if loaded.job.quantize is not None or loaded.source.codes:
-        captured = _quantized(loaded, captured, clock)
+        captured = quantized(loaded, captured, clock)
     return Begun(loaded, captured, truth, table, workarounds, key)
 
 
@@ -154,27 +141,29 @@ def build(
 ) -> Made:
     """Shard, rewrite, lower, prove and build, by the job's strategy; nothing else is made yet.
 
-    Args:
-        begun: the program, and what it has to compute.
-        pool: of workers.
-        cache: knows engines that were built before.
-        clock: times the stages.
-        placing: is told which ranks share which weights, as soon as that is known.
-
     Raises:
         ConvertError: the strategy does not fit, the proof failed, or TensorRT refused a network.
     """
-    loaded, captured = begun.loaded, begun.captured
-    rewritten, emitted, proof = program_of(begun, clock, placing)
-    built = _built(loaded, emitted, pool, cache, clock)
-    built = replace(built, workarounds=begun.workarounds)
-    return Made(loaded, captured, rewritten, emitted, proof, built, None)
+    return build_engines(prove_program(begun, clock, placing), pool, cache, clock)
 
 
-def program_of(
-    begun: Begun, clock: Clock, placing: Placing | None = None
-) -> tuple[Rewritten, Emitted, Proof | None]:
-    """The part of :func:`build` that needs no TensorRT: the program, as it was made and proven.
+def build_engines(ready: Ready, pool: Pool, cache: Cache, clock: Clock) -> Made:
+    """Engines of a program, built or found in the cache.
+
+    Raises:
+        BuildFailed: TensorRT refused a network, or a worker was killed.
+    """
+    built = _built(ready.begun.loaded, ready.emitted, pool, cache, clock)
+    return ready.made(replace(built, workarounds=ready.begun.workarounds))
+
+
+def prove_program(begun: Begun, clock: Clock, placing: Placing | None = None) -> Ready:
+    """Shard, rewrite, lower and prove, by the job's strategy; no TensorRT builds anything yet.
+
+    Args:
+        begun: the program, and what it has to compute.
+        clock: times the stages.
+        placing: is told which ranks share which weights, as soon as that is known.
 
     Raises:
         ConvertError: the strategy or the mesh does not fit, or the proof failed.
@@ -183,7 +172,7 @@ def program_of(
     if placing is not None:
         placing.share(rewritten.divided.named(begun.captured.signature.parameters))
     emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
-    return rewritten, emitted, _proven(begun, rewritten, emitted, clock)
+    return Ready(begun, rewritten, emitted, _proven(begun, rewritten, emitted, clock))
 
 
 def check_networks(made: Made, clock: Clock) -> Made:
@@ -195,32 +184,11 @@ def check_networks(made: Made, clock: Clock) -> Made:
     return replace(made, network_proof=_replayed(made, clock))
 
 
-def _quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
-    """The program with its linear layers in 8 bits: the checkpoint's, or by the job's inputs."""
-    job, dense, source = loaded.job, captured.dense, loaded.source
-    names, weights, sets = captured.signature.parameters, dict[str, str](), 0
-    given: linear8.Given
-    with clock.stage("calibrate"):
-        device = check_device(job.proof_device)
-        example = flat_inputs(dense, source.inputs)
-        if source.codes:
-            codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
-            chosen, kept = linear8.stored_layers(dense, codes)
-            given = linear8.Stored(codes)
-        else:
-            every = list(sets_of(dense, example, job.calibration))
-            chosen, kept = linear8.choose(dense, job.keep)
-            given = linear8.Measured(largest_inputs(dense, chosen, every, device))
-            weights, sets = linear8.weights_of(chosen, names), len(every)
-        program, scales = linear8.quantized(dense, chosen, given)
-        lost = losses(dense, scales, example, device)
-    layers = tuple(Layer(module_path(n), *scales[n.name], lost[n.name]) for n in chosen)
-    linears = Linears(dense, layers, kept, weights, sets)
-    return replace(captured, dense=program, linears=linears)
+def measured(loaded: Loaded, clock: Clock) -> Truth | None:
+    """What the dense model returns; before it is traced, see :func:`.prove.measure`.
 
-
-def _measured(loaded: Loaded, clock: Clock) -> Truth | None:
-    """What the dense model returns; before it is traced, see :func:`.prove.measure`."""
+    Meanwhile the parameters are lent other numbers: nothing else may read them.
+    """
     job, source = loaded.job, loaded.source
     if job.proof == "none" or source.groups:
         return None
@@ -329,9 +297,17 @@ def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Cl
     ranks = world if emitted.layout == "per-rank" else range(1)
     with clock.stage("build", total=len(ranks)):
         wanted = Wanted(
-            loaded.job, loaded.backend, loaded.tool, emitted.program, emitted.names, ranks
+            loaded.job,
+            loaded.backend,
+            loaded.tool,
+            emitted.program,
+            emitted.names,
+            ranks,
+            loaded.source.variant.name,
         )
-        built = build_all(wanted, pool, cache, loaded.folder, clock.progress)
+        folder = loaded.folder / loaded.within
+        folder.mkdir(parents=True, exist_ok=True)
+        built = build_all(wanted, pool, cache, folder, clock.progress)
     engines, recalled = list(built.engines), list(built.recalled)
     for rank in world[len(engines) :]:
         twin = engines[0].path.with_name(engine_name(rank))
@@ -363,23 +339,3 @@ def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
     return job.proof == "network" or (
         job.proof == "auto" and 2 * proof.seconds_a_run <= build_seconds
     )
-
-
-def _weights(made: Made, placing: Placing, clock: Clock) -> tuple[Weight, ...]:
-    with clock.stage("weights"):
-        found = {**placing.weights, **store(made.emitted.constants, made.loaded.folder)}
-        return tuple(one for name in made.emitted.names.values() for one in found[name])
-
-
-def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
-    """The program in the bundle; it refers to weights as the engines do."""
-    job, source, emitted = made.loaded.job, made.loaded.source, made.emitted
-    copied = 0 if source.external else source.bytes
-    if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
-        return None
-    with clock.stage("store"):
-        names = made.captured.bindings if source.external else {}
-        files = write_program(emitted.rewritten, names, made.loaded.folder)
-        bound = set(emitted.names.values())
-        rest = (placing.weights[name] for name in names.values() if name not in bound)
-        return StoredProgram(*files, tuple(one for of_one in rest for one in of_one))

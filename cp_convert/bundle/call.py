@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+VariantName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -58,3 +60,18 @@ class Forward(Struct, frozen=True):
     arguments: list[str]
     defaults: dict[str, str]
     returned: Returned
+
+
+class Request(Struct, frozen=True):
+    """What besides the model's file decides which dense model this is, and its inputs.
+
+    ``variant`` names these inputs where the bundle has others; ``batch`` and ``text`` (in tokens)
+    are what a preset was asked for.
+    """
+
+    tiny: bool
+    resolution: str | None
+    freeze: list[str]
+    variant: VariantName | None
+    batch: Positive | None
+    text: Positive | None

@@ -41,7 +41,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         tool=m.Tool(name="cp-convert", version=__version__),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=model_entry(job, source),
-        request=m.Request(tiny=job.tiny, resolution=job.resolution, freeze=list(job.freeze)),
+        request=_request(job, source),
         strategy=job.strategy,
         axes=_axes(job, axis),
         groups={name: [list(g) for g in own.groups] for name, own in source.groups.items()},
@@ -71,8 +71,9 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         program=None if made.program is None else _program(made.program),
         lora=[],
         quantization=quantization(made),
-        engines=[_engine(e, e.rank in made.built.recalled) for e in made.built.engines],
+        engines=[_engine(e, made) for e in made.built.engines],
         proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
+        variants=[],
         timings=dict(timings),
         command=job.command,
     )
@@ -145,14 +146,26 @@ def _program(stored: StoredProgram) -> m.Program:
     return m.Program(document=document, tensors=tensors, weights=weights)
 
 
-def _engine(engine: Engine, recalled: bool) -> m.Engine:
+def _request(job: Job, source: Source) -> m.Request:
+    own = source.variant
+    return m.Request(
+        tiny=job.tiny,
+        resolution=own.resolution,
+        freeze=list(job.freeze),
+        variant=own.name,
+        batch=own.batch,
+        text=own.text,
+    )
+
+
+def _engine(engine: Engine, made: Made) -> m.Engine:
     return m.Engine(
         rank=engine.rank,
-        file=engine.path.name,
+        file=f"{made.loaded.within}{engine.path.name}",
         bytes=engine.size,
         sha256=engine.sha256,
         activation_bytes=engine.activations,
-        recalled=recalled,
+        recalled=engine.rank in made.built.recalled,
     )
 
 

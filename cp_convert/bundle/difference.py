@@ -6,10 +6,11 @@ the cache) is no difference between bundles, nor is the path of a file that hold
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .manifest import Attention, Manifest, Proof, Weight
+from .variants import all_variants, names_of
 
 Facts = Mapping[str, str | None]
 
@@ -35,22 +36,34 @@ def differences(before: Manifest, after: Manifest) -> list[Difference]:
 
 
 def _parts(manifest: Manifest) -> dict[str, Facts]:
+    names = [name for name in names_of(manifest) if name is not None]
     return {
-        "model": _model(manifest),
-        "inputs": _inputs(manifest),
-        "weights": _weights(manifest),
-        "strategy": _strategy(manifest),
+        "model": _model(manifest) | {"variants": _joined(names)},
+        "inputs": _each(manifest, _inputs),
+        "weights": _each(manifest, _weights),
+        "strategy": _each(manifest, _strategy),
         "release": _release(manifest),
-        "collectives": _collectives(manifest),
-        "proof": _proof(manifest.proof),
-        "sizes": _sizes(manifest),
-        "files": _files(manifest),
+        "collectives": _each(manifest, _collectives),
+        "proof": _each(manifest, lambda one: _proof(one.proof)),
+        "sizes": _each(manifest, _sizes),
+        "files": _each(manifest, _files),
         "lora": _lora(manifest),
         "quantization": _quantization(manifest),
     }
 
 
-def _model(manifest: Manifest) -> Facts:
+def _each(manifest: Manifest, facts: Callable[[Manifest], Facts]) -> Facts:
+    """The facts of all variants; of a further one, what is not as in the first."""
+    first, *others = all_variants(manifest)
+    found = dict(facts(first))
+    for one in others:
+        own = facts(one)
+        other = {name: value for name, value in own.items() if facts(first).get(name) != value}
+        found |= {f"{one.request.variant}: {name}": value for name, value in other.items()}
+    return found
+
+
+def _model(manifest: Manifest) -> dict[str, str | None]:
     model, request = manifest.model, manifest.request
     config = {f"config.{k}": repr(v) for k, v in sorted((model.config or {}).items())}
     return {
@@ -60,6 +73,8 @@ def _model(manifest: Manifest) -> Facts:
         "source": model.source_sha256,
         "tiny": str(request.tiny),
         "resolution": request.resolution,
+        "batch": None if request.batch is None else str(request.batch),
+        "text": None if request.text is None else str(request.text),
         "precision": manifest.precision,
         "float32": _joined(manifest.float32),
         **config,

@@ -282,7 +282,7 @@ def _digest(name: str, tensor: Tensor, at: Location) -> str:
 def bytes_needed(job: Job, source: Source) -> int:
     """Bytes that weights take in the bundle, at most."""
     if not source.external:
-        return job.world * source.bytes
+        return job.world * source.bytes * (1 + len(source.others))
     own = to_write(source.parameters_outside, source.located, copy=job.copy_weights)
     return sum(tensor.nbytes for tensor in own.values())
 

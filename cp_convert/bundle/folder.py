@@ -25,6 +25,7 @@ from ..version import __version__
 from . import manifest as manifests
 from .lock import alone
 from .manifest import Manifest
+from .variants import all_variants
 
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.safetensors"
@@ -243,21 +244,29 @@ def verify(path: Path) -> Iterator[Check]:
     """
     manifest, folder = read(path)
     yield Check(MANIFEST, None)
+    views = all_variants(manifest)
+    for one in views:
+        yield from _variant_checks(one, folder)
+    for lora in manifest.lora:
+        for own in (lora.file, lora.factors):
+            yield Check(own.file, file_problem(folder / own.file, own))
+    weights = list({(w.file, w.name): w for one in views for w in one.weights}.values())
+    for file in sorted({weight.file for weight in weights}):
+        held = [weight for weight in weights if weight.file == file]
+        yield Check(file, _weights_problem(folder / file, held))
+
+
+def _variant_checks(manifest: Manifest, folder: Path) -> Iterator[Check]:
     ranks = [engine.rank for engine in manifest.engines]
     expected = list(range(manifest.world))
     problem = None if ranks == expected else f"lists ranks {ranks}, expected {expected}"
-    yield Check("ranks", problem)
+    name = manifest.request.variant
+    yield Check("ranks" if name is None else f"ranks of {name}", problem)
     for engine in manifest.engines:
         yield Check(engine.file, file_problem(folder / engine.file, engine))
     if manifest.program is not None:
         for own in (manifest.program.document, manifest.program.tensors):
             yield Check(own.file, file_problem(folder / own.file, own))
-    for lora in manifest.lora:
-        for own in (lora.file, lora.factors):
-            yield Check(own.file, file_problem(folder / own.file, own))
-    for file in sorted({weight.file for weight in manifest.weights}):
-        held = [weight for weight in manifest.weights if weight.file == file]
-        yield Check(file, _weights_problem(folder / file, held))
 
 
 def file_problem(

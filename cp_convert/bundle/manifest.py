@@ -17,6 +17,8 @@ from .call import Count as Count
 from .call import Forward as Forward
 from .call import Frozen as Frozen
 from .call import Io as Io
+from .call import Positive as Positive
+from .call import Request as Request
 from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
@@ -24,9 +26,8 @@ from .guidance import Guidance as Guidance
 from .quantized import Error as Error
 from .quantized import Quantization as Quantization
 from .stored import BundleFile as BundleFile
-from .stored import FileName as FileName
+from .stored import BundlePath as BundlePath
 from .stored import LoraSet as LoraSet
-from .stored import Positive as Positive
 from .stored import Weight as Weight
 from .stored import of_rank as of_rank
 from .tensor import SharedWeight as SharedWeight
@@ -72,14 +73,6 @@ class Model(_Struct, frozen=True):
     matched: list[str]
     casts: list[Cast]
     config: dict[str, Any] | None
-
-
-class Request(_Struct, frozen=True):
-    """What besides the model's file decides which dense model this is."""
-
-    tiny: bool
-    resolution: str | None
-    freeze: list[str]
 
 
 class Backend(_Struct, frozen=True):
@@ -193,7 +186,7 @@ class Engine(_Struct, frozen=True):
     """
 
     rank: Count
-    file: FileName
+    file: BundlePath
     bytes: Positive
     sha256: Sha256
     activation_bytes: Count | None
@@ -252,6 +245,31 @@ class Proof(_Struct, frozen=True):
     recalled: bool
 
 
+class Variant(_Struct, frozen=True):
+    """A further shape of the model: what it has instead of the manifest's own fields.
+
+    ``weights`` are those that the first variant does not list as they are, ``unused`` the names of
+    those that it lists and this one does not read.
+    """
+
+    request: Request
+    runs_on: RunsOn
+    io: list[Io]
+    frozen: list[Frozen]
+    forward: Forward
+    plan_source: Literal["none", "model", "inferred"]
+    plan: list[PlanEntry]
+    sharding: list[Sharding]
+    attention: list[Attention]
+    collectives: list[Collective]
+    layout: Literal["per-rank", "shared"]
+    engines: list[Engine]
+    weights: list[Weight]
+    unused: list[str]
+    program: Program | None
+    proof: Proof
+
+
 class Manifest(_Struct, frozen=True):
     """A bundle's manifest.
 
@@ -262,7 +280,8 @@ class Manifest(_Struct, frozen=True):
     float32 all the same: patterns of module paths, and ``residual`` for the residual stream. With
     the layout ``shared`` all engine files are one (hard links where the file system has them).
     ``quantization`` is null where everything is computed and sent in the precision.
-    ``lora`` are sets that were added later, see ``cp-convert lora``.
+    ``lora`` are sets that were added later, see ``cp-convert lora``. ``variants`` are further
+    shapes of the model; all that differs between them is here that of the first.
     """
 
     schema_version: Literal[7]
@@ -298,6 +317,7 @@ class Manifest(_Struct, frozen=True):
     lora: list[LoraSet]
     quantization: Quantization | None
     proof: Proof
+    variants: list[Variant]
     timings: dict[str, Seconds]
     command: str
 

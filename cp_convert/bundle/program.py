@@ -45,7 +45,7 @@ class Stored:
 
 
 def write_program(
-    program: Lowered, names: Mapping[str, str], folder: Path
+    program: Lowered, names: Mapping[str, str], folder: Path, within: str = ""
 ) -> tuple[StoredFile, StoredFile]:
     """Write ``program`` into the bundle at ``folder``.
 
@@ -53,6 +53,7 @@ def write_program(
         program: of all ranks, before Torch-TensorRT's lowering.
         names: by placeholder, parameters whose numbers stand elsewhere; others are copied.
         folder: the bundle's.
+        within: the folder in it, ending in a slash, of the variant that this is; none: the bundle.
 
     Returns:
         what the manifest says of the two files.
@@ -60,13 +61,13 @@ def write_program(
     Raises:
         CannotLower: an operator or argument that has no name.
     """
-    (folder / PROGRAM).mkdir(exist_ok=True)
+    (folder / within / PROGRAM).mkdir(parents=True, exist_ok=True)
     packed = pack(program, described=names)
     document = {"names": dict(names), **msgspec.msgpack.decode(packed.document)}
     text = json.dumps(_to_json(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    (folder / DOCUMENT).write_text(text)
-    save(dict(sorted(packed.tensors.items())), folder / TENSORS)
-    return _file(folder, DOCUMENT), _file(folder, TENSORS)
+    (folder / within / DOCUMENT).write_text(text)
+    save(dict(sorted(packed.tensors.items())), folder / within / TENSORS)
+    return _file(folder, within + DOCUMENT), _file(folder, within + TENSORS)
 
 
 def read_program(manifest: Manifest, folder: Path, *, verify: bool = True) -> Stored:
@@ -89,11 +90,11 @@ def read_program(manifest: Manifest, folder: Path, *, verify: bool = True) -> St
                 hint="copy the bundle again, or convert again with --force."
                 + ("" if "SHA" not in problem else " --no-verify runs it as it is."),
             )
-    return stored_at(folder)
+    return stored_at((folder / manifest.program.document.file).parent.parent)
 
 
 def stored_at(folder: Path) -> Stored:
-    """The program in ``folder``, which no manifest has to describe; its constants are mapped.
+    """The program of the bundle, or of its variant, at ``folder``; its constants are mapped.
 
     Raises:
         DamagedBundle: it cannot be read.

@@ -7,10 +7,8 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
-from .call import Count, Sha256, Struct
+from .call import Count, Positive, Sha256, Struct
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
-FileName = Annotated[str, msgspec.Meta(pattern=r"^[^/\\]+$", min_length=1)]
 SET_NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 SetName = Annotated[str, msgspec.Meta(pattern=SET_NAME)]
 
@@ -40,10 +38,13 @@ def of_rank(weights: Iterable[Weight], rank: int) -> list[Weight]:
     return [one for one in weights if not one.ranks or rank in one.ranks]
 
 
+BundlePath = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+
+
 class BundleFile(Struct, frozen=True):
     """A file of the bundle, by its path within."""
 
-    file: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$")]
+    file: BundlePath
     bytes: Positive
     sha256: Sha256
 

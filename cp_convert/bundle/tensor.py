@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from .call import Count, Struct
-from .stored import Positive
+from .call import Count, Positive, Struct
 
 
 class SharedWeight(Struct, frozen=True):

@@ -202,7 +202,23 @@ def _fits(option: click.Parameter, value: Any) -> bool:
     "indices that decide how many tokens there are."
 )
 @click.option("--tiny", is_flag=True, help="A preset's structure in small, with random weights.")
-@click.option("--resolution", metavar="NAME", help="One of the preset's; see `cp-convert presets`.")
+@click.option(
+    "--resolution", "resolutions", multiple=True, metavar="NAME",
+    help="One of the preset's, see `cp-convert presets`; repeated, one bundle of several variants, "
+    "with every --batch and every --text.",
+)  # fmt: skip
+@click.option(
+    "--batch", "batches", type=options.Numbers(), metavar="LIST",
+    help="How many samples the inputs hold, such as 1,2,4; for presets.  [default: 1]",
+)  # fmt: skip
+@click.option(
+    "--text", "texts", type=options.Numbers(), metavar="LIST",
+    help="How many tokens the text has, such as 256,512; for presets.  [default: the resolution's]",
+)  # fmt: skip
+@click.option(
+    "--variant", "variants", multiple=True, metavar="NAME",
+    help="One of the model file's variants; repeatable.  [default: all of them]",
+)  # fmt: skip
 @click.option(
     "-j", "--jobs", type=click.IntRange(1),
     help="How many engines are built at once, at most.  [default: one for each CPU]",
@@ -278,6 +294,7 @@ def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]
     rest |= _chosen(found.path, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
     rest["ulysses"] = _factor(rest["ulysses"], ring, mesh.sequence(rest))
+    rest |= {name: rest[name] or () for name in ("batches", "texts")}
     rest["proof"] = _proof(rest["proof"], no_proof)
     if rest["copy_weights"] and rest["weights_mode"] == "embedded":
         raise UsageError(

@@ -22,12 +22,14 @@ def command() -> None:
     help="Triton's model repository; made when it is not there.",
 )  # fmt: skip
 @click.option("--name", help="What the model is called there.  [default: the bundle's model]")
+@click.option("--variant", metavar="NAME", help="Which of the bundle's variants.")
 @options.common
 def to_triton(
     *,
     bundle: Path,
     repository: Path,
     name: str | None,
+    variant: str | None,
     as_json: bool,
     quiet: bool,
     verbose: int,
@@ -36,7 +38,7 @@ def to_triton(
 
     The engines are linked where both are on one file system, else copied.
     """
-    model = triton.export(bundle, repository, name)
+    model = triton.export(bundle, repository, name, variant)
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..show.export import exported  # late: rich
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from .. import bundle as bundles
+from ..bundle.variants import variant_of
 from ..errors import UsageError
 from . import options
 
@@ -17,10 +18,20 @@ from . import options
     "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write it as a page with charts to this file as well.",
 )  # fmt: skip
+@click.option("--variant", metavar="NAME", help="Show this one of the bundle's variants.")
 @options.common
-def command(*, bundle: Path, html: Path | None, as_json: bool, quiet: bool, verbose: int) -> None:
+def command(
+    *,
+    bundle: Path,
+    html: Path | None,
+    variant: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: int,
+) -> None:
     """Show what a BUNDLE (its folder or its manifest.json) holds and how it was made."""
     manifest, folder = bundles.read(bundle)
+    manifest = manifest if variant is None else variant_of(manifest, variant)
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..show.bundle import inspected  # late: rich
 

@@ -59,6 +59,21 @@ class Bytes(click.ParamType[int]):
         return int(float(found[1]) * units[found[2]])
 
 
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """``1,2,4``, each of them at least 1."""
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(word.isdecimal() for word in words):
+            self.fail(f"{value!r} is no list of numbers; write 1,2,4.", param, ctx)
+        return tuple(map(int, words))
+
+
 def _all(*options: Decorator) -> Decorator:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):

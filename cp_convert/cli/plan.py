@@ -22,7 +22,10 @@ from . import options
 @options.plan("As for convert.")
 @options.freeze("As for convert.")
 @click.option("--tiny", is_flag=True, help="A preset's structure in small.")
-@click.option("--resolution", metavar="NAME", help="One of the preset's.")
+@click.option(
+    "--resolution", "resolutions", metavar="NAME", help="One of the preset's.",
+    callback=lambda _ctx, _parameter, name: () if name is None else (name,),
+)  # fmt: skip
 @click.option(
     "--html", type=click.Path(path_type=Path, dir_okay=False),
     help="Write a page with charts to this file as well.",

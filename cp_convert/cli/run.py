@@ -14,6 +14,7 @@ import click
 from .. import bundle as bundles
 from ..bundle.folder import output_error
 from ..bundle.manifest import Manifest
+from ..bundle.variants import variant_of
 from ..errors import UsageError
 from ..runtime.executors import EXECUTORS
 from ..runtime.places import Place, place_of
@@ -57,6 +58,11 @@ from . import options
     "--lora", "lora", multiple=True, metavar="NAME[=SCALE]",
     help="Use this LoRA set; repeated, several are added.  [default SCALE: the set's]",
 )  # fmt: skip
+@click.option(
+    "--variant", metavar="NAME",
+    help="Which of the bundle's variants is run.  [default: that of the shapes of --inputs; the "
+    "first]",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Measure the share of collectives.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True,
@@ -98,7 +104,7 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_files(inputs, outputs)
+    _check_files(inputs, outputs, manifest, rest["variant"])
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -117,7 +123,7 @@ def command(
             checked = _checked(manifest, request)
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
-        ran(screen, manifest, reports, checked, outputs, sets)
+        ran(screen, manifest, reports, checked, outputs, sets, _variant(manifest, request))
 
 
 def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
@@ -139,8 +145,12 @@ def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
     return found
 
 
-def _check_files(inputs: Path | None, outputs: Path | None) -> None:
+def _check_files(
+    inputs: Path | None, outputs: Path | None, manifest: Manifest, variant: str | None
+) -> None:
     """What would fail after minutes is told before."""
+    if variant is not None:
+        variant_of(manifest, variant)  # there is one
     if inputs is not None and not inputs.is_file():
         raise UsageError(f"--inputs: there is no file {inputs}.")
     if outputs is not None and not outputs.absolute().parent.is_dir():
@@ -188,6 +198,15 @@ def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
     from ..runtime.dense import compare  # late: torch
 
     return compare(manifest, request)
+
+
+def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:
+    """The variant that was run, where the bundle has several."""
+    if not manifest.variants:
+        return None
+    from ..runtime.given import asked_variant  # late: torch
+
+    return asked_variant(manifest, request["variant"], request["inputs"]).request.variant
 
 
 def _keep(written: Path, outputs: Path) -> None:

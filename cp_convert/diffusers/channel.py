@@ -25,7 +25,8 @@ from ..runtime.guarded import first_line
 from ..runtime.watch import Silence, watched
 
 Tensors = Mapping[str, Tensor]
-Run = Callable[[Tensors], dict[str, Tensor]]
+Variant = str | None
+Run = Callable[[Variant, Tensors], dict[str, Tensor]]
 Told = Callable[[str], None]
 _CALL: Final = "call"
 _WAIT: Final = "wait"
@@ -66,16 +67,18 @@ class Channel:
         if self.rank == 0:
             threading.Thread(target=self._present, daemon=True).start()
 
-    def led(self, given: Tensors, run: Run) -> dict[str, Tensor]:
+    def led(self, variant: Variant, given: Tensors, run: Run) -> dict[str, Tensor]:
         """Rank 0: a forward on all ranks."""
         with self._one_at_a_time:
-            self._tell(_CALL)
+            self._tell(_CALL, variant)
             for tensor in given.values():
                 self._send(tensor)
-            return run(given)
+            return run(variant, given)
 
-    def heard(self, manifest: Manifest, device: torch.device, told: Told) -> Iterator[Tensors]:
-        """The others: inputs of one call after another, until rank 0 is done.
+    def heard(
+        self, manifests: Mapping[Variant, Manifest], device: torch.device, told: Told
+    ) -> Iterator[tuple[Variant, Tensors]]:
+        """The others: variant and inputs of one call after another, until rank 0 is done.
 
         Raises:
             RunFailed: rank 0 says that it failed.
@@ -89,7 +92,8 @@ class Channel:
                 return
             if kind == _CALL:
                 told("running a forward")
-                yield {name: self._received(io, device) for name, io in inputs_of(manifest).items()}
+                inputs = inputs_of(manifests[words])
+                yield words, {name: self._received(io, device) for name, io in inputs.items()}
 
     def settle(self, device: torch.device) -> None:
         """Wait for the forward, so that one that hangs is noticed here."""
@@ -114,10 +118,10 @@ class Channel:
                     if not self._over.is_set():
                         self._tell(_WAIT)
 
-    def _tell(self, kind: str, words: str = "") -> None:
+    def _tell(self, kind: str, words: str | None = "") -> None:
         dist.broadcast_object_list([(kind, words)], group_src=0, group=self._control)
 
-    def _hear(self) -> tuple[str, str]:
+    def _hear(self) -> tuple[str, str | None]:
         found: list[Any] = [None]
         dist.broadcast_object_list(found, group_src=0, group=self._control)
         kind, words = found[0]

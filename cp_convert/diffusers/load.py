@@ -38,6 +38,7 @@ def load_transformer(
     config: Mapping[str, Any] | None = None,
     timeout: float | None = None,
     guidance: str | None = None,
+    variant: str | None = None,
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
@@ -56,6 +57,7 @@ def load_transformer(
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
         guidance: ``pairs`` where a pipeline calls once a guidance branch (see :mod:`.pairs`).
+        variant: the only one to open; ``None``: all, of which every call takes its own by shapes.
 
     Raises:
         ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
@@ -64,17 +66,24 @@ def load_transformer(
     kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
     pairs, seconds = _is_pairs(guidance, manifest), timeout or (600.0 if compiled else 60.0)
     with ExitStack() as stack:
-        where = _met(manifest, device, communicator, seconds, stack)
+        where = _met(manifest, device, communicator, seconds, stack, variant)
         opened = stack.enter_context(
             runtime.open(
                 bundle, executor=executor, device=str(where), communicator=communicator,
-                compiled=compiled, graph=graph, verify=verify,
+                compiled=compiled, graph=graph, verify=verify, variant=variant,
             )
         )  # fmt: skip
-        channel = Channel(group_of(communicator), seconds) if manifest.world > 1 else None
-        ranks, ends = Ranks(channel, check=check), stack.pop_all()
+        ranks = _ranks(opened, communicator, seconds, check=check)
+        ends = stack.pop_all()
         module = kind(opened, where, config=config or {}, ranks=ranks, ends=ends, pairs=pairs)
         return _ended(module, ranks)
+
+
+def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: bool) -> Ranks:
+    channel = None
+    if opened.manifest.world > 1:
+        channel = Channel(group_of(communicator), timeout)
+    return Ranks(channel, check=check, several=len(opened.manifests) > 1)
 
 
 def _ended(module: Transformer, ranks: Ranks) -> Transformer:
@@ -98,12 +107,17 @@ def _is_pairs(guidance: str | None, manifest: Manifest) -> bool:
 
 
 def _met(
-    manifest: Manifest, device: str | None, communicator: Any, timeout: float, stack: ExitStack
+    manifest: Manifest,
+    device: str | None,
+    communicator: Any,
+    timeout: float,
+    stack: ExitStack,
+    variant: str | None,
 ) -> torch.device:
     """This rank's device, after all ranks have agreed that they open the same."""
     where = _joined(manifest, device, communicator, timeout, stack)
     if manifest.world > 1:
-        agree(manifest, {}, where, communicator)
+        agree(manifest, {}, where, communicator, variant=variant)
     return where
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..model.cast import DTYPES
+from ..runtime.choice import fitting
 from ..runtime.opened import Opened, named
 from .config import Config
 from .given import Arguments
@@ -47,10 +48,13 @@ class Transformer(Refusing, nn.Module):
         self.config = Config({**(opened.manifest.model.config or {}), **config})
         self.rank, self.world = opened.rank, opened.manifest.world
         self._opened, self._device = opened, device
-        manifest = of_one_branch(opened.manifest) if pairs else opened.manifest
+        views = dict(opened.manifests)
+        if pairs:  # such a bundle has no other variants
+            views = {name: of_one_branch(one) for name, one in views.items()}
+        self._manifests = opened.manifests
         self._branches = Branches(opened.manifest, device, self._on_all_ranks) if pairs else None
         count = 1 if self._branches is None else self._branches.known.branches
-        self._arguments = Arguments(manifest, device, count)
+        self._arguments = {n: Arguments(one, device, count) for n, one in views.items()}
         self._ranks, self._ends = ranks, ends
         # diffusers asks a module's first parameter or buffer where the module is.
         marker = torch.empty(0, dtype=self.dtype, device=device)
@@ -81,20 +85,29 @@ class Transformer(Refusing, nn.Module):
             UsageError: an argument that the engines do not take, or of another size.
             RunFailed: the ranks are not called alike, or one is gone.
         """
-        manifest = self._opened.manifest
-        arguments = kept(named(manifest, args, kwargs))
+        arguments = kept(named(self._opened.manifest, args, kwargs))
+        if self._branches is None:
+            variant, outputs = self._ranks.run(lambda: self._bound(arguments), self._run)
+        else:
+            variant, given = self._bound(arguments)
+            outputs = dict(self._branches.called(given))
         if return_dict is None:
-            return_dict = self._arguments.defaults.get("return_dict")
-        given = self._arguments.bound(arguments)
-        forward = self._on_all_ranks if self._branches is None else self._branches.called
-        return answered(manifest.forward.returned, forward(given), return_dict)
+            return_dict = self._arguments[variant].defaults.get("return_dict")
+        return answered(self._manifests[variant].forward.returned, outputs, return_dict)
 
     @torch.no_grad()
     def _on_all_ranks(self, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return self._ranks.run(given, self._run)
+        name = next(iter(self._manifests))
+        return self._ranks.run(lambda: (name, dict(given)), self._run)[1]
 
-    def _run(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return owned(self._opened.executor(**given))
+    def _bound(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        """The variant that the arguments have the shapes of, and its inputs."""
+        several = len(self._manifests) > 1
+        variant = fitting(self._manifests, arguments) if several else next(iter(self._manifests))
+        return variant, self._arguments[variant].bound(arguments)
+
+    def _run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return owned(self._opened.executor.run(variant, given))
 
     def follow(self) -> int:
         """Serve the calls of rank 0's pipeline until it is done; returns how many there were.
@@ -105,7 +118,7 @@ class Transformer(Refusing, nn.Module):
             UsageError: this is rank 0, or ranks run the pipeline and follow at once.
             RunFailed: rank 0 failed, in its own words, or is gone.
         """
-        return self._ranks.follow(self._opened.manifest, self._device, self._run)
+        return self._ranks.follow(self._manifests, self._device, self._run)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:

@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..bundle.manifest import Manifest
-from ..errors import RunFailed, UsageError
+from ..errors import ConvertError, RunFailed, UsageError
+from ..runtime.choice import check_same
 from ..runtime.join import digest_of_inputs
-from .channel import Channel, Run, Tensors, explained, watched_follower
+from .channel import Channel, Run, Variant, explained, watched_follower
 
 _CALLS: Final = "calls"
 _FOLLOWS: Final = "follows"
 _ENDS: Final = "ends"
+
+
+Bind = Callable[[], tuple[Variant, dict[str, Tensor]]]
+
+
+class _Bound(NamedTuple):
+    """What a rank is called with, or why it cannot be."""
+
+    variant: Variant
+    given: dict[str, Tensor]
+    refusal: ConvertError | None
+
+    def check(self) -> None:
+        """Raise the refusal, if there is one."""
+        if self.refusal is not None:
+            raise self.refusal
+
+
+def _attempted(bind: Bind) -> _Bound:
+    try:
+        return _Bound(*bind(), None)
+    except ConvertError as refusal:
+        return _Bound(None, {}, refusal)
 
 
 class Ranks:
@@ -25,15 +50,20 @@ class Ranks:
     Args:
         channel: to the others; ``None`` where there are none.
         check: whether ranks that run the pipeline by themselves compare what they are given.
+        several: whether the bundle has several variants, of which they compare which it is.
     """
 
-    def __init__(self, channel: Channel | None, *, check: bool) -> None:
-        self.channel, self.check = channel, check
+    def __init__(self, channel: Channel | None, *, check: bool, several: bool = False) -> None:
+        self.channel, self.check, self.several = channel, check, several
         self._led: bool | None = None
         self._closed = False
 
-    def run(self, given: Tensors, run: Run) -> dict[str, Tensor]:
-        """A forward, together with the others.
+    def run(self, bind: Bind, run: Run) -> tuple[Variant, dict[str, Tensor]]:
+        """A forward, together with the others; returns which variant, and its outputs.
+
+        Args:
+            bind: finds the variant and its inputs, or refuses what this rank was given.
+            run: the forward.
 
         Raises:
             RunFailed: the others are given something else, ended or failed.
@@ -43,18 +73,22 @@ class Ranks:
                 "the bundle is closed; its engines are gone.",
                 hint="call the pipeline within `with load_transformer(...) as transformer:`.",
             )
+        own = _attempted(bind)
+        if self.channel is None or self._led is not False:  # nobody waits for this rank's word
+            own.check()
         if self.channel is None:
-            return run(given)
+            return own.variant, run(own.variant, own.given)
         with explained(self.channel.rank):
             if self._led is None:
                 self._meet(_CALLS)
             if self._led:
-                return self.channel.led(given, run)
-            if self.check:
-                self._compare(given)
-            return run(given)
+                return own.variant, self.channel.led(own.variant, own.given, run)
+            if self.check or self.several:
+                self._compare(own)
+            own.check()
+            return own.variant, run(own.variant, own.given)
 
-    def follow(self, manifest: Manifest, device: torch.device, run: Run) -> int:
+    def follow(self, manifests: Mapping[Variant, Manifest], device: torch.device, run: Run) -> int:
         """Run what rank 0 calls until it is done; returns how many calls there were.
 
         Raises:
@@ -71,8 +105,8 @@ class Ranks:
             if not self._meet(_FOLLOWS):  # may take minutes: rank 0 loads the pipeline's parts
                 return 0
         with watched_follower(self.channel) as told, explained(self.channel.rank):
-            for given in self.channel.heard(manifest, device, told):
-                run(given)
+            for variant, given in self.channel.heard(manifests, device, told):
+                run(variant, given)
                 count += 1
                 self.channel.settle(device)
         return count
@@ -102,13 +136,16 @@ class Ranks:
             self.channel.lead()
         return True
 
-    def _compare(self, given: Tensors) -> None:
-        """Refuse ranks that were given other inputs: a seed was forgotten."""
+    def _compare(self, own: _Bound) -> None:
+        """Refuse ranks that were given other sizes, or other inputs: a seed was forgotten."""
         assert self.channel is not None
-        own = {name: digest_of_inputs({name: tensor}) for name, tensor in given.items()}
-        told = self.channel.everyone(own)
-        for rank, other in enumerate(told):
-            names = [name for name in told[0] if other[name] != told[0][name]]
+        refusal = None if own.refusal is None else own.refusal.message
+        digests = {name: digest_of_inputs({name: tensor}) for name, tensor in own.given.items()}
+        told = self.channel.everyone((own.variant, refusal, digests if self.check else {}))
+        check_same([(variant, why) for variant, why, _ in told], own.refusal)
+        first = told[0][2]
+        for rank, (_, _, other) in enumerate(told):
+            names = [name for name in first if other[name] != first[name]]
             if names:
                 raise RunFailed(
                     f"rank {rank} was given another {names[0]} than rank 0.",

@@ -33,6 +33,7 @@ class Wanted:
         program: of all ranks.
         names: by placeholder, the binding of a parameter that becomes an input.
         ranks: of which.
+        variant: the name of the one that they are of, which decides nothing.
     """
 
     job: Job
@@ -41,6 +42,7 @@ class Wanted:
     program: Lowered
     names: Mapping[str, str]
     ranks: Sequence[int]
+    variant: str | None = None
 
     def task(self, rank: int, program: Path) -> Task:
         """What a worker is told; ``program`` is the packed one, and the engine goes beside it."""
@@ -85,7 +87,8 @@ def build_all(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: 
             progress.step("build")
     if tasks:
         packed.write(file)
-    building = pool.build(list(tasks.values()), packed.nbytes, packed.tensors, progress)
+    label = "" if wanted.variant is None else f"{wanted.variant} "
+    building = pool.build(list(tasks.values()), packed.nbytes, packed.tensors, progress, label)
     for engine, answer in building:
         with cache.store("engines", keys[engine.rank], {ENGINE: engine.sha256}) as kept:
             place(engine.path, kept / ENGINE)

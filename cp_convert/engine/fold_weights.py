@@ -148,12 +148,13 @@ def _is_view(node: fx.Node) -> bool:
     return node.op != "call_function"
 
 
-def store(constants: Mapping[str, Tensor], folder: Path) -> dict[str, tuple[Weight, ...]]:
-    """Write them into the bundle; returns where each is."""
+def store(
+    constants: Mapping[str, Tensor], folder: Path, file: str = CONSTANTS
+) -> dict[str, tuple[Weight, ...]]:
+    """Write them into ``file`` of the bundle at ``folder``; returns where each is."""
     if not constants:
         return {}
-    places = save(constants, folder / CONSTANTS, Event())
+    places = save(constants, folder / file, Event())
     return {
-        name: (weight_of(name, constants[name], CONSTANTS, *place),)
-        for name, place in places.items()
+        name: (weight_of(name, constants[name], file, *place),) for name, place in places.items()
     }

@@ -6,7 +6,8 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -45,7 +46,9 @@ class Pool:
     def __init__(self, jobs: int, memory: int) -> None:
         self.jobs = jobs
         self.memory = memory
-        self._at_work: dict[int, tuple[Any, Connection, Task]] = {}
+        self._at_work: dict[Path, tuple[Any, Connection, Task]] = {}
+        self._turn = threading.Condition()
+        self._stopped = False
         if sys.platform == "linux" and not has_driver():
             self._context: Any = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload([run.__module__])
@@ -58,12 +61,33 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process, _answer, _task in self._at_work.values():
-            process.kill()
+        self._stop()
         for process, answer, _task in self._at_work.values():
             process.join()
             answer.close()
         self._at_work.clear()
+
+    @contextmanager
+    def beside(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads on which to build while other work goes on.
+
+        Where the block ends in an error, builds that are under way are stopped, and waited for.
+        """
+        with ThreadPoolExecutor() as threads:
+            try:
+                yield threads
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                self._stop()
+                raise
+
+    def _stop(self) -> None:
+        """End the workers; nothing is started any more."""
+        with self._turn:
+            self._stopped = True
+            for process, _answer, _task in self._at_work.values():
+                process.kill()
+            self._turn.notify_all()
 
     def build(
         self,
@@ -71,28 +95,42 @@ class Pool:
         embedded: int,
         known: Mapping[str, Tensor],
         progress: Progress,
+        label: str = "",
     ) -> Iterator[tuple[Engine, bytes]]:
         """Build all, yielding each as it is done, with its answer (:func:`.worker.answered`).
+
+        Several threads may do so at once; they share the room.
 
         Args:
             tasks: one for each engine.
             embedded: bytes of weights that each engine holds.
             known: the packed program's tensors, which read-back networks share.
             progress: is told which ranks are being built.
+            label: what these engines are, in front of their ranks.
 
         Raises:
             BuildFailed: TensorRT refused a network, or a worker was killed.
         """
         waiting, most, measured = list(tasks), _BASE + _PER_BYTE * embedded, False
-        while waiting or self._at_work:
-            while waiting and self._has_room(most):
-                progress.begin("build", f"rank {waiting[0].rank}")
-                self._start(waiting.pop(0))
-            for rank in self._ended():
-                data = self._collect(rank, progress)
+        own: set[Path] = set()
+        while waiting or own:
+            with self._turn:
+                if self._stopped:
+                    raise BuildFailed("the conversion has ended.")
+                while waiting and self._has_room(most):
+                    progress.begin("build", f"{label}rank {waiting[0].rank}")
+                    own.add(waiting[0].path)
+                    self._start(waiting.pop(0))
+                if not own:
+                    self._turn.wait()  # for another thread's to end
+                    continue
+            for path in self._ended(own):
+                task = self._at_work[path][2]
+                data = self._collect(path, progress)
+                own.remove(path)
                 engine, peak = answered(data, known)
                 most, measured = (max(most, peak) if measured else peak), True
-                progress.end("build", f"rank {rank}")
+                progress.end("build", f"{label}rank {task.rank}")
                 yield engine, data
 
     def _has_room(self, most: int) -> bool:
@@ -105,20 +143,24 @@ class Pool:
         process = self._context.Process(target=run, args=(task, theirs), daemon=True)
         process.start()
         theirs.close()
-        self._at_work[task.rank] = (process, answer, task)
+        self._at_work[task.path] = (process, answer, task)
 
-    def _ended(self) -> list[int]:
-        ready = wait([answer for _, answer, _ in self._at_work.values()])
-        return [rank for rank, (_, answer, _) in self._at_work.items() if answer in ready]
+    def _ended(self, own: Collection[Path]) -> list[Path]:
+        answers = {path: self._at_work[path][1] for path in own}
+        ready = wait(list(answers.values()))
+        return [path for path, answer in answers.items() if answer in ready]
 
-    def _collect(self, rank: int, progress: Progress) -> bytes:
-        process, answer, task = self._at_work[rank]
+    def _collect(self, path: Path, progress: Progress) -> bytes:
+        process, answer, task = self._at_work[path]
+        rank = task.rank
         data = None
         with suppress(EOFError):
             data = answer.recv_bytes()
         process.join()
         answer.close()
-        del self._at_work[rank]
+        with self._turn:
+            del self._at_work[path]
+            self._turn.notify_all()
         said = _read(task.log)
         if data is None:
             raise BuildFailed(

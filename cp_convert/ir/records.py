@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -33,6 +33,7 @@ class Loaded:
         tool: key of our own code and of the versions below it.
         values: key of the model's numbers; ``None`` for one that gets no key.
         folder: where the bundle is put together.
+        within: the folder in it, ending in a slash, of what this variant has to itself.
     """
 
     job: Job
@@ -41,6 +42,13 @@ class Loaded:
     tool: str
     values: str | None
     folder: Path
+    within: str = ""
+
+    @property
+    def variants(self) -> tuple[Loaded, ...]:
+        """One for every variant, the first as it is."""
+        others = self.source.others
+        return self, *(replace(self, source=o, within=o.variant.within) for o in others)
 
 
 @dataclass(frozen=True)

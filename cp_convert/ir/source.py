@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..job import Variant
 from ..mesh import Axis
 from .tensors import Location
 
@@ -60,6 +61,14 @@ class Codes:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What forward is called with: keyword arguments, and which variant they are."""
+
+    variant: Variant
+    inputs: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, ready to be traced.
 
@@ -82,6 +91,8 @@ class Source:
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
         branches: how guidance branches stand in ``inputs``.
+        variant: which of the model's shapes the inputs have.
+        others: the same model with the inputs of further variants; the parameters are the same.
     """
 
     module: nn.Module
@@ -100,6 +111,8 @@ class Source:
     told: tuple[str, ...] = ()
     precision: str = "fp32"
     branches: Branches = field(default_factory=Branches)
+    variant: Variant = field(default_factory=Variant)
+    others: tuple[Source, ...] = ()
 
     @property
     def all_inputs(self) -> dict[str, Any]:

@@ -229,6 +229,12 @@ class Weight:
     ranks: tuple[int, ...] = ()
 
 
+def is_held(weight: Weight, tensor: Tensor) -> bool:
+    """Whether the weight's numbers are those of ``tensor``."""
+    like = weight_of(weight.name, tensor, weight.file, weight.offset, weight.sha256)
+    return like == weight and hashlib.sha256(numbers(tensor)).hexdigest() == weight.sha256
+
+
 def weight_of(name: str, tensor: Tensor, file: str, offset: int, sha256: str) -> Weight:
     """A weight whose numbers begin at ``offset`` of ``file``."""
     dtype = str(tensor.dtype).removeprefix("torch.")

@@ -30,6 +30,14 @@ def check_constants(manifest: Manifest) -> None:
         UsageError: it has some, and no program that tells how.
     """
     constants = constants_of(manifest)
+    for one in manifest.variants:
+        if own := [weight.name for weight in one.weights]:
+            raise UsageError(
+                f"the variant {one.request.variant} has {own[0]} of its own, computed from weights "
+                "when the bundle was made; a LoRA's set follows the constants of all variants only "
+                "where they are the same.",
+                hint="fuse the LoRA and convert the result, or convert one variant a bundle.",
+            )
     if constants and manifest.program is None:
         raise UsageError(
             f"{constants[0].name} was computed from weights when the bundle was made, and would "

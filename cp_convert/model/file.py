@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,11 @@ from unittest.mock import patch
 from torch import nn
 
 from ..errors import ModelFileError
+from ..ir.source import Example
 from ..mesh import Axis
 from .home import Home, at_home, home_of
 from .returned import Blame, inputs_from, model_from, names_from, required
+from .variants import told_variants
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Given:
 
     Attributes:
         module: the model, as it was built.
-        inputs: keyword arguments of forward, as they were given.
+        examples: keyword arguments of forward, as they were given, variant by variant.
         plan: where the sequence is split, when it says so.
         freeze: arguments whose values become part of the engines.
         keep_float32: arguments that are not cast.
@@ -39,7 +41,7 @@ class Given:
     """
 
     module: nn.Module
-    inputs: dict[str, Any]
+    examples: tuple[Example, ...]
     plan: Mapping[str, Any]
     freeze: tuple[str, ...]
     keep_float32: tuple[str, ...]
@@ -47,7 +49,9 @@ class Given:
     groups: Mapping[str, Axis] = field(default_factory=dict)
 
 
-def from_file(path: Path, world: int, module: str | None = None) -> Given:
+def from_file(
+    path: Path, world: int, module: str | None = None, wanted: Sequence[str] = ()
+) -> Given:
     """Import the model file at ``path`` and build what it describes.
 
     What forward imports when it is called is found only within :func:`.home.at_home`.
@@ -56,9 +60,11 @@ def from_file(path: Path, world: int, module: str | None = None) -> Given:
         path: the model file. A ``build_model`` that takes a ``rank`` is called for every rank.
         world: the world size.
         module: its dotted name, where it was named by that.
+        wanted: names of its variants; none: all.
 
     Raises:
         ModelFileError: it cannot be imported, lacks a function, or one of them fails.
+        UsageError: it has no such variant.
     """
     with at_home(path, module):
         python = _import(path, home_of(path, module))
@@ -68,19 +74,28 @@ def from_file(path: Path, world: int, module: str | None = None) -> Given:
         modules = [_call(python, "build_model", path, **rank) for rank in ranks]
         blame = Blame(path, "build_model", python.build_model)
         modules = [model_from(one, blame) for one in modules]
-        inputs = _call(python, "example_inputs", path)
-        blame = Blame(path, "example_inputs", python.example_inputs)
-        inputs = inputs_from(inputs, blame, modules[0])
+        examples = [
+            Example(variant, _inputs(python, path, told, modules[0]))
+            for variant, told in told_variants(python, path, wanted)
+        ]
+        inputs = examples[0].inputs
         groups = _groups(python, path, world)
     return Given(
         module=modules[0],
-        inputs=inputs,
+        examples=tuple(examples),
         plan=_plan(python, path),
         freeze=names_from(python, "freeze", inputs, path),
         keep_float32=names_from(python, "keep_float32", inputs, path),
         peers=tuple(modules[1:]),
         groups=groups,
     )
+
+
+def _inputs(
+    python: ModuleType, path: Path, told: Mapping[str, Any], module: nn.Module
+) -> dict[str, Any]:
+    given = _call(python, "example_inputs", path, **told)
+    return inputs_from(given, Blame(path, "example_inputs", python.example_inputs), module)
 
 
 def _takes_rank(python: ModuleType) -> bool:
@@ -155,10 +170,12 @@ def _call(python: ModuleType, name: str, path: Path, **arguments: Any) -> Any:
         )
     if missing := required(function, arguments):
         raise Blame(path, name, function).error(
-            f"wants {', '.join(missing)}, and is called without arguments.",
-            "give defaults; only build_model(rank) is told something, once for every rank.",
+            f"wants {', '.join(missing)}, and is called without.",
+            "give defaults; only build_model(rank) is told something, once for every rank, and "
+            "example_inputs() what variants names.",
         )
-    with _blamed_on(path, f"{name}()"):
+    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    with _blamed_on(path, f"{name}({listed})"):
         return function(**arguments)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CannotTrace, ModelFileError, UsageError, WeightsError
-from .preset import TINY, Input, Preset, evaluate
+from .preset import Input, Preset, evaluate
 
 SEED: Final = 0
 
@@ -128,16 +128,22 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def example_inputs(
-    preset: Preset, config: Mapping[str, Any], resolution: str, *, tiny: bool
+    preset: Preset,
+    config: Mapping[str, Any],
+    resolution: str,
+    *,
+    tiny: bool,
+    batch: int | None = None,
+    text: int | None = None,
 ) -> dict[str, Any]:
-    """The arguments of forward at one resolution.
+    """The arguments of forward at one resolution; see :meth:`.preset.Preset.numbers`.
 
     Raises:
-        UsageError: the preset has no such resolution, or says how an input is made wrongly.
+        UsageError: the preset has no such resolution, batch or text, or says how an input is made
+            wrongly.
     """
     whole = {**config, **(preset.tiny if tiny else {})}
-    preset.check_resolution(resolution)
-    numbers = preset.numbers(TINY if tiny else resolution, whole)
+    numbers = preset.numbers(resolution, whole, tiny=tiny, batch=batch, text=text)
     torch.manual_seed(SEED + 1)
     return {name: _input(spec, numbers, name) for name, spec in preset.inputs.items()}
 
@@ -164,7 +170,8 @@ def _input(spec: Input, numbers: Mapping[str, int], name: str) -> Any:
     elif spec.tensors is not None:
         return [_input(one, numbers, name) for one in spec.tensors]
     elif spec.literal is not None:
-        return _literal(spec.literal, numbers)
+        value = _literal(spec.literal, numbers)
+        return value if spec.times == 1 else value * evaluate(spec.times, numbers)
     else:
         raise UsageError(f"the preset does not say how the input {name} is made.")
     return made + evaluate(spec.offset, numbers) if spec.offset else made

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Branches, Codes, Source
+from ..ir.source import Branches, Codes, Example, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job, without_fp8
+from ..job import AUTO, EXTERNAL_FROM, Job, Variant, without_fp8
 from .adapters import check_no_adapters
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
@@ -25,9 +25,10 @@ from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
 from .modelopt import Coded, without_scales
-from .preset import read
+from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
+from .variants import check_alone, check_apart, with_variants
 from .weights import Filled, check_finite, load_weights
 
 
@@ -69,9 +70,12 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         filled = _with_numbers(given, job, located, ties, coded, external=external)
     else:
         stand_in(given.module)
-    freeze = (*given.freeze, *job.freeze)
-    inputs, branches = _inputs(given, job, dtype, freeze)
-    return Source(
+    keep, freeze = given.keep_float32, (*given.freeze, *job.freeze)
+    examples = [Example(e.variant, cast_inputs(e.inputs, dtype, keep=keep)) for e in given.examples]
+    check_apart(examples, freeze, job.model)
+    check_alone(examples, job, coded=bool(coded))
+    inputs, branches = _branched(examples[0].inputs, given, job, freeze)
+    source = Source(
         module=given.module,
         inputs=inputs,
         plan=_plan(given, job),
@@ -92,13 +96,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         precision=precision,
         branches=branches,
     )
+    return with_variants(source, examples)
 
 
-def _inputs(
-    given: Given, job: Job, dtype: torch.dtype, freeze: Collection[str]
+def _branched(
+    inputs: dict[str, Any], given: Given, job: Job, freeze: Collection[str]
 ) -> tuple[dict[str, Any], Branches]:
-    """The example inputs in the job's precision, with all guidance branches."""
-    inputs = cast_inputs(given.inputs, dtype, keep=given.keep_float32)
+    """The example inputs with all guidance branches."""
     kept, combine = job.unbatched, job.combine
     return branched(inputs, given.module, job.cfg, combine, kept=kept, frozen=freeze)
 
@@ -110,7 +114,7 @@ def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
     with unallocated() if mapped or not allocate else nullcontext():
         if job.is_preset:
             return _from_preset(job, allocate, located)
-        return from_file(job.model, job.world, job.module)
+        return from_file(job.model, job.world, job.module, job.variants)
 
 
 def _ranks(given: Given) -> tuple[nn.Module, ...]:
@@ -168,8 +172,8 @@ def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
 def _check_codes(job: Job) -> None:
     if job.mesh.others:
         raise UsageError(
-            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than the "
-            "sequence's were never proven together.",
+            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
+            "the sequence's were never proven together.",
             hint="a checkpoint that is not quantized, or no --cfg and --tp.",
         )
     if job.quantize is not None:
@@ -257,8 +261,7 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
         if job.tiny:
             raise UsageError("--tiny has no published weights.", hint="leave --weights out.")
         config = published_config(preset, transformer_folder(job.weights))
-    resolution = job.resolution or preset.resolution
-    inputs = example_inputs(preset, config, resolution, tiny=job.tiny)
+    examples = [_example(preset, config, asked, tiny=job.tiny) for asked in job.shapes]
     return Given(
         module=build(
             preset,
@@ -267,10 +270,18 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
             random=allocate and job.weights is None,
             bytes_each=_bytes_each(job, located) if allocate else 0,
         ),
-        inputs=inputs,
+        examples=tuple(examples),
         plan={},
         freeze=tuple(preset.freeze),
         keep_float32=tuple(preset.keep_float32),
+    )
+
+
+def _example(preset: Preset, config: Mapping[str, Any], asked: Variant, *, tiny: bool) -> Example:
+    resolution = asked.resolution or preset.resolution
+    return Example(
+        asked,
+        example_inputs(preset, config, resolution, tiny=tiny, batch=asked.batch, text=asked.text),
     )
 
 

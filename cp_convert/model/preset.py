@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 import tomllib
 from collections.abc import Callable, Mapping
+from math import gcd
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,11 @@ from .shipped import shipped
 
 TINY: Final = "tiny"
 """The name of the resolution that goes with the shrunken model."""
+BATCH: Final = "batch"
+TEXT: Final = "text_tokens"
+"""Numbers that are asked for beside a resolution."""
+_STEP: Final = 16
+"""Pixels that the usual autoencoders and patches make one of."""
 
 Size = int | str
 
@@ -48,6 +55,7 @@ class Input(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename={"t
         joined: pieces put together along ``dim``.
         tensors: those of a list (``list`` in the file).
         literal: a value that is no tensor; strings in it are sizes, innermost lists tuples.
+        times: how often what a literal list holds is repeated.
         value, below, dim: see above.
         columns: of ``positions``: zeros are put in front (or after the coordinates, where
             ``columns_after`` is set) up to that many.
@@ -66,6 +74,7 @@ class Input(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename={"t
     joined: list[Input] | None = None
     tensors: list[Input] | None = None
     literal: Any = None
+    times: Size = 1
     value: float | int | bool = 0
     below: Size = 0
     dim: int = 0
@@ -114,17 +123,56 @@ class Preset(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, rename={"
     keep_float32: list[str] = []
     freeze: list[str] = []
 
-    def numbers(self, resolution: str, config: Mapping[str, Any]) -> dict[str, int]:
+    def numbers(
+        self,
+        resolution: str,
+        config: Mapping[str, Any],
+        *,
+        tiny: bool = False,
+        batch: int | None = None,
+        text: int | None = None,
+    ) -> dict[str, int]:
         """All sizes by name, at one resolution.
 
+        Args:
+            resolution: its name.
+            config: the model's.
+            tiny: shrink it, as the usual one is shrunk to ``tiny``.
+            batch: how many samples; ``None``: one.
+            text: how many tokens of text; ``None``: the resolution's.
+
         Raises:
-            UsageError: there is no such resolution.
+            UsageError: there is no such resolution, or the inputs have no batch or text to choose.
         """
         self.check_resolution(resolution)
         found = {name: value for name, value in config.items() if isinstance(value, int)}
-        found.update(self.resolutions[resolution])
+        found |= self._shrunk(resolution) if tiny else self.resolutions[resolution]
+        for name, value in ((BATCH, batch), (TEXT, text)):
+            if value is not None and not self._uses(name):
+                raise UsageError(
+                    f"{self.title}: the inputs of this preset have no {name} that could be chosen.",
+                    hint="leave it out, or name it in a copy of the preset: configs/README.md.",
+                )
+        found[BATCH] = batch or 1
+        found |= {} if text is None else {TEXT: text}
         for name, expression in self.sizes.items():
             found[name] = evaluate(expression, found)
+        return found
+
+    def _uses(self, name: str) -> bool:
+        """Whether a size or an input is an expression over ``name``."""
+        told = repr(msgspec.to_builtins([self.sizes, self.inputs]))
+        return re.search(rf"\b{name}\b", told) is not None
+
+    def _shrunk(self, resolution: str) -> dict[str, int]:
+        """A resolution's numbers in the proportion of ``tiny`` to the usual one, in whole steps."""
+        tiny, usual = self.resolutions[TINY], self.resolutions[self.resolution]
+        if resolution in (TINY, self.resolution):
+            return tiny
+        found = {}
+        for name, value in self.resolutions[resolution].items():
+            step = gcd(tiny[name], _STEP)
+            found[name] = max(step, value * tiny[name] // usual[name] // step * step)
         return found
 
     def check_resolution(self, resolution: str) -> None:

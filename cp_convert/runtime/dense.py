@@ -25,7 +25,7 @@ from ..model.load import load, surroundings
 from ..prove.bounds import MARGIN, judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
-from .given import given_inputs
+from .given import asked_variant, given_inputs
 from .session import Request
 
 
@@ -45,10 +45,12 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RunFailed: the error is beyond the bound.
     """
+    asked = msgspec.convert(dict(request), Request)
+    manifest = asked_variant(manifest, asked.variant, asked.inputs)
     reason = _why_not(manifest)
     if reason is not None:
         return {"reason": reason, "error": None, "bound": None}
-    job, asked = _job(manifest), msgspec.convert(dict(request), Request)
+    job = _job(manifest)
     given = given_inputs(manifest, asked.inputs, asked.seed)
     with surroundings(job):
         try:
@@ -115,8 +117,15 @@ def _job(manifest: Manifest) -> Job:
         weights_mode=manifest.weights_mode,
         freeze=tuple(request.freeze),
         tiny=request.tiny,
-        resolution=request.resolution,
+        resolutions=_listed(request.resolution),
+        batches=_listed(request.batch),
+        texts=_listed(request.text),
+        variants=() if model.source.endswith(".toml") else _listed(request.variant),
     )
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (value,)
 
 
 def _put(module: nn.Module, manifest: Manifest, folder: Path, asked: Asked) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import bundle as bundles
 from ..bundle.manifest import Manifest
+from ..bundle.variants import variant_of
 from ..errors import BackendMissing, ConvertError, UsageError
 
 if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
 
     from ..lora.choose import Asked
+    from .choice import Choice
 
 EXECUTORS: Final = ("auto", "tensorrt", "torch")
 Told = Callable[[str], None]
@@ -26,14 +28,27 @@ class Executor(Protocol):
         name: ``tensorrt`` or ``torch``.
         manifest: of the bundle.
         rank: whose engine or program it is.
+        choice: the variants that are open.
     """
 
     name: str
     manifest: Manifest
     rank: int
+    choice: Choice
 
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """The model's outputs by name; all ranks must be called alike, with the same inputs."""
+
+    def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        """The variant that forward's arguments are for, and its inputs; see :mod:`.choice`.
+
+        Raises:
+            UsageError: no variant, or not the only one, has such inputs.
+            RunFailed: ranks are given inputs of different variants.
+        """
+
+    def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of a variant by name, of inputs that are known to be its own."""
 
     def use_lora(self, asked: Asked) -> None:
         """Bind the weights with these LoRA sets, or without any; collective.
@@ -69,6 +84,7 @@ def open_rank(
     graph: bool = False,
     verify: bool = True,
     lora: Asked = None,
+    variant: str | None = None,
     told: Told = lambda _: None,
 ) -> Executor:
     """Open the bundle at ``path`` for ``rank``; collective: every rank of the world does it.
@@ -86,17 +102,19 @@ def open_rank(
         verify: whether the program, and weights outside the engines, are compared with the
             manifest's SHA-256.
         lora: sets that are in effect from the beginning, see :meth:`Executor.use_lora`.
+        variant: the name of the only one that is opened; ``None``: all, of which every call takes
+            the one that its inputs have the shapes of.
         told: is called with every step that was taken, so that a watcher sees progress.
 
     Raises:
         DamagedBundle: a file is missing or altered.
-        UsageError: there is no such rank, or another world was started.
+        UsageError: there is no such rank or variant, or another world was started.
         BackendMissing: the executor cannot run this bundle here.
         RunFailed: ranks ask for different LoRA sets.
     """
     opened = _opened(
         path, rank, executor, device, communicator,
-        compiled=compiled, graph=graph, verify=verify, told=told,
+        variant=variant, compiled=compiled, graph=graph, verify=verify, told=told,
     )  # fmt: skip
     try:
         opened.use_lora(lora)  # without any, too: ranks have to agree on that
@@ -113,6 +131,7 @@ def _opened(
     device: str | None,
     communicator: Any,
     *,
+    variant: str | None,
     compiled: bool,
     graph: bool,
     verify: bool,
@@ -124,16 +143,42 @@ def _opened(
             f"rank {rank}: the bundle has ranks 0 to {manifest.world - 1}.",
             hint=f"start {manifest.world} ranks.",
         )
-    name, why_not = choose(manifest, executor, rank, device, communicator)
+    wanted = _wanted(manifest, variant, communicator)
+    name, why_not = choose(wanted, executor, rank, device, communicator)
     given = (manifest, folder, rank, device, communicator)
     if name == "tensorrt":
         from .tensorrt_executor import TensorRTExecutor  # late: torch
 
-        return TensorRTExecutor(*given, graph=graph, verify=verify, told=told)
+        return TensorRTExecutor(*given, variant=variant, graph=graph, verify=verify, told=told)
     _check_program(manifest, why_not)
     from .torch_executor import TorchExecutor  # late: torch
 
-    return TorchExecutor(*given, compiled=compiled, graph=graph, verify=verify, told=told)
+    return TorchExecutor(
+        *given, variant=variant, compiled=compiled, graph=graph, verify=verify, told=told
+    )
+
+
+def _wanted(manifest: Manifest, variant: str | None, communicator: Any) -> Manifest:
+    """What is opened; where there are several variants, all ranks open the same.
+
+    Raises:
+        UsageError: there is no such variant.
+        RunFailed: other ranks open others.
+    """
+    if not manifest.variants:
+        return manifest if variant is None else variant_of(manifest, variant)
+    from .choice import check_same  # late: torch
+    from .groups import checked_world, everyone  # late: torch
+
+    checked_world(manifest.world, communicator)
+    refusal, found = None, manifest
+    try:
+        found = manifest if variant is None else variant_of(manifest, variant)
+    except UsageError as error:
+        refusal = error
+    own = (variant or "all of its variants", refusal and refusal.message)
+    check_same(everyone(own, communicator), refusal, "opens {}, and rank 0 {}")
+    return found
 
 
 def _check_program(manifest: Manifest, why_not: str | None) -> None:

@@ -8,9 +8,31 @@ import torch
 from torch import Tensor
 
 from ..bundle.manifest import Manifest
+from ..bundle.variants import all_variants, variant_of
 from ..errors import UsageError
 from ..ir.tensors import mapped
 from .arguments import check_tensor, inputs_of
+from .choice import fitting
+
+
+def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Manifest:
+    """The variant that is run: the one that is named, that of the file's shapes, or the first.
+
+    Args:
+        manifest: of the bundle.
+        name: of the variant.
+        file: a safetensors file of inputs.
+
+    Raises:
+        UsageError: there is no such variant, or none has such inputs.
+        WeightsError: the file is no safetensors file.
+    """
+    views = {one.request.variant: one for one in all_variants(manifest)}
+    if name is not None:
+        return variant_of(manifest, name)
+    if len(views) == 1 or file is None:
+        return next(iter(views.values()))
+    return views[fitting(views, mapped(Path(file)))]
 
 
 def given_inputs(manifest: Manifest, file: str | None, seed: int) -> dict[str, Tensor]:

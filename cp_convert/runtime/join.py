@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..bundle import manifest as manifests
 from ..bundle.manifest import Manifest
+from ..bundle.variants import all_variants
 from ..errors import BackendMissing, RunFailed
 from ..ir.tensors import numbers
 from .groups import everyone
@@ -99,22 +100,25 @@ def agree(
     inputs: Mapping[str, Tensor],
     device: torch.device,
     communicator: Any = None,
+    *,
+    variant: str | None = None,
 ) -> None:
     """Refuse ranks that do not belong together; collective, before anything could hang.
 
     Raises:
-        RunFailed: ranks read other bundles, were given other inputs, or share a GPU.
+        RunFailed: ranks read other bundles, run other variants, were given other inputs, or share
+            a GPU.
     """
-    own = _bundle(manifest), digest_of_inputs(inputs), _identity(device)
+    own = _bundle(manifest), variant, digest_of_inputs(inputs), _identity(device)
     told = everyone(own, communicator)
-    for which, what in enumerate(("another bundle", "other inputs")):
+    for which, what in enumerate(("another bundle", "another variant", "other inputs")):
         odd = [rank for rank, one in enumerate(told) if one[which] != told[0][which]]
         if odd:
             raise RunFailed(
                 f"rank {', '.join(map(str, odd))} has {what} than rank 0.",
-                hint="every machine needs the same files, the same --inputs and the same --seed.",
+                hint="every machine needs the same files, the same --variant, --inputs and --seed.",
             )
-    _check_own_gpus([one[2] for one in told])
+    _check_own_gpus([one[3] for one in told])
 
 
 def _check_own_gpus(devices: list[str | None]) -> None:
@@ -127,9 +131,11 @@ def _check_own_gpus(devices: list[str | None]) -> None:
 
 
 def _bundle(manifest: Manifest) -> str:
-    program = manifest.program
-    files = [engine.sha256 for engine in manifest.engines]
-    files += [] if program is None else [program.document.sha256, program.tensors.sha256]
+    files: list[str] = []
+    for one in all_variants(manifest):
+        program = one.program
+        files += [engine.sha256 for engine in one.engines]
+        files += [] if program is None else [program.document.sha256, program.tensors.sha256]
     told = manifests.encode(manifest) if not files else "\n".join(files).encode()
     return hashlib.sha256(told).hexdigest()
 

@@ -37,21 +37,26 @@ class Opened:
     Attributes:
         executor: what runs it, see :class:`.executors.Executor`.
         manifest: of the bundle.
+        manifests: of the variants that are open, each alone, by name.
         rank: whose engine or program it is.
     """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.manifest, self.rank = executor.manifest, executor.rank
+        self.manifests = executor.choice.manifests
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns for these arguments; all ranks are called alike.
 
         Raises:
-            UsageError: an argument that the bundle does not take, or of another shape or type.
+            UsageError: an argument that the bundle does not take, or of a shape or type that none
+                of its variants has.
+            RunFailed: ranks are given inputs of different variants.
         """
-        outputs = self.executor(**named(self.manifest, args, kwargs))
-        return rebuilt(self.manifest.forward.returned, outputs)
+        variant, given = self.executor.picked(named(self.manifest, args, kwargs))
+        outputs = self.executor.run(variant, given)
+        return rebuilt(self.manifests[variant].forward.returned, outputs)
 
     def use_lora(self, asked: Asked) -> None:
         """Use these LoRA sets from the next call on; all ranks ask for the same.
@@ -88,6 +93,7 @@ def open(  # noqa: A001  named as what it does
     graph: bool = False,
     verify: bool = True,
     lora: Asked = None,
+    variant: str | None = None,
 ) -> Opened:
     """Open one rank of a bundle, to be called as the model was; every rank of its world does it.
 
@@ -104,6 +110,7 @@ def open(  # noqa: A001  named as what it does
         graph: forwards as a CUDA graph.
         verify: whether files are compared with the manifest's SHA-256.
         lora: LoRA sets, see :meth:`Opened.use_lora`.
+        variant: the only one to open; ``None``: all, of which every call takes its own by shapes.
 
     Raises:
         ConvertError: see :func:`.executors.open_rank`.
@@ -116,7 +123,7 @@ def open(  # noqa: A001  named as what it does
     return Opened(
         open_rank(
             Path(bundle), rank, executor=executor, device=device, communicator=communicator,
-            compiled=compiled, graph=graph, verify=verify, lora=lora,
+            compiled=compiled, graph=graph, verify=verify, lora=lora, variant=variant,
         )
     )  # fmt: skip
 

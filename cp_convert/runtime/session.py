@@ -15,7 +15,7 @@ from .. import bundle as bundles
 from ..bundle.manifest import Manifest
 from .check import against_torch, apart, check_alike, check_finite
 from .executors import Executor, open_rank
-from .given import given_inputs
+from .given import asked_variant, given_inputs
 from .groups import everyone
 from .join import agree, joined, own_device, together
 from .measures import Memory, name_of, share_of_collectives
@@ -39,6 +39,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         compiled: through ``torch.compile``.
         verify: whether weights are compared with the manifest's digests.
         profile: whether the share of collectives is measured.
+        variant: which is run; ``None``: that of the shapes of ``inputs``, else the first.
         lora: LoRA sets by name, each with its strength; ``None``: the one it was added with.
         graph: whether forwards are replayed as a CUDA graph.
         timeout: seconds for which a rank may say nothing.
@@ -57,6 +58,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     compiled: bool = False
     verify: bool = True
     profile: bool = False
+    variant: str | None = None
     lora: dict[str, float | None] = {}
     graph: bool = False
     timeout: float = 60.0
@@ -109,15 +111,16 @@ def run_rank(
         ConvertError: see :mod:`cp_convert.errors`.
     """
     start = time.perf_counter()
-    manifest, _ = bundles.read(Path(request.bundle))
+    whole, _ = bundles.read(Path(request.bundle))
     if request.devices:
         device = checked_device(request.devices[local], local)
     else:
         device = own_device(local, request.local_world, alone=request.store is not None)
+    manifest = asked_variant(whole, request.variant, request.inputs)
     inputs = given_inputs(manifest, request.inputs, request.seed)
     told("joining the others")
     with joined(rank, world, device, store=request.store, timeout=request.timeout):
-        agree(manifest, inputs, device)
+        agree(whole, inputs, device, variant=manifest.request.variant)
         work = _Work(request, manifest, rank, device, told)
         report = work.done(inputs, start)
         told("closing")
@@ -174,6 +177,7 @@ class _Work:
             graph=self.request.graph,
             verify=self.request.verify,
             lora=self.request.lora,
+            variant=self.manifest.request.variant,
             told=lambda what: self.told(f"loading {what}"),
         )
 

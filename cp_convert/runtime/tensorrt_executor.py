@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import util
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,22 +19,21 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..bundle.folder import file_problem
 from ..bundle.manifest import Manifest, of_rank
-from ..errors import BackendMissing, ConvertError, DamagedBundle, RunFailed
+from ..bundle.variants import all_variants
+from ..errors import ConvertError
 from ..lora.choose import Asked
 from ..releases import NCCL
-from .arguments import flattened
-from .gpu import Gpu, capsule
+from .choice import Choice, weights_of
+from .gpu import Gpu
 from .groups import checked_world, group_of
 from .lora import Sets
+from .tensorrt_context import Context, Rank
 from .torch_executor import device_of
 from .weights import bound_weights
 
 Told = Callable[[str], None]
 MODULES: Final = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-ALIGNMENT: Final = 256
-"""Bytes, of every binding's address (``NvInferRuntime.h``)."""
 _log = logging.getLogger(__name__)
 
 
@@ -53,8 +52,9 @@ def why_not(
             f"the engines belong to {backend.name} {backend.version}, which built them, and "
             f"{installed} is installed"
         )
-    if manifest.runs_on.doubt is not None:
-        return manifest.runs_on.doubt
+    doubts = [one.runs_on.doubt for one in all_variants(manifest)]
+    if (doubt := next(filter(None, doubts), None)) is not None:
+        return doubt
     return _gpu_refusal(manifest, rank, gpu or Gpu(device_of(rank, device)))
 
 
@@ -96,23 +96,29 @@ def _is_for(target: str, capability: tuple[int, int]) -> bool:
 
 
 def bytes_needed(manifest: Manifest, rank: int) -> int:
-    """What a rank's engine, weights and activations take on a GPU; tied weights count once."""
-    engine = manifest.engines[rank]
-    own = of_rank(manifest.weights, rank)
+    """What a rank's engines, weights and activations take on a GPU; tied weights count once.
+
+    Activations are the largest variant's, in whose memory the others compute as well.
+    """
+    views = all_variants(manifest)
+    engines = [one.engines[rank] for one in views]
+    own = [one for view in views for one in of_rank(view.weights, rank)]
     weights = {(one.file, one.offset): one.bytes for one in own}
-    return engine.bytes + (engine.activation_bytes or 0) + sum(weights.values())
+    most = max(engine.activation_bytes or 0 for engine in engines)
+    return sum(engine.bytes for engine in engines) + most + sum(weights.values())
 
 
 class TensorRTExecutor:
     """See :class:`.executors.Executor`.
 
     What a rank can find out alone comes first: no other waits in the communicator for one whose
-    files are missing.
+    files are missing. Variants share the weights, and the memory in which their engines compute:
+    one runs at a time, and the one that needs most decides.
 
     Raises:
         BackendMissing: the run-time cannot be loaded, or does not take the engine.
         DamagedBundle: the engine or a weight is missing or altered.
-        UsageError: another world was started.
+        UsageError: another world was started, or there is no such variant.
         RunFailed: the communicator was refused; without it results would be wrong, silently.
     """
 
@@ -126,6 +132,7 @@ class TensorRTExecutor:
         device: str | None,
         communicator: Any = None,
         *,
+        variant: str | None = None,
         verify: bool = True,
         graph: bool = False,
         told: Told = lambda _: None,
@@ -134,15 +141,12 @@ class TensorRTExecutor:
         self.manifest, self.rank = manifest, rank
         checked_world(manifest.world, communicator)
         self.gpu = gpu or Gpu(device_of(rank, device))
+        self.choice = Choice(manifest, variant, communicator)
         self._wants_graph = graph
-        self._graph: Any = None
-        self._engine: Any = None
-        self._context: Any = None
+        self._contexts: dict[str | None, Context] = {}
+        self._memory: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
         self._sets: Sets | None = None
-        self._given: dict[str, Tensor] = {}
-        self._copies: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
         self._trt: Any = importlib.import_module(MODULES[manifest.backend.name])
         self._logger = _logger(self._trt)
         self._runtime: Any = None
@@ -156,128 +160,76 @@ class TensorRTExecutor:
         self.gpu.use()
         told("the engine")
         self._runtime = self._trt.Runtime(self._logger)
-        self._engine = self._deserialized(folder, verify=verify)
-        self._context = self._engine.create_execution_context()
-        if self._context is None:
-            raise BackendMissing(
-                f"TensorRT made no execution context.{self._quoted()}",
-                hint="mostly memory: free some, or take a GPU with more.",
-            )
-        own = of_rank(self.manifest.weights, self.rank)
-        self._weights = bound_weights(own, folder, self.gpu.device, verify=verify, told=told)
-        self._outputs = {
-            io.name: self.gpu.empty(io.shape, getattr(torch, io.dtype))
-            for io in self.manifest.io
-            if io.mode == "output"
-        }
-        for name, tensor in {**self._weights, **self._outputs}.items():
-            self._address(name, tensor)
+        several = len(self.choice.manifests) > 1
+        for name, one in self.choice.manifests.items():
+            rank = Rank(one, self.rank, self.gpu, self._trt, self._runtime, self._logger)
+            self._contexts[name] = Context(rank, folder, user_managed=several, verify=verify)
+            told("the engine")
+        shared, own = weights_of(self.choice.manifests, self.rank, programs=False)
+        bound = partial(
+            bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told
+        )
+        self._weights = bound(shared.values())
+        for name, context in self._contexts.items():
+            context.bind({**self._weights, **bound(own.get(name, []))})
+        if several:
+            self._share_memory()
         self._sets = Sets(
             self.manifest, folder, self._weights, communicator, verify=verify, told=told
         )
         if self.manifest.world > 1:
             told("the communicator")
-            self._bind(communicator)
+            self._communicate(communicator)
 
-    def _deserialized(self, folder: Path, *, verify: bool) -> Any:
-        told = self.manifest.engines[self.rank]
-        file = folder / told.file
-        problem = file_problem(file, told, digest=verify)
-        if problem is not None:
-            raise DamagedBundle(
-                f"the engine {file}: {problem}.", hint="copy the bundle again, or convert again."
-            )
-        with (
-            file.open("rb") as opened,
-            mmap(opened.fileno(), 0, access=ACCESS_READ) as pages,
-            memoryview(pages) as whole,
-        ):
-            engine = self._runtime.deserialize_cuda_engine(whole)
-        if engine is None:
-            raise BackendMissing(
-                f"TensorRT does not take {file.name}.{self._quoted()}",
-                hint="an engine belongs to the release and the GPU generation that it was built "
-                "for; convert again here, or use --executor torch.",
-            )
-        return engine
+    def _share_memory(self) -> None:
+        """One piece for the activations of all: the stream runs one forward after another."""
+        most = max(context.activations for context in self._contexts.values())
+        self._memory = self.gpu.empty([max(most, 1)], torch.uint8)
+        for context in self._contexts.values():
+            context.compute_in(self._memory)
 
-    def _bind(self, communicator: Any) -> None:
-        """Collective: returns when every rank has bound its own. Once a context."""
+    def _communicate(self, communicator: Any) -> None:
+        """Collective: returns when every rank has bound its own, for all variants in one order."""
         address = communicator
         if not isinstance(communicator, int):
             address = self.gpu.communicator(group_of(communicator))
-        if not self._context.set_communicator(capsule(address)):
-            raise RunFailed(
-                f"rank {self.rank}: TensorRT refused the communicator.{self._quoted()} It would "
-                "go on without and compute something else.",
-                hint="the engine was built for one device by a release before 11.2, or for "
-                "another world.",
-            )
+        for context in self._contexts.values():
+            context.communicate(address)
 
-    def _address(self, name: str, tensor: Tensor) -> None:
-        assert tensor.data_ptr() % ALIGNMENT == 0, name
-        if not self._context.set_tensor_address(name, tensor.data_ptr()):
-            raise RunFailed(
-                f"rank {self.rank}: TensorRT refused the binding {name}.{self._quoted()}",
-                hint="does the engine belong to this manifest? `cp-convert verify` tells.",
-            )
+    def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        """See :class:`.executors.Executor`."""
+        return self.choice.picked(arguments)
 
     @torch.no_grad()
-    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
+    def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
         self.gpu.use()
-        for name, tensor in flattened(self.manifest, arguments).items():
-            self._give(name, tensor.to(self.gpu.device))
-        stream = self.gpu.stream()
-        self.gpu.before()
-        if self._graph is not None:
-            self.gpu.replay(self._graph)
-        else:
-            self._run(stream)
-            if self._wants_graph:  # only now: the first forward allocates, which a graph must not
-                self._graph = self.gpu.captured(lambda: self._run(stream))
-        self.gpu.after()
-        return dict(self._outputs)
+        return self._contexts[variant].run(given, graph=self._wants_graph)
 
-    def _run(self, stream: int) -> None:
-        if not self._context.execute_async_v3(stream):
-            raise RunFailed(f"rank {self.rank}: TensorRT could not run.{self._quoted()}")
+    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
+        """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
+        return self.run(*self.picked(arguments))
 
     def use_lora(self, asked: Asked) -> None:
-        """See :class:`.executors.Executor`; a captured graph is captured again."""
+        """See :class:`.executors.Executor`; captured graphs are captured again."""
         assert self._sets is not None
         found = {**self._sets.bound, **self._sets.tensors(asked)}
         self.gpu.synchronize()  # a forward still reads what may be freed now
-        for name, tensor in found.items():
-            if tensor is not self._weights[name]:
-                self._address(name, tensor)
-        self._weights, self._graph = found, None
-
-    def _give(self, name: str, tensor: Tensor) -> None:
-        """In place where it may be; a captured graph reads the same memory for ever."""
-        if tensor.is_contiguous() and tensor.data_ptr() % ALIGNMENT == 0 and not self._wants_graph:
-            self._given[name] = tensor  # kept alive until the next call
-        else:
-            if name not in self._copies:
-                self._copies[name] = self.gpu.empty(list(tensor.shape), tensor.dtype)
-            self._given[name] = self._copies[name].copy_(tensor)
-        self._address(name, self._given[name])
-
-    def _quoted(self) -> str:
-        said = getattr(self._logger, "said", [])
-        return f' TensorRT said: "{said[-1]}"' if said else ""
+        changed = {n: tensor for n, tensor in found.items() if tensor is not self._weights[n]}
+        for context in self._contexts.values():
+            context.bind(changed)
+        self._weights = found
 
     def close(self) -> None:
         """Graph, context, engine, run-time, in that order; the communicator is its owner's."""
         if self._runtime is None:
             return
         self.gpu.synchronize()
-        self._graph = None
-        self._context = None
-        self._engine = None
+        for context in self._contexts.values():
+            context.close()
+        self._contexts = {}
         self._runtime = None
-        self._weights, self._given, self._copies, self._outputs = {}, {}, {}, {}
-        self._sets = None
+        self._weights, self._memory, self._sets = {}, None, None
 
     def __enter__(self) -> TensorRTExecutor:
         return self

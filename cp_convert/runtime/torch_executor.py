@@ -5,21 +5,22 @@ It is what the engines are compared with, and what runs where no TensorRT does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..bundle.manifest import Manifest, of_rank
-from ..bundle.program import read_program
+from ..bundle.manifest import Manifest
+from ..bundle.program import Stored, read_program
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
 from ..ir.program import Lowered
 from ..lora.choose import Asked
 from ..prove.device import Mover
-from .arguments import flattened
+from .choice import Choice, weights_of
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
@@ -48,6 +49,7 @@ class TorchExecutor:
         device: str | None,
         communicator: Any = None,
         *,
+        variant: str | None = None,
         compiled: bool = False,
         graph: bool = False,
         verify: bool = True,
@@ -55,53 +57,112 @@ class TorchExecutor:
     ) -> None:
         self.manifest, self.rank = manifest, rank
         self.device = device_of(rank, device)
-        self._replayed = Replayed(self._called, self.device) if graph else None
         checked_world(manifest.world, communicator)
-        stored = read_program(manifest, folder, verify=verify)
-        for reason in unsupported(stored.program):
-            raise BackendMissing(f"torch cannot run this program: {reason}.")
+        self.choice = Choice(manifest, variant, communicator)
+        stored = {
+            name: read_program(one, folder, verify=verify)
+            for name, one in self.choice.manifests.items()
+        }
         told("program")
-        names = make_groups(groups_of(stored.program), rank, group_of(communicator))
+        wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
+        names = make_groups(list(wanted), rank, group_of(communicator))
         told("groups")
-        program = over_the_wire(specialise(stored.program, rank), rank, names)
-        self._program = on_device(program, self.device, stored.names)
-        self._names = stored.names
-        self._weights = self._bound(folder, stored.names, verify=verify, told=told)
-        bound = {name: self._weights[node] for node, name in stored.names.items()}
-        self._sets = Sets(manifest, folder, bound, communicator, verify=verify, told=told)
+        self._called = {
+            name: Called(one, rank, names, self.device, compiled=compiled, graph=graph)
+            for name, one in stored.items()
+        }
+        shared, own = weights_of(self.choice.manifests, rank, programs=True)
+        used = {name for one in self._called.values() for name in one.names.values()}
+        bound = partial(bound_weights, folder=folder, device=self.device, verify=verify, told=told)
+        self._weights = bound([w for w in shared.values() if w.name in used])
+        self._own = {name: bound(weights) for name, weights in own.items()}
+        self._sets = Sets(manifest, folder, self._weights, communicator, verify=verify, told=told)
+
+    def picked(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        """See :class:`.executors.Executor`."""
+        return self.choice.picked(arguments)
+
+    def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`.executors.Executor`."""
+        return self._called[variant](given, self._weights | self._own.get(variant, {}))
+
+    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
+        """See :class:`.executors.Executor`."""
+        return self.run(*self.picked(arguments))
+
+    def use_lora(self, asked: Asked) -> None:
+        """See :class:`.executors.Executor`."""
+        self._weights = {**self._sets.bound, **self._sets.tensors(asked)}
+
+    def close(self) -> None:
+        """Free the weights, and graphs that read them."""
+        for one in self._called.values():
+            one.close()
+        self._weights, self._own, self._called = {}, {}, {}
+        self._sets.close()
+
+    def __enter__(self) -> TorchExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Called:
+    """One variant's program on one rank.
+
+    Args:
+        stored: as the bundle holds it.
+        rank: whose.
+        groups: names of torch's process groups, by ranks.
+        device: where it runs.
+        compiled: whether it goes through ``torch.compile``.
+        graph: whether calls after the first are replayed as a CUDA graph.
+
+    Attributes:
+        names: of weights that it is called with, by placeholder.
+
+    Raises:
+        BackendMissing: a CUDA graph is asked for, and the device has none.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        rank: int,
+        groups: Mapping[tuple[int, ...], str],
+        device: torch.device,
+        *,
+        compiled: bool,
+        graph: bool,
+    ) -> None:
+        program = over_the_wire(specialise(stored.program, rank), rank, groups)
+        self.names, self._device = stored.names, device
+        self._program = on_device(program, device, stored.names)
+        self._own = {n: t for n, t in self._program.state.items() if n not in stored.names}
         module = self._program.graph_module
         self._call: Callable[..., Any] = fx.GraphModule(module, module.graph)
         if compiled:
             self._call = torch.compile(self._call, dynamic=False)
-
-    def _bound(
-        self, folder: Path, names: Mapping[str, str], *, verify: bool, told: Told
-    ) -> dict[str, Tensor]:
-        """By placeholder: weights from their files, the others out of the bundle's program."""
-        assert self.manifest.program is not None
-        wanted = set(names.values())
-        every = (*self.manifest.weights, *self.manifest.program.weights)
-        listed = of_rank(every, self.rank)
-        weights = [w for w in listed if w.name in wanted]
-        found = bound_weights(weights, folder, self.device, verify=verify, told=told)
-        own = {name: t for name, t in self._program.state.items() if name not in names}
-        return own | {node: found[name] for node, name in names.items()}
+        self._replayed = Replayed(self._call, device) if graph else None
 
     @torch.no_grad()
-    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
-        """See :class:`.executors.Executor`."""
-        given = flattened(self.manifest, arguments)
-        bound = {b.node: given[b.name] for b in self._program.inputs}
-        placeholders = self._program.graph_module.graph.find_nodes(op="placeholder")
-        given_here = [n.name not in self._weights for n in placeholders]
-        values = [
-            bound[n.name].to(self.device) if is_given else self._weights[n.name]
-            for n, is_given in zip(placeholders, given_here, strict=True)
-        ]
-        if self._replayed is not None:
-            returned = self._replayed(values, given_here)
+    def __call__(
+        self, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs by name, of inputs and weights by name."""
+        inputs = {b.node: given[b.name].to(self._device) for b in self._program.inputs}
+        bound = inputs | self._own | {node: weights[name] for node, name in self.names.items()}
+        graph = self._program.graph_module.graph
+        names = [node.name for node in graph.find_nodes(op="placeholder")]
+        values = [bound[name] for name in names]
+        if self._replayed is None:
+            returned = self._call(*values)
         else:
-            returned = self._called(*values)
+            returned = self._replayed(values, [name in inputs for name in names])
+        return self._named(returned)
+
+    def _named(self, returned: Sequence[Any]) -> dict[str, Tensor]:
         names = {b.node: b.name for b in self._program.outputs}
         nodes: Any = self._program.graph_module.graph.output_node().args[0]
         return {
@@ -110,26 +171,21 @@ class TorchExecutor:
             if isinstance(node, fx.Node) and node.name in names
         }
 
-    def _called(self, *values: Tensor) -> Any:
-        return self._call(*values)
-
-    def use_lora(self, asked: Asked) -> None:
-        """See :class:`.executors.Executor`."""
-        found = {**self._sets.bound, **self._sets.tensors(asked)}
-        self._weights |= {node: found[name] for node, name in self._names.items()}
-
     def close(self) -> None:
-        """Free the weights, and the graph that reads them."""
+        """Free its graph."""
         if self._replayed is not None:
             self._replayed.close()
-        self._weights = {}
-        self._sets.close()
 
-    def __enter__(self) -> TorchExecutor:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+def _groups(program: Lowered) -> list[tuple[int, ...]]:
+    """Ranks that communicate.
+
+    Raises:
+        BackendMissing: the program has what only TensorRT has.
+    """
+    for reason in unsupported(program):
+        raise BackendMissing(f"torch cannot run this program: {reason}.")
+    return groups_of(program)
 
 
 def device_of(rank: int, device: str | None) -> torch.device:

@@ -14,6 +14,7 @@ from typing import Final
 
 from ..bundle.folder import check_space, read
 from ..bundle.manifest import Io, Manifest
+from ..bundle.variants import variant_of
 from ..errors import DamagedBundle, UsageError
 from ..files import place
 from .again import command_with
@@ -35,13 +36,16 @@ PLAN: Final = "model.plan"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def export(bundle: Path, repository: Path, name: str | None = None) -> Path:
+def export(
+    bundle: Path, repository: Path, name: str | None = None, variant: str | None = None
+) -> Path:
     """Write the bundle into a Triton repository as one model, whole or not at all.
 
     Args:
         bundle: its folder or its manifest.
         repository: Triton's model repository; made when it is not there.
         name: what the model is called there; the bundle's model otherwise.
+        variant: which of the bundle's; a model of Triton's has one shape.
 
     Returns:
         the model's folder.
@@ -52,6 +56,7 @@ def export(bundle: Path, repository: Path, name: str | None = None) -> Path:
         DamagedBundle: the bundle is incomplete.
     """
     manifest, folder = read(bundle)
+    manifest = variant_of(manifest, variant)
     check_servable(manifest, bundle)
     name = checked_name(name or manifest.model.name)
     out = repository / name

@@ -12,11 +12,13 @@ from rich.table import Table
 
 from ..bundle.folder import Check
 from ..bundle.manifest import Attention, Manifest, Proof, of_rank
+from ..bundle.variants import all_variants
 from ..mesh import SEQUENCE
 from .lora import sets_table
 from .mesh import axes_rows, guidance_line, place_of, ranks_of, tensor_line
 from .quantized import quantized_rows
 from .screen import Screen
+from .variants import engine_bytes, variants_table
 from .words import count, local_of, plural, size, starred, table_of
 
 
@@ -31,10 +33,10 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
     for text in _notes(manifest):
         screen.err.print(f"[bold yellow]note[/] {escape(text)}", soft_wrap=True)
     console = screen.err if screen.as_json else screen.out
-    # Equal engines are one file under several names.
-    total = sum({engine.sha256: engine.bytes for engine in manifest.engines}.values())
+    views = all_variants(manifest)
+    total = sum(map(engine_bytes, views))
     console.print(
-        f"[bold green]{plural(len(manifest.engines), 'engine')}[/] of "
+        f"[bold green]{plural(len(views) * len(manifest.engines), 'engine')}[/] of "
         f"{escape(manifest.model.name)} "
         f"({count(manifest.model.parameters)} parameters, {_precision(manifest)}, "
         f"{manifest.strategy} over {ranks_of(manifest)}), {size(total)} in "
@@ -54,6 +56,8 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("seconds", "  ".join(f"{k} {v:.1f}" for k, v in manifest.timings.items())),
     ):
         console.print(f"  {row[0]:12} {escape(row[1])}", soft_wrap=True)
+    if manifest.variants:
+        console.print(variants_table(manifest))
 
 
 def _notes(manifest: Manifest) -> Iterator[str]:
@@ -98,6 +102,9 @@ def inspected(screen: Screen, manifest: Manifest, folder: Path) -> None:
     print_ = screen.out.print
     print_(f"[bold]{escape(str(folder))}[/]")
     print_(_facts(manifest))
+    if manifest.variants:
+        print_(variants_table(manifest))
+        print_(f"What follows is of {manifest.request.variant}; --variant NAME shows another.")
     print_(_engines_table(manifest))
     if manifest.lora:
         print_(sets_table(manifest.lora))

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..bundle.manifest import Manifest, Proof, of_rank
+from ..bundle.variants import all_variants
 from ..version import __version__
 from .mesh import axes_of, guidance_line, place_of, ranks_of
 from .page import STYLE
+from .variants import COLUMNS, variant_rows
 from .words import count, local_of, size, starred
 
 _WIDTH, _LEFT, _ROW = 760, 190, 32
@@ -17,21 +19,14 @@ _WIDTH, _LEFT, _ROW = 760, 190, 32
 
 def bundle_page(manifest: Manifest) -> str:
     """The whole page; everything that stands in the manifest is escaped."""
+    views = all_variants(manifest)
     parts = (
         _mesh(manifest),
-        _table("Where the sequence, or the batch, is split", _MOVES, _moves(manifest)),
-        _table("Attention", _SITES, _sites(manifest)),
-        _bars("Sent by one rank in a forward", [
-            (f"{c.count} {c.kind}", c.bytes_sent) for c in manifest.collectives
-        ]),
-        _bars("Memory of one rank, at most", _memory(manifest)),
-        _table("Proof", ("what", "largest relative error"), _proof(manifest.proof)),
+        _table("Variants", COLUMNS, variant_rows(manifest)),
+        *(_of_variant(one, several=len(views) > 1) for one in views),
         _table("LoRA sets", ("name", "kind", "scale", "weights", "size"), (
             (one.name, ", ".join(one.kinds), f"{one.scale:g}", str(len(one.weights)),
              size(one.file.bytes)) for one in manifest.lora
-        )),
-        _table("Bindings", ("mode", "name", "dtype", "shape"), (
-            (io.mode, io.name, io.dtype, " x ".join(map(str, io.shape))) for io in manifest.io
         )),
     )  # fmt: skip
     model = manifest.model
@@ -46,13 +41,34 @@ def bundle_page(manifest: Manifest) -> str:
     )  # fmt: skip
 
 
+def _of_variant(manifest: Manifest, *, several: bool) -> str:
+    """What one variant has to itself; several can be unfolded one by one."""
+    parts = (
+        _table("Where the sequence, or the batch, is split", _MOVES, _moves(manifest)),
+        _table("Attention", _SITES, _sites(manifest)),
+        _bars("Sent by one rank in a forward", [
+            (f"{c.count} {c.kind}", c.bytes_sent) for c in manifest.collectives
+        ]),
+        _bars("Memory of one rank, at most", _memory(manifest)),
+        _table("Proof", ("what", "largest relative error"), _proof(manifest.proof)),
+        _table("Bindings", ("mode", "name", "dtype", "shape"), (
+            (io.mode, io.name, io.dtype, " x ".join(map(str, io.shape))) for io in manifest.io
+        )),
+    )  # fmt: skip
+    if not several:
+        return "\n".join(parts)
+    name = escape(str(manifest.request.variant))
+    return f"<details><summary>Variant {name}</summary>\n" + "\n".join(parts) + "</details>"
+
+
 def _verdict(manifest: Manifest) -> str:
     proof = manifest.proof
     if proof.status == "skipped":
         return "Not proven: nothing is known about these engines' numbers."
+    shapes = f", in all {len(manifest.variants) + 1} variants" if manifest.variants else ""
     return escape(
         f"Proven ({proof.level}): {manifest.strategy} over {ranks_of(manifest)} "
-        "returns what the dense model returns."
+        f"returns what the dense model returns{shapes}."
     )
 
 

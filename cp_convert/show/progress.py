@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,38 +68,55 @@ class _Lines(Progress):
     def finish(self, stage: str, seconds: float) -> None:
         self.console.print(f"{stage} done in {seconds:.1f} s")
 
+    def variant(self, name: str | None) -> None:
+        if name is not None:
+            self.console.print(f"variant {name} ...", soft_wrap=True, markup=False)
+
     def note(self, text: str) -> None:
         self.console.print(f"note: {text}", soft_wrap=True, markup=False)
 
 
 class _Bars(Progress):
-    """One bar a stage."""
+    """One bar a stage; of several variants the bar grows with every one."""
 
     def __init__(self, bars: Bars) -> None:
         self.bars = bars
         self.tasks: dict[str, Any] = {}
-        self.items: list[str] = []
+        self.under_way: Counter[str] = Counter()
+        self.items: dict[str, list[str]] = {}
 
     def start(self, stage: str, total: int) -> None:
-        self.tasks[stage] = self.bars.add_task(stage, total=total, items="")
+        self.under_way[stage] += 1
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total, items="")
+            return
+        task = self.bars.tasks[self.tasks[stage]]
+        task.stop_time = None
+        self.bars.update(task.id, total=(task.total or 0) + total)
 
     def begin(self, stage: str, item: str) -> None:
-        self._tell(stage, [*self.items, item])
+        self._tell(stage, [*self.items.get(stage, ()), item])
 
     def end(self, stage: str, item: str) -> None:
-        self._tell(stage, [one for one in self.items if one != item])
+        self._tell(stage, [one for one in self.items[stage] if one != item])
 
     def _tell(self, stage: str, items: list[str]) -> None:
-        self.items = items
+        self.items[stage] = items
         self.bars.update(self.tasks[stage], items=", ".join(items))
 
     def step(self, stage: str) -> None:
         self.bars.advance(self.tasks[stage])
 
     def finish(self, stage: str, seconds: float) -> None:
-        task = self.bars.tasks[self.tasks[stage]]
-        self.bars.update(self.tasks[stage], completed=task.total)
-        self.bars.stop_task(self.tasks[stage])
+        self.under_way[stage] -= 1
+        if not self.under_way[stage]:
+            task = self.bars.tasks[self.tasks[stage]]
+            self.bars.update(task.id, completed=task.total)
+            self.bars.stop_task(task.id)
+
+    def variant(self, name: str | None) -> None:
+        if name is not None:
+            self.bars.console.print(f"variant {name}", soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
         self.bars.console.print(f"note: {text}", soft_wrap=True, markup=False)

@@ -21,6 +21,7 @@ def ran(
     checked: Mapping[str, Any] | None,
     outputs: Path | None,
     lora: Mapping[str, float | None],
+    variant: str | None,
 ) -> None:
     """The end of a run: ranks as a table, times, comparisons."""
     times = forwards(reports)
@@ -32,6 +33,7 @@ def ran(
                 "forward": _statistics(times),
                 "check": checked,
                 "lora": dict(lora),
+                "variant": variant,
                 "outputs": None if outputs is None else str(outputs),
             }
         )
@@ -52,6 +54,7 @@ def ran(
         ("dense", _dense(checked)),
         ("forward", _times(times)),
         ("LoRA", _sets(lora)),
+        ("variant", variant or ""),
     ):
         if line:
             print_(f"  {name:10} {escape(line)}", soft_wrap=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from ..bundle.manifest import Manifest, Proof
+from ..bundle.variants import all_variants
 
 SUFFIXES: Final = (".xml", ".md")
 _NOT_XML: Final = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -39,18 +40,20 @@ class Case:
 
 
 def cases_of(manifest: Manifest) -> list[Case]:
-    """A conversion that came to its end: one case a stage, and the proof's verdict."""
+    """A conversion that came to its end: one case a stage, and the verdict on every variant."""
     stages = [Case(name, seconds) for name, seconds in manifest.timings.items()]
-    return [*stages, _proof(manifest.proof)]
+    verdicts = [_proof(one.proof, one.request.variant) for one in all_variants(manifest)]
+    return [*stages, *verdicts]
 
 
-def _proof(proof: Proof) -> Case:
+def _proof(proof: Proof, variant: str | None) -> Case:
+    name = "verdict" if variant is None else f"verdict on {variant}"
     if proof.status == "skipped":
-        return Case("verdict", text="the proof was skipped by request", skipped=True)
+        return Case(name, text="the proof was skipped by request", skipped=True)
     assert proof.bound is not None
     worst = max(error.max for error in proof.ranks)
     text = f"relative error {worst:.1e}, bound {proof.bound.max:.1e} ({proof.level})"
-    return Case("verdict", text=text)
+    return Case(name, text=text)
 
 
 def summary(path: Path, suite: str, cases: Sequence[Case]) -> str:

@@ -187,7 +187,7 @@ def test_the_order_is_the_published_one(tmp_path: Path) -> None:
     assert path is not None
     text = path.read_text().replace("num_layers = 19", "num_layers = 2")
     own.write_text(text.replace("num_single_layers = 38", "num_single_layers = 4"))
-    wanted = job(own, 4, precision="bf16", resolution="1024x1024")
+    wanted = job(own, 4, precision="bf16", resolutions=("1024x1024",))
     found = forecast(wanted, hardware.read("l20"), "l20", Progress())
     four = {o.strategy: o for o in found.options if o.world == 4}
     assert four["ulysses"].seconds < four["usp"].seconds < four["ring"].seconds

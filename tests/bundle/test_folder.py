@@ -26,7 +26,9 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
             name="x", kind="X", source="x.py", source_sha256="0" * 64, parameters=1, weights=None,
             config=None, matched=[], casts=[],
         ),
-        request=m.Request(tiny=False, resolution=None, freeze=[]),
+        request=m.Request(
+            tiny=False, resolution=None, freeze=[], variant=None, batch=None, text=None
+        ),
         program=None,
         strategy="ulysses",
         axes={"cp": world},
@@ -37,6 +39,7 @@ def manifest(folder: Path, world: int = 2) -> m.Manifest:
         weights=[],
         lora=[],
         quantization=None,
+        variants=[],
         world=world,
         precision="fp16",
         float32=["residual"],

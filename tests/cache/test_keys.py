@@ -127,7 +127,7 @@ def keys_of(start: Start, change: Change) -> Keys:
     values = values_key(job, source)
     found = traced(source, Clock(Progress()))
     made = program_key(tool_key(BACKENDS["tensorrt-rtx"]), found)
-    return Keys(identity(found.program, found.applied), made, job_key(job, values, made))
+    return Keys(identity(found.program, found.applied), made, job_key(job, values, [made]))
 
 
 def number_in(name: str) -> Change:

@@ -163,7 +163,7 @@ def test_the_key_of_a_job_holds_what_decides_its_bundle(model_file: Write, tmp_p
     source = load(job)
 
     def key_of(job: Job, source: Source = source, program: str | None = "program") -> str | None:
-        return job_key(job, values_key(job, source), program)
+        return job_key(job, values_key(job, source), [program])
 
     key = key_of(job)
     assert key is not None

@@ -183,4 +183,4 @@ def test_some_follow_and_some_call(own: int) -> None:
     told = [("calls", ""), ("follows", ""), ("calls", "")]
     channel: Any = SimpleNamespace(rank=own, everyone=lambda _: told)
     with pytest.raises(UsageError, match="rank 0 calls, rank 1 follows, rank 2 calls"):
-        Ranks(channel, check=True).run({}, dict)
+        Ranks(channel, check=True).run(lambda: (None, {}), lambda _name, given: given)

@@ -21,7 +21,7 @@ from cp_convert.errors import ConvertError, UsageError
 from cp_convert.ir.frozen_value import digest_of
 from cp_convert.ir.tensors import numbers
 from cp_convert.runtime import Opened
-from cp_convert.runtime.arguments import flattened
+from cp_convert.runtime.choice import Choice
 from tests.bundle.test_folder import written
 
 SAMPLE = m.Returned(kind="tensor", name="sample", keys=[], items=[])
@@ -36,13 +36,16 @@ class StandIn:
     name = "torch"
 
     def __init__(self, manifest: m.Manifest) -> None:
-        self.manifest, self.rank = manifest, 0
+        self.manifest, self.rank, self.choice = manifest, 0, Choice(manifest)
         self.buffer = torch.zeros(1, 4)
         self.given: dict[str, Tensor] = {}
 
-    def __call__(self, **arguments: Tensor) -> dict[str, Tensor]:
-        self.given = arguments
-        return {"sample": torch.mul(arguments["x"], 2, out=self.buffer)}
+    def picked(self, arguments: dict[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
+        return self.choice.picked(arguments)
+
+    def run(self, variant: str | None, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.variant, self.given = variant, given
+        return {"sample": torch.mul(given["x"], 2, out=self.buffer)}
 
     def close(self) -> None:
         self.buffer = torch.empty(0)
@@ -276,16 +279,9 @@ def test_integers_that_half_precision_does_not_count(made: Callable[..., Transfo
 
 
 def test_an_opened_bundle_compares_frozen_values_too(tmp_path: Path) -> None:
-    opened = Opened(Flat(_manifest(tmp_path / "bundle")))  # type: ignore[arg-type]
+    opened = Opened(StandIn(_manifest(tmp_path / "bundle")))  # type: ignore[arg-type]
     given = arguments(grid=[(4, 6)], scale=2.0)
     assert opened(**given).sample.sum() == 8
     for name, value in (("index", [INDEX + 1]), ("scale", torch.tensor(2)), ("grid", [(4, 7)])):
         with pytest.raises(UsageError, match="which is part of them"):
             opened(**{**given, name: value})
-
-
-class Flat(StandIn):
-    """Takes the model's own arguments, as the executors do."""
-
-    def __call__(self, **arguments: Any) -> dict[str, Tensor]:
-        return super().__call__(**flattened(self.manifest, arguments))

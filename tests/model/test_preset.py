@@ -123,7 +123,7 @@ def replace_config(path: Path, config: dict[str, object]) -> Path:
 @pytest.mark.parametrize("inner", ["", "transformer"])
 def test_a_published_folder_is_loaded(published: tuple[Path, Path, nn.Module], inner: str) -> None:
     path, folder, module = published
-    source = load(job(path, weights=folder / inner, resolution="tiny"))
+    source = load(job(path, weights=folder / inner, resolutions=("tiny",)))
     for name, parameter in source.module.named_parameters():
         assert torch.equal(parameter, module.get_parameter(name)), name
 
@@ -211,7 +211,7 @@ def test_a_configuration_that_the_class_does_not_take() -> None:
 
 def test_an_input_that_is_made_in_no_way() -> None:
     told = replace(
-        job(Path("configs/flux.1-dev.toml"), tiny=True), resolution=None
+        job(Path("configs/flux.1-dev.toml"), tiny=True), resolutions=()
     )  # the job itself is fine
     assert told.name == "flux.1-dev-tiny"
     with pytest.raises(UsageError, match="does not say how the input x is made"):

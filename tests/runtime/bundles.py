@@ -19,7 +19,8 @@ from cp_convert.progress import Progress
 def _stand_ins(loaded: Any, *_: Any) -> Built:
     engines = []
     for rank in range(loaded.job.world):
-        path = loaded.folder / engine_name(rank)
+        path = loaded.folder / loaded.within / engine_name(rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"engine of rank %d" % rank)
         engines.append(
             Engine(rank, path, path.stat().st_size, sha256(path), (), 0.0, activations=1024)
@@ -29,9 +30,10 @@ def _stand_ins(loaded: Any, *_: Any) -> Built:
 
 def converted(model: Path, out: Path, strategy: str, world: int, **options: Any) -> Manifest:
     """A bundle of ``model`` in float32 at ``out``."""
+    usual: dict[str, Any] = {"precision": "fp32", "proof": "none", "program": "yes"}
     job = Job(
-        model=model, out=out, strategy=strategy, world=world, precision="fp32", proof="none",
-        program="yes", command="cp-convert", **options,
+        model=model, out=out, strategy=strategy, world=world, command="cp-convert",
+        **usual | options,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "_built", _stand_ins)
@@ -48,13 +50,15 @@ def build_model():
         attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
         pooled_projection_dim=16, guidance_embeds=True, axes_dims_rope=(4, 6, 6))
 
-def example_inputs():
+def example_inputs(rows=6, columns=8, text=12, batch=1):
     torch.manual_seed(1)
-    ids = torch.stack((torch.zeros(48), torch.arange(48) // 8, torch.arange(48) % 8), -1)
-    return {"hidden_states": torch.randn(1, 48, 16),
-        "encoder_hidden_states": torch.randn(1, 12, 32),
-        "pooled_projections": torch.randn(1, 16), "timestep": torch.tensor([0.5]),
-        "img_ids": ids.float(), "txt_ids": torch.zeros(12, 3), "guidance": torch.tensor([3.5])}
+    many = torch.arange(rows * columns)
+    ids = torch.stack((torch.zeros(len(many)), many // columns, many % columns), -1)
+    return {"hidden_states": torch.randn(batch, len(many), 16),
+        "encoder_hidden_states": torch.randn(batch, text, 32),
+        "pooled_projections": torch.randn(batch, 16), "timestep": torch.full((batch,), 0.5),
+        "img_ids": ids.float(), "txt_ids": torch.zeros(text, 3),
+        "guidance": torch.full((batch,), 3.5)}
 """
 WAN = """
 import torch
@@ -66,10 +70,11 @@ def build_model():
         attention_head_dim=24, in_channels=4, out_channels=4, text_dim=16, freq_dim=16, ffn_dim=64,
         num_layers=1, rope_max_seq_len=16)
 
-def example_inputs():
+def example_inputs(frames=3, rows=8, columns=8, text=7, batch=1):
     torch.manual_seed(1)
-    return {"hidden_states": torch.randn(1, 4, 3, 8, 8), "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 7, 16)}
+    return {"hidden_states": torch.randn(batch, 4, frames, rows, columns),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": torch.randn(batch, text, 16)}
 """
 QWEN = """
 import torch
@@ -81,11 +86,11 @@ def build_model():
         attention_head_dim=16, num_attention_heads=4, joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6))
 
-def example_inputs():
+def example_inputs(rows=6, columns=8, text=12, batch=1):
     torch.manual_seed(1)
-    mask = torch.ones(1, 12, dtype=torch.bool)
-    return {"hidden_states": torch.randn(1, 48, 16),
-        "encoder_hidden_states": torch.randn(1, 12, 32),
-        "timestep": torch.tensor([0.5]), "img_shapes": [(1, 6, 8)],
+    mask = torch.ones(batch, text, dtype=torch.bool)
+    return {"hidden_states": torch.randn(batch, rows * columns, 16),
+        "encoder_hidden_states": torch.randn(batch, text, 32),
+        "timestep": torch.full((batch,), 0.5), "img_shapes": [(1, rows, columns)] * batch,
         "encoder_hidden_states_mask": mask}
 """

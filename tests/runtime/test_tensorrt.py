@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,7 +18,8 @@ from cp_convert import bundle as bundles
 from cp_convert import releases
 from cp_convert.backends import Backend
 from cp_convert.bundle import manifest as m
-from cp_convert.errors import BackendMissing, DamagedBundle, RunFailed
+from cp_convert.bundle.variants import joined
+from cp_convert.errors import BackendMissing, DamagedBundle, RunFailed, UsageError
 from cp_convert.runtime.gpu import Gpu
 from cp_convert.runtime.tensorrt_executor import TensorRTExecutor, bytes_needed, why_not
 from tests.bundle.test_folder import written
@@ -90,7 +91,11 @@ def stand_in(log: Log, *, communicates: bool = True, takes: bool = True) -> Any:
             log.append(f"end {self.name}")
 
     class Context(Named):
-        bound: ClassVar[dict[str, int]] = {}
+        memory = 0
+
+        def __init__(self, name: str) -> None:
+            super().__init__(name)
+            self.bound: dict[str, int] = {}
 
         def set_communicator(self, capsule: object) -> bool:
             get = ctypes.pythonapi.PyCapsule_GetPointer
@@ -110,9 +115,15 @@ def stand_in(log: Log, *, communicates: bool = True, takes: bool = True) -> Any:
             read(self.bound["y"]).value = value * read(self.bound["tied"]).value
             return True
 
+        def set_device_memory(self, memory: int, size: int) -> None:
+            log.append(f"memory {size}")
+            self.memory = memory
+
     class Engine(Named):
-        def create_execution_context(self) -> Context:
-            log.append("context")
+        device_memory_size_v2 = 1000
+
+        def create_execution_context(self, strategy: str = "static") -> Context:
+            log.append("context" if strategy == "static" else f"context {strategy}")
             return Context("context")
 
     class Runtime(Named):
@@ -123,11 +134,16 @@ def stand_in(log: Log, *, communicates: bool = True, takes: bool = True) -> Any:
         def deserialize_cuda_engine(self, data: memoryview) -> Engine | None:
             log.append(f"engine {bytes(data).decode()!r}")
             self.logger.log("error", "what TensorRT says")
-            return Engine("engine") if takes else None
+            engine = Engine("engine")
+            engine.device_memory_size_v2 += 24 * len(data)  # another of every length
+            return engine if takes else None
 
     severity = SimpleNamespace(ERROR="error", INTERNAL_ERROR="internal")
     logger = type("ILogger", (), {"Severity": severity})
-    return SimpleNamespace(Runtime=Runtime, ILogger=logger)
+    strategies = SimpleNamespace(USER_MANAGED="user-managed")
+    return SimpleNamespace(
+        Runtime=Runtime, ILogger=logger, ExecutionContextAllocationStrategy=strategies
+    )
 
 
 @pytest.fixture
@@ -157,7 +173,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )  # fmt: skip
     (out / "manifest.json").write_bytes(m.encode(manifest))
     monkeypatch.setattr(Backend, "version", "1.7.1")
-    monkeypatch.setattr("cp_convert.runtime.tensorrt_executor.ALIGNMENT", 8)  # of mapped weights
+    monkeypatch.setattr("cp_convert.runtime.tensorrt_context.ALIGNMENT", 8)  # of mapped weights
     return out
 
 
@@ -235,6 +251,104 @@ def test_files_are_looked_at_before_others_are_met(
     assert not [line for line in log if line.startswith("communicator")]
 
 
+def with_variants(bundle: Path) -> m.Manifest:
+    """The bundle with two variants more, of other lengths of ``x``."""
+    manifest = msgspec.structs.replace(
+        bundles.read(bundle)[0], request=request("first"), variants=[], lora=[]
+    )
+    alone = [manifest]
+    for number, name in enumerate(("small", "large"), 1):
+        engines = []
+        for engine in manifest.engines:
+            file = bundle / "variants" / name / engine.file
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"engine %d" % number * number)
+            engines.append(
+                msgspec.structs.replace(
+                    engine, file=f"variants/{name}/{engine.file}", bytes=8 * number,
+                    sha256=bundles.sha256(file), activation_bytes=number << 20,
+                )
+            )  # fmt: skip
+        io = [msgspec.structs.replace(one, shape=[64 * (number + 1)]) for one in manifest.io]
+        alone.append(
+            msgspec.structs.replace(manifest, request=request(name), engines=engines, io=io)
+        )
+    whole = joined(alone)
+    (bundle / "manifest.json").write_bytes(m.encode(whole))
+    return whole
+
+
+def request(name: str) -> m.Request:
+    return m.Request(tiny=False, resolution=None, freeze=[], variant=name, batch=None, text=None)
+
+
+def test_variants_share_weights_and_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: Log = []
+    manifest = with_variants(bundle)
+    with opened(bundle, log, monkeypatch) as executor:
+        assert log[0] == "use"
+        assert log[2:8:2] == ["context user-managed"] * 3
+        assert [line for line in log if line.startswith("engine")] == [
+            r"engine 'engine \x01'", "engine 'engine 1'", "engine 'engine 2engine 2'",
+        ]  # fmt: skip
+        assert log[7:-6] == ["address w", "address tied", "address y"] * 3
+        most = 1000 + 24 * 16  # the largest decides
+        assert log[-6:] == [f"memory {most}"] * 3 + ["communicator 4711"] * 3
+        contexts = list(executor._contexts.values())
+        assert len({one._context.memory for one in contexts}) == 1
+        assert contexts[0]._context.memory % 256 == 0
+        assert len({one._context.bound["w"] for one in contexts}) == 1
+        assert len({one._context.bound["y"] for one in contexts}) == 3
+        log.clear()
+        for length in (64, 192, 128, 64):
+            x = executor.gpu.empty([length], torch.float32).fill_(2)
+            (y,) = executor(x=x).values()
+            assert list(y.shape) == [length]
+            assert y[0] == 18
+        assert log == ["use", "address x", "before", "execute 7", "after"] * 4
+        with pytest.raises(UsageError, match="nearest is small, and dimension 0 of x is 128 there"):
+            executor(x=torch.zeros(130))
+        del contexts  # they know the run-time, whose end is looked at
+        log.clear()
+    assert log == ["synchronize", *["end context", "end engine"] * 3, "end runtime"]
+    needed = 8 + 8 + 16 + 256 + max(e.activation_bytes or 0 for e in manifest.engines)
+    assert bytes_needed(manifest, 0) == needed + (1 << 20)  # of large's 2 MiB, not of all three
+
+
+def test_graphs_of_variants_and_one_variant_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: Log = []
+    with_variants(bundle)
+    with opened(bundle, log, monkeypatch, graph=True) as executor:
+        log.clear()
+        for length in (64, 128, 64, 128):
+            executor(x=executor.gpu.empty([length], torch.float32).fill_(2))
+        done = [line for line in log if line in ("capture", "replay graph")]
+        assert done == ["capture", "capture", "replay graph", "replay graph"]
+        executor.use_lora(None)
+        log.clear()
+    log.clear()
+    with opened(bundle, log, monkeypatch, variant="small") as executor:
+        assert log[1:3] == ["engine 'engine 1'", "context"]
+        with pytest.raises(UsageError, match=r"has the shape \[64\]; the engines were built for"):
+            executor(x=torch.zeros(64))
+    with pytest.raises(UsageError, match="no variant 'other'"):
+        opened(bundle, log, monkeypatch, variant="other")
+
+
+def test_an_engine_of_a_variant_that_is_missing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: Log = []
+    with_variants(bundle)
+    (bundle / "variants/large/rank1.engine").unlink()
+    with pytest.raises(DamagedBundle, match=r"variants/large/rank1\.engine: missing"):
+        opened(bundle, log, monkeypatch)
+    assert not [line for line in log if line.startswith("communicator")]
+    assert log[-1] == "end runtime"
+
+
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
@@ -280,6 +394,7 @@ def test_why_a_release_cannot(
     [
         ("Runtime", "deserialize_cuda_engine", "serialized_engine: "),
         ("ICudaEngine", "create_execution_context", "strategy: "),
+        ("IExecutionContext", "set_device_memory", "memory: "),
         ("IExecutionContext", "set_communicator", "communicator: "),
         ("IExecutionContext", "set_tensor_address", "name: str, memory: "),
         ("IExecutionContext", "execute_async_v3", "stream_handle: "),
@@ -289,5 +404,7 @@ def test_why_a_release_cannot(
 def test_the_real_module_has_what_is_used(kind: str, name: str, arguments: str) -> None:
     real = pytest.importorskip("tensorrt_rtx")
     assert arguments in getattr(getattr(real, kind), name).__doc__
+    assert real.ExecutionContextAllocationStrategy.USER_MANAGED
+    assert isinstance(real.ICudaEngine.device_memory_size_v2, property)
     assert real.ILogger.Severity.ERROR
     assert real.ILogger.Severity.INTERNAL_ERROR

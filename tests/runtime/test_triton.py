@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2 as triton_pb2
 
 from cp_convert import bundle
 from cp_convert.bundle import manifest as m
+from cp_convert.bundle.variants import joined
 from cp_convert.cli import cli
 from cp_convert.errors import ConvertError, DamagedBundle, OutputError, UsageError
 from cp_convert.runtime import triton
@@ -230,3 +231,15 @@ def test_a_command_is_told_again_with_other_options(
     command: str, options: dict[str, str], expected: str
 ) -> None:
     assert command_with(command, options) == expected
+
+
+def test_one_of_several_variants(tmp_path: Path) -> None:
+    source = written(tmp_path / "b", layout="shared")
+    first, _ = bundle.read(source)
+    names = ("small", "large")
+    requests = [msgspec.structs.replace(first.request, variant=name) for name in names]
+    alone = [msgspec.structs.replace(first, request=request) for request in requests]
+    (source / "manifest.json").write_bytes(m.encode(joined(alone)))
+    with pytest.raises(UsageError, match="the bundle has 2 variants: small, large"):
+        triton.export(source, tmp_path / "models")
+    assert (triton.export(source, tmp_path / "models", "x", "large") / "1/model.plan").is_file()

@@ -1,0 +1,129 @@
+"""All variants of a loaded model through the stages, and one manifest of what was made.
+
+Weights are located once and serve all variants. docs/adr/0019 tells how variants share a bundle.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Final
+
+from .bundle.describe import describe
+from .bundle.external import Placing
+from .bundle.folder import CONSTANTS
+from .bundle.manifest import Manifest
+from .bundle.program import write_program
+from .bundle.variants import joined
+from .cache.store import Cache
+from .engine.fold_weights import store
+from .engine.pool import Pool
+from .ir.records import Loaded, Made, StoredProgram, Traced
+from .ir.tensors import Weight, is_held
+from .job import AUTO, EXTERNAL_FROM
+from .progress import Clock
+from .stages import begin, build_engines, check_networks, measured, prove_program
+
+_AHEAD: Final = 2
+"""Variants whose engines are being built while another is traced: each is held in memory."""
+
+
+def make(
+    loaded: Loaded, traces: Sequence[Traced] | None, placing: Placing, cache: Cache, clock: Clock
+) -> tuple[Manifest, Mapping[str, str], list[str | None]]:
+    """All stages, for every variant.
+
+    Args:
+        loaded: the model and what was asked for.
+        traces: the variants' programs, if they were traced already; ``None`` where each has to be
+            measured first.
+        placing: finds the external weights, for all variants.
+        cache: knows what was made before.
+        clock: times the stages and shows them.
+
+    Returns:
+        the manifest, under which keys the cache has the engines, by file, and the keys of the
+        traced programs.
+
+    Raises:
+        ConvertError: see :mod:`cp_convert.errors`.
+    """
+    job = loaded.job
+    told: list[Manifest] = []
+    keys: dict[str, str] = {}
+    programs: list[str | None] = []
+    constants: dict[str, tuple[Weight, ...]] = {}
+    with (
+        Pool(job.workers, job.memory_limit) as pool,  # ends before the folder does
+        closing(
+            _all_built(loaded.variants, traces or (), placing, pool, cache, clock)
+        ) as all_built,
+    ):
+        for made, program in all_built:
+            made = check_networks(made, clock)
+            made = replace(made, weights=_weights(made, placing, constants, clock))
+            made = replace(made, program=_stored(made, placing, clock))
+            told.append(describe(made, clock.seconds))
+            own = made.built.keys
+            keys |= {e.file: own.get(e.rank, own.get(0, "")) for e in told[-1].engines}
+            programs.append(program)
+    return joined(told), keys, programs
+
+
+def _all_built(
+    variants: Sequence[Loaded],
+    traces: Sequence[Traced],
+    placing: Placing,
+    pool: Pool,
+    cache: Cache,
+    clock: Clock,
+) -> Generator[tuple[Made, str | None]]:
+    """Every variant with the key of its program; engines are built while the next is traced."""
+    waiting: deque[tuple[Future[Made], str | None]] = deque()
+    truths = [measured(one, clock) for one in variants]  # before another thread reads parameters
+    with pool.beside() as threads:
+        for one, trace, truth in zip_longest(variants, traces, truths):
+            clock.progress.variant(one.source.variant.name)
+            begun = begin(one, trace, cache, clock, truth=truth)
+            ready = prove_program(begun, clock, placing)
+            waiting.append((threads.submit(build_engines, ready, pool, cache, clock), begun.key))
+            if len(waiting) > _AHEAD:
+                building, key = waiting.popleft()
+                yield building.result(), key
+        while waiting:
+            building, key = waiting.popleft()
+            yield building.result(), key
+
+
+def _weights(
+    made: Made, placing: Placing, known: dict[str, tuple[Weight, ...]], clock: Clock
+) -> tuple[Weight, ...]:
+    """Where every one is; ``known`` are the first variant's constants, and serve their equals."""
+    loaded, constants = made.loaded, made.emitted.constants
+    with clock.stage("weights"):
+        same = {n: known[n] for n, t in constants.items() if n in known and is_held(known[n][0], t)}
+        new = {name: tensor for name, tensor in constants.items() if name not in same}
+        stored = store(new, loaded.folder, f"{loaded.within}{CONSTANTS}")
+        if not loaded.within:
+            known |= stored
+        found = {**placing.weights, **same, **stored}
+        return tuple(one for name in made.emitted.names.values() for one in found[name])
+
+
+def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
+    """The program in the bundle; it refers to weights as the engines do."""
+    job, source, emitted = made.loaded.job, made.loaded.source, made.emitted
+    copied = 0 if source.external else source.bytes
+    if job.program == "no" or (job.program == AUTO and copied >= EXTERNAL_FROM):
+        return None
+    with clock.stage("store"):
+        names = made.captured.bindings if source.external else {}
+        loaded = made.loaded
+        files = write_program(emitted.rewritten, names, loaded.folder, loaded.within)
+        bound = set(emitted.names.values())
+        rest = (placing.weights[name] for name in names.values() if name not in bound)
+        return StoredProgram(*files, tuple(one for of_one in rest for one in of_one))
