@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cp_convert import bundle
-from cp_convert.bundle.folder import replace_manifest
 from cp_convert.bundle import manifest as m
+from cp_convert.bundle.folder import replace_manifest
 from cp_convert.cli import cli
 from cp_convert.errors import OutputError
 from tests.bundle.test_folder import manifest
