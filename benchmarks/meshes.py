@@ -122,12 +122,15 @@ def _told(error: Any) -> str:
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The results as a page of the documentation."""
+    from benchmarks.zoo import classes
+
     meshes = list(dict.fromkeys(mesh for row in results.values() for mesh in row))
     parts = []
     for mesh in meshes:
         rows = {name: row[mesh] for name, row in sorted(results.items()) if mesh in row}
         kinds = Counter(next(iter(result)) for result in rows.values())
         said = ", ".join(f"{kinds[kind]} {kind}" for kind in ("proven", "refused", "failed"))
+        said = f"{len(rows)} of {len(classes())} classes: {said}"
         table = "\n".join(_row(name, result) for name, result in rows.items())
         parts.append(f"## {mesh.replace('+', ', ')}\n\n**{said}.**\n\n{_HEAD}\n{table}\n")
     return _PAGE + "\n".join(parts)

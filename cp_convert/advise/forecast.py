@@ -14,12 +14,13 @@ from .hardware import Hardware
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
-    """One strategy at one world.
+    """One strategy on one mesh.
 
     Attributes:
         strategy: its name.
         world: how many ranks.
         ulysses: for ``usp``, how many neighbours exchange; the others form the ring.
+        cfg: how many groups of ranks share guidance branches; the strategy is within each.
         refused: why it is not possible, or ``None``.
         collectives: that one rank takes part in, per forward.
         bytes_sent: by one rank per forward, averaged over the ranks.
@@ -37,6 +38,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
     strategy: str
     world: int
     ulysses: int | None = None
+    cfg: int = 1
     refused: str | None = None
     collectives: int = 0
     bytes_sent: int = 0
@@ -57,10 +59,13 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def title(self) -> str:
-        """The strategy, with its factors."""
+        """The strategy, with its factors, behind the axis of guidance."""
+        if self.cfg == self.world > 1:
+            return f"cfg {self.cfg}"
+        before, sharing = f"cfg {self.cfg} x " * (self.cfg > 1), self.world // self.cfg
         if self.ulysses is None:
-            return self.strategy
-        return f"{self.strategy} {self.ulysses}x{self.world // self.ulysses}"
+            return before + self.strategy
+        return f"{before}{self.strategy} {self.ulysses}x{sharing // self.ulysses}"
 
     @property
     def is_possible(self) -> bool:

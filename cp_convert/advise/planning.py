@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from ..capture.decompose import decompose
 from ..capture.trace import trace
 from ..errors import CannotConvert, CannotShard
@@ -14,10 +16,11 @@ from ..ir.program import Lowered, Program
 from ..ir.sharded import Sharded
 from ..ir.source import Source
 from ..job import Job
-from ..mesh import Axis, Mesh
+from ..mesh import GUIDANCE, Axis, Mesh
 from ..model.cast import DTYPES
 from ..model.load import load, surroundings
 from ..progress import Clock, Progress
+from ..sharding.branches import split_branches
 from ..sharding.shard import shard
 from ..strategies import STRATEGIES, choose
 from ..strategies.rewrite import rewrite
@@ -29,6 +32,8 @@ from .hardware import Hardware
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:
     """Every strategy at every world up to the job's; parameters are never allocated.
+
+    Where the job has guidance branches, also with ranks of its own for each.
 
     Args:
         job: the model, precision and largest world; its strategy does not matter.
@@ -93,7 +98,8 @@ def _worlds(largest: int) -> list[int]:
 
 def candidates(world: int) -> Iterator[tuple[str, int | None]]:
     """The strategies that are worth a look, with USP's factors that are no other strategy."""
-    yield from ((name, None) for name in STRATEGIES)
+    # Where nobody shares the sequence every strategy is none.
+    yield from ((name, None) for name in (STRATEGIES if world > 1 else ["ulysses"]))
     for ulysses in range(2, world):
         if world % ulysses == 0:
             yield "usp", ulysses
@@ -132,21 +138,37 @@ def _at(
     job: Job,
     table: Mapping[Any, Any],
 ) -> tuple[list[Option], tuple[Outcome, ...]]:
-    """All strategies at one world, and the attentions there."""
-    axis = Mesh.line(world).whole
+    """All strategies on all meshes of one world, and the attentions where all share a sequence."""
+    options, sites = _on(Mesh.of(world), dense, alone, source, hardware, table, job.eight)
+    if job.cfg > 1 and world % job.cfg == 0:
+        mesh = Mesh.of(world, job.cfg)
+        guided, _ = _on(mesh, dense, alone, source, hardware, table, job.eight)
+        options += guided
+    return options, sites
+
+
+def _on(
+    mesh: Mesh,
+    dense: Lowered,
+    alone: Work,
+    source: Source,
+    hardware: Hardware,
+    table: Mapping[Any, Any],
+    eight: str,
+) -> tuple[list[Option], tuple[Outcome, ...]]:
+    """All strategies on one mesh, and the attentions there."""
+    axis, plain = mesh.sequence(), Option(strategy="", world=mesh.world, cfg=mesh.size(GUIDANCE))
     try:
-        split = shard(dense, axis)
+        split = shard(split_branches(dense, mesh.axis(GUIDANCE)).program, axis)
     except CannotConvert as error:
         return [
-            Option(strategy=n, world=world, ulysses=u, refused=error.message)
-            for n, u in candidates(world)
+            replace(plain, strategy=name, ulysses=factor, refused=error.message)
+            for name, factor in candidates(axis.size)
         ], ()
     options: list[Option] = []
     sites: tuple[Outcome, ...] = ()
-    for tried in _try_all(split, axis, hardware, table, job.eight):
-        option = Option(
-            strategy=tried.name, world=world, ulysses=tried.ulysses, refused=tried.refused
-        )
+    for tried in _try_all(split, axis, hardware, table, eight):
+        option = replace(plain, strategy=tried.name, ulysses=tried.ulysses, refused=tried.refused)
         if tried.work is None:
             options.append(option)
             continue
@@ -209,10 +231,8 @@ def _option(
     option: Option, work: Work, alone: Work, source: Source, hardware: Hardware, key_values: int
 ) -> Option:
     speedup = alone.seconds / work.seconds if work.seconds else 0.0
-    return Option(
-        strategy=option.strategy,
-        world=option.world,
-        ulysses=option.ulysses,
+    return replace(
+        option,
         collectives=work.collectives,
         bytes_sent=work.sent,
         weights=source.bytes,

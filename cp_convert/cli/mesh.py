@@ -21,7 +21,7 @@ def option(command: Any) -> Any:
 
 _OPTIONS: tuple[Decorator, ...] = (
     click.option(
-        "--mesh", metavar="AXIS=N,...",
+        "--mesh", metavar="AXIS=N[,AXIS=N]",
         help="How the ranks are arranged: cfg=N groups share a batch's guidance branches, tp=N "
         "every weight, and cp=N the sequence, by --strategy; cp is what is left of --world.",
     ),

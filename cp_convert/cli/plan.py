@@ -16,6 +16,14 @@ from . import options
 @click.command("plan", context_settings=options.SETTINGS)
 @options.model
 @click.option("-w", "--world", type=int, default=8, show_default=True, help="The largest world.")
+@click.option(
+    "--cfg", type=int, default=1, show_default=True,
+    help="How many guidance branches a batch has: meshes that give each its own ranks as well.",
+)  # fmt: skip
+@click.option(
+    "--unbatched", multiple=True, metavar="ARGUMENT",
+    help="As for convert.",
+)  # fmt: skip
 @options.hardware(options.hardware_list())
 @options.precision
 @options.exchange

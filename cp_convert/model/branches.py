@@ -76,12 +76,12 @@ def branched(
 def _rows(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
     """The batch: how many rows forward's first tensor of two dimensions or more has."""
     parameters = inspect.signature(module.forward).parameters
+    # A list of tensors is a batch by itself (Z-Image): its tensors have none.
     given = [inputs[name] for name in parameters if name in inputs and name not in others]
-    leaves = pytree.tree_leaves(given)
-    found = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 1]
+    found = [value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 1]
     if not found:
         raise UsageError(
-            "--cfg: no example input has two dimensions or more, so there is no batch.",
+            "--cfg: no argument is a tensor of two dimensions or more, so there is no batch.",
             hint="leave --cfg out.",
         )
     return int(found[0])

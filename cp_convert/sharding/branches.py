@@ -35,13 +35,12 @@ def split_branches(program: Lowered, axis: Axis) -> Guided:
         return Guided(program)
     walk = _BatchWalk(program, axis)
     walk.run()
-    _check(walk)
     split = {move.operator for move in walk.moves if move.kind == "split" and move.dim == 0}
-    return Guided(
-        replace(program, graph_module=walk.module(), outputs=walk.outputs),
-        tuple(binding.name for binding in program.inputs if binding.node in split),
-        tuple(walk.moves),
-    )
+    inputs = tuple(binding.name for binding in program.inputs if binding.node in split)
+    _check(walk, inputs)
+    graph_module = walk.module()
+    done = replace(program, graph_module=graph_module, outputs=walk.outputs)
+    return Guided(done, inputs, tuple(walk.moves))
 
 
 def _batches(size: int) -> Seeds:
@@ -75,9 +74,9 @@ class _BatchWalk(Walk):
         return super()._even(length, frozenset())
 
 
-def _check(walk: _BatchWalk) -> None:
+def _check(walk: _BatchWalk, inputs: tuple[str, ...]) -> None:
     """Refuse a program that guidance would not make any faster."""
-    if not any(move.kind == "split" for move in walk.moves):
+    if not inputs:
         raise CannotShard(
             f"--cfg {walk.axis.size}: no input has as many rows, or a multiple of them, that an "
             "attention or an output has too.",

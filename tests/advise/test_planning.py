@@ -216,6 +216,18 @@ def test_auto_takes_what_plan_recommends(name: str, bandwidth: float, tmp_path: 
     assert manifest.strategy == ("ulysses" if bandwidth < 1 else "allgather-kv")
 
 
+def test_meshes_with_guidance_are_compared(model_file: Write) -> None:
+    found = forecast(job(model_file(), cfg=2), H200, "h200", Progress())
+    by_title = {(o.world, o.title): o for o in found.options}
+    assert {(2, "ulysses"), (2, "cfg 2"), (4, "ulysses"), (4, "cfg 2 x ulysses")} <= set(by_title)
+    assert by_title[2, "cfg 2"].collectives == 1
+    apart, together = by_title[4, "cfg 2 x ulysses"], by_title[4, "ulysses"]
+    assert 0 < apart.bytes_sent < together.bytes_sent
+    assert apart.compute < 1.01 * together.compute
+    alone = forecast(job(model_file(), 2), H200, "h200", Progress())
+    assert all(o.cfg == 1 for o in alone.options)
+
+
 # --- recommendations ------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cp_convert import bundle
 from cp_convert.bundle import manifest as m
+from cp_convert.bundle.folder import replace_manifest
 from cp_convert.cli import cli
 from cp_convert.errors import OutputError
 from tests.bundle.test_folder import manifest
@@ -244,6 +245,33 @@ def test_a_weight_goes_to_every_gpu_once_and_tied_ones_are_one(case: Case) -> No
     # w and w_tied are 64 bytes together, and so is the odd one of 64; y and x are larger.
     assert log.count("copy of 64 bytes, device 2") == 3  # those two, and the output z
     assert log.count("copy of 1000 bytes, device 2") == 1
+
+
+def test_a_rank_reads_its_own_share(case: Case) -> None:
+    """Ranks 0 and 2 find ``w`` in one file, 1 and 3 in another, as those that share weights do."""
+    case.write()
+    numbers = weight().numpy().tobytes()
+    files = [case.folder / f"{place}.bin" for place in range(2)]
+    for place, file in enumerate(files):
+        file.write_bytes(b"0" * 8 * place + numbers)
+    of: Any = {"dtype": "float32", "shape": [4, 4]}
+    told, folder = bundle.read(case.bundle)
+    shares = [
+        weight_entry("w", file, numbers, 8 * place, ranks=[place, place + 2], **of)
+        for place, file in enumerate(files)
+    ]
+    rest = [one for one in told.weights if one.name not in ("w", "w_tied")]
+    tied = [msgspec.structs.replace(one, name="w_tied") for one in shares]
+    changed = msgspec.structs.replace(told, weights=[*shares, *tied, *rest])
+    replace_manifest(folder, changed)
+    done = case.run("--outputs", case.folder / "out.safetensors")
+    assert done.code == 0, done.stderr
+    found = load_file(case.folder / "out.safetensors")
+    torch.testing.assert_close(found["z"], expected(inputs(), WORLD)["z"], rtol=1e-6, atol=1e-6)
+    # As where all ranks have one: w with its twin once, the odd one of 64, and the output z.
+    assert done.log.count("copy of 64 bytes, device 2") == 3
+    files[1].write_bytes(bytes(8) + bytes(64))
+    assert f"{files[1]}: SHA-256 of w differs" in case.refusal(6)
 
 
 def test_a_rank_that_hangs_ends_the_run_in_time(case: Case) -> None:

@@ -128,6 +128,19 @@ def test_a_model_without_a_batch_is_refused() -> None:
         proven(model(sdpa), {"x": tokens(24, 1)}, Mesh.of(2, 2))
 
 
+def test_channels_are_no_batch() -> None:
+    """An output that begins with channels, as many as branches, of a model without a batch."""
+
+    class Channels(Attends):
+        def forward(self, x: Tensor, given: Any = None) -> Tensor:
+            return super().forward(x)[0].t()
+
+    with pytest.raises(CannotShard, match="no input has as many rows"):
+        proven(Channels(sdpa).eval(), {"x": tokens(24, 1)}, Mesh.of(2, 2))
+    with pytest.raises(UsageError, match="no argument is a tensor of two dimensions"):
+        branched({"x": [tokens(24)]}, Channels(sdpa), 2)
+
+
 @pytest.mark.parametrize("mesh", [Mesh.of(2, 2), Mesh.of(4, 2)])
 def test_what_mixes_the_batch_elsewhere_is_gathered(mesh: Mesh) -> None:
     torch.manual_seed(0)

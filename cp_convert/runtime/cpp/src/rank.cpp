@@ -18,7 +18,7 @@ void Rank::load() {
     throw damaged(text(engine.path.string(), ": SHA-256 differs from the manifest's."));
   check_memory();
   session_ = std::make_unique<Session>(shared_.tensorrt, rank_, file.data(), file.size());
-  session_->check_bindings(shared_.manifest);
+  session_->check_bindings(shared_.manifest, rank_);
 }
 
 void Rank::check_memory() const {

@@ -87,13 +87,16 @@ void Session::require(bool well, const std::string& what) const {
   if (!well) throw failed(text(what, " failed: ", logger_.last_error(), "."));
 }
 
-void Session::check_bindings(const Manifest& manifest) const {
+void Session::check_bindings(const Manifest& manifest, int rank) const {
+  auto known = manifest.inputs.size() + manifest.outputs.size();
   for (const Tensor& input : manifest.inputs) check_binding(input, nvinfer1::TensorIOMode::kINPUT);
-  for (const Weight& weight : manifest.weights)
+  for (const Weight& weight : manifest.weights) {
+    if (!weight.is_of(rank)) continue;
     check_binding(weight.tensor, nvinfer1::TensorIOMode::kINPUT);
+    ++known;
+  }
   for (const Tensor& output : manifest.outputs)
     check_binding(output, nvinfer1::TensorIOMode::kOUTPUT);
-  const auto known = manifest.inputs.size() + manifest.weights.size() + manifest.outputs.size();
   const auto count = engine_->getNbIOTensors();
   if (static_cast<std::size_t>(count) != known)
     throw damaged(text("the engine has ", count, " bindings, the manifest ", known, "."));

@@ -48,8 +48,8 @@ class Session {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Refuses (`damaged`) an engine whose bindings are not these.
-  void check_bindings(const Manifest& manifest) const;
+  // Refuses (`damaged`) an engine whose bindings are not these, and the weights of `rank`.
+  void check_bindings(const Manifest& manifest, int rank) const;
   void bind(const std::string& name, void* data);
   // Collective: returns when all ranks have called it. A context takes one communicator, once.
   void set_communicator(void* communicator);
