@@ -129,6 +129,15 @@ def load_weights(
     ties.check_agreement(
         found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
     )
+    casted = _put(module, wanted, found, lazily=lazily)
+    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
+    return Filled(places, casted, told, codes)
+
+
+def _put(
+    module: nn.Module, wanted: Mapping[str, Tensor], found: Mapping[str, Found], *, lazily: bool
+) -> tuple[Cast, ...]:
+    """Every tensor into its place; returns the types that were changed."""
     casts: Counter[tuple[str, str]] = Counter()
     with torch.no_grad():
         for name, one in found.items():
@@ -143,9 +152,7 @@ def load_weights(
                 replace(module, own, value)
             else:
                 own.copy_(value)
-    casted = tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
-    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
-    return Filled(places, casted, told, codes)
+    return tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
 
 
 def _places(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Location]:
