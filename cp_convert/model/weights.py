@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ def load_weights(
 
 
 def _put(
-    module: nn.Module, wanted: Mapping[str, Tensor], found: Mapping[str, Found], *, lazily: bool
+    module: nn.Module, wanted: Mapping[str, Any], found: Mapping[str, Found], *, lazily: bool
 ) -> tuple[Cast, ...]:
     """Every tensor into its place; returns the types that were changed."""
     casts: Counter[tuple[str, str]] = Counter()
