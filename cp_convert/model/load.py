@@ -86,10 +86,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         external=external,
         located=filled.located,
         casts=filled.casts,
-        codes={
-            name: Codes(one.codes(), one.weight_scale, one.input_scale)
-            for name, one in filled.coded.items()
-        },
+        codes=_codes(filled.coded),
         told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
@@ -167,6 +164,12 @@ def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
     if job.weights is None:
         return {}, {}
     return without_scales(locate(_folder(job)), _folder(job))
+
+
+def _codes(coded: Mapping[str, Coded]) -> dict[str, Codes]:
+    return {
+        name: Codes(one.codes(), one.weight_scale, one.input_scale) for name, one in coded.items()
+    }
 
 
 def _check_codes(job: Job) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,15 @@ def load_weights(
     ties.check_agreement(
         found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
     )
+    casted = _put(module, wanted, found, lazily=lazily)
+    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
+    return Filled(places, casted, told, codes)
+
+
+def _put(
+    module: nn.Module, wanted: Mapping[str, Any], found: Mapping[str, Found], *, lazily: bool
+) -> tuple[Cast, ...]:
+    """Every tensor into its place; returns the types that were changed."""
     casts: Counter[tuple[str, str]] = Counter()
     with torch.no_grad():
         for name, one in found.items():
@@ -143,9 +152,7 @@ def load_weights(
                 replace(module, own, value)
             else:
                 own.copy_(value)
-    casted = tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
-    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
-    return Filled(places, casted, told, codes)
+    return tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
 
 
 def _places(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Location]:
