@@ -66,15 +66,15 @@ def load_transformer(
         where = _joined(manifest, device, communicator, seconds, stack)
         if manifest.world > 1:
             agree(manifest, {}, where, communicator, variant=variant)
-        opened = stack.enter_context(
-            runtime.open(
-                bundle, executor=executor, device=str(where), communicator=communicator,
-                compiled=compiled, graph=graph, verify=verify, variant=variant,
-            )
-        )  # fmt: skip
+        opened = stack.enter_context(runtime.open(
+            bundle, executor=executor, device=str(where), communicator=communicator,
+            compiled=compiled, graph=graph, verify=verify, variant=variant,
+        ))  # fmt: skip
         ranks = _ranks(opened, communicator, seconds, check=check)
         told = {**(manifest.model.config or {}), **(config or {})}
-        return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
+        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all())
+    weakref.finalize(module, ranks.close, quick=True)  # others end with a script without close()
+    return module
 
 
 def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: bool) -> Ranks:
@@ -82,12 +82,6 @@ def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: 
     if opened.manifest.world > 1:
         channel = Channel(group_of(communicator), timeout)
     return Ranks(channel, check=check, several=len(opened.manifests) > 1)
-
-
-def _ended(module: Transformer, ranks: Ranks) -> Transformer:
-    """Ranks that follow end when rank 0's script does, or drops the module, without close()."""
-    weakref.finalize(module, ranks.close, quick=True)
-    return module
 
 
 def _check_executor(name: str) -> None:
