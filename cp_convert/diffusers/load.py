@@ -40,8 +40,8 @@ def load_transformer(
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
-    Under torchrun, srun or mpirun a process takes its rank and its GPU from there. Where no process
-    group is initialised it joins one, and leaves it at :meth:`.Transformer.close`.
+    Under torchrun, srun or mpirun a process takes its rank and its GPU from there, and joins a
+    process group where none is initialised; it leaves that at :meth:`.Transformer.close`.
 
     Args:
         bundle: its folder.
@@ -72,9 +72,7 @@ def load_transformer(
         ))  # fmt: skip
         ranks = _ranks(opened, communicator, seconds, check=check)
         told = {**(manifest.model.config or {}), **(config or {})}
-        module = kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all())
-    weakref.finalize(module, ranks.close, quick=True)  # others end with a script without close()
-    return module
+        return _ended(kind(opened, where, config=told, ranks=ranks, ends=stack.pop_all()), ranks)
 
 
 def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: bool) -> Ranks:
@@ -82,6 +80,12 @@ def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: 
     if opened.manifest.world > 1:
         channel = Channel(group_of(communicator), timeout)
     return Ranks(channel, check=check, several=len(opened.manifests) > 1)
+
+
+def _ended(module: Transformer, ranks: Ranks) -> Transformer:
+    """Ranks that follow end when rank 0's script does, or drops the module, without close()."""
+    weakref.finalize(module, ranks.close, quick=True)
+    return module
 
 
 def _check_executor(name: str) -> None:
