@@ -14,7 +14,6 @@ import torch
 from ..ir.attention import Outcome
 from ..ir.engine import Engine
 from ..ir.program import Binding
-from ..ir.proof import Error, NetworkProof, Proof
 from ..ir.records import Made, StoredProgram
 from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
@@ -25,6 +24,7 @@ from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_proof import proof_entry
 from .describe_quantized import quantization
 from .describe_tensor import tensor_entry
 
@@ -72,7 +72,9 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         lora=[],
         quantization=quantization(made),
         engines=[_engine(e, made) for e in made.built.engines],
-        proof=_proof(made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE),
+        proof=proof_entry(
+            made.proof, made.network_proof, OWN_REFERENCE if source.groups else REFERENCE
+        ),
         variants=[],
         timings=dict(timings),
         command=job.command,
@@ -304,51 +306,3 @@ def _collectives(engine: Engine) -> list[m.Collective]:
         m.Collective(kind=operator, layer=layer, count=len(sent), bytes_sent=sum(sent))
         for (operator, layer), sent in groups.items()
     ]
-
-
-def _proof(proof: Proof | None, network: NetworkProof | None, reference: str) -> m.Proof:
-    if proof is None:
-        return m.Proof(
-            status="skipped",
-            level="none",
-            device="cpu",
-            reference=None,
-            against="reference",
-            algebra=[],
-            ranks=[],
-            dense=None,
-            spread=[],
-            bound=None,
-            control=None,
-            controls={},
-            network=None,
-            seconds=0,
-            recalled=False,
-        )
-    return m.Proof(
-        status="passed",
-        level="program" if network is None else "network",
-        device=proof.reference[0].device.type,  # type: ignore[arg-type]
-        reference=reference,
-        against="reference" if proof.rounded is None else "rounded",
-        algebra=[_error(e) for e in proof.algebra],
-        ranks=[_error(e) for e in proof.ranks],
-        dense=_error(proof.dense),
-        spread=[_error(e) for e in proof.spread],
-        bound=_error(proof.bound),
-        control=None if proof.control is None else _error(proof.control),
-        controls={axis: _error(error) for axis, error in proof.controls.items()},
-        network=None
-        if network is None
-        else m.NetworkProof(
-            algebra=[_error(e) for e in network.algebra],
-            ranks=[_error(e) for e in network.ranks],
-            seconds=round(network.seconds, 3),
-        ),
-        seconds=round(proof.seconds, 3),
-        recalled=False,
-    )
-
-
-def _error(error: Error) -> m.Error:
-    return m.Error(max=error.max, rms=error.rms)

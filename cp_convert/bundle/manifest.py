@@ -22,6 +22,9 @@ from .call import Request as Request
 from .call import Returned as Returned
 from .call import Sha256 as Sha256
 from .call import Struct as _Struct
+from .converted import Cast as Cast
+from .converted import Model as Model
+from .converted import Tool as Tool
 from .guidance import Guidance as Guidance
 from .quantized import Error as Error
 from .quantized import Quantization as Quantization
@@ -39,40 +42,6 @@ SCHEMA_ID: Final = "urn:cp-convert:manifest:7"
 SCHEMA_FILE: Final = Path(__file__).with_name("manifest.schema.json")
 
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-
-
-class Tool(_Struct, frozen=True):
-    """The program that wrote the manifest."""
-
-    name: str
-    version: str
-
-
-class Cast(_Struct, frozen=True):
-    """How many ``tensors`` of the weights' files are computed with in another type."""
-
-    stored: str
-    computed: str
-    tensors: Positive
-
-
-class Model(_Struct, frozen=True):
-    """The model that was converted.
-
-    ``matched`` says how its names were found in the files of ``weights`` where they are others
-    there, and ``casts`` which types were changed.
-    ``kind`` is the module's class, ``config`` its whole configuration if it is one of diffusers'.
-    """
-
-    name: str
-    kind: str
-    source: str
-    source_sha256: Sha256
-    parameters: Count
-    weights: str | None
-    matched: list[str]
-    casts: list[Cast]
-    config: dict[str, Any] | None
 
 
 class Backend(_Struct, frozen=True):

@@ -279,13 +279,6 @@ def command(
     converted(screen, manifest, job.out)
 
 
-def _proof(proof: str, none: bool) -> str:
-    source = click.get_current_context().get_parameter_source("proof")
-    if none and proof != "none" and source is click.core.ParameterSource.COMMANDLINE:
-        raise UsageError(f"--no-proof with --proof {proof}.", hint="leave one of the two out.")
-    return "none" if none else proof
-
-
 def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]) -> Job:
     """What was asked for; ``rest`` are the options by name."""
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
@@ -293,9 +286,9 @@ def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]
     mesh.taken(rest)
     rest |= _chosen(found.path, rest)
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
-    rest["ulysses"] = _factor(rest["ulysses"], ring, mesh.sequence(rest))
+    rest["ulysses"] = mesh.factor(rest["ulysses"], ring, mesh.sequence(rest))
     rest |= {name: rest[name] or () for name in ("batches", "texts")}
-    rest["proof"] = _proof(rest["proof"], no_proof)
+    rest["proof"] = options.proof_level(rest["proof"], no_proof)
     if rest["copy_weights"] and rest["weights_mode"] == "embedded":
         raise UsageError(
             "--copy-weights with --weights-mode embedded: engines hold their weights already.",
@@ -334,19 +327,6 @@ def _chosen(model: Path, given: dict[str, Any]) -> dict[str, Any]:
                 hint="cp-convert convert --help; only a preset knows a good one.",
             )
     return found
-
-
-def _factor(ulysses: int | None, ring: int | None, sharing: int) -> int | None:
-    """How many ranks exchange, from either factor of those that share the sequence."""
-    if ring is None:
-        return ulysses
-    if ring < 1 or ring * (ulysses or sharing // ring) != sharing:
-        raise UsageError(
-            f"--ulysses {ulysses} times --ring {ring} is not the {sharing} ranks of the sequence."
-            if ulysses
-            else f"--ring {ring} does not divide the {sharing} ranks of the sequence."
-        )
-    return ulysses or sharing // ring
 
 
 def _run(job: Job, screen: Any) -> Manifest:

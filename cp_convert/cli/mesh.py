@@ -68,3 +68,20 @@ def taken(given: dict[str, Any]) -> None:
 def sequence(given: dict[str, Any]) -> int:
     """How many ranks share the sequence."""
     return Mesh.of(given["world"], given["cfg"], given["tp"]).size(SEQUENCE)
+
+
+def factor(ulysses: int | None, ring: int | None, sharing: int) -> int | None:
+    """How many ranks exchange, from either factor of those that share the sequence.
+
+    Raises:
+        UsageError: the factors are not those of that many.
+    """
+    if ring is None:
+        return ulysses
+    if ring < 1 or ring * (ulysses or sharing // ring) != sharing:
+        raise UsageError(
+            f"--ulysses {ulysses} times --ring {ring} is not the {sharing} ranks of the sequence."
+            if ulysses
+            else f"--ring {ring} does not divide the {sharing} ranks of the sequence."
+        )
+    return ulysses or sharing // ring

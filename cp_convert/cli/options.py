@@ -159,6 +159,18 @@ def gpus_named(given: str, otherwise: str = "") -> list[int]:
     return [int(name) for name in names]
 
 
+def proof_level(proof: str, none: bool) -> str:
+    """``--proof``, unless ``--no-proof`` says otherwise.
+
+    Raises:
+        UsageError: both are given.
+    """
+    source = click.get_current_context().get_parameter_source("proof")
+    if none and proof != "none" and source is click.core.ParameterSource.COMMANDLINE:
+        raise UsageError(f"--no-proof with --proof {proof}.", hint="leave one of the two out.")
+    return "none" if none else proof
+
+
 def cache(purpose: str) -> Decorator:
     """``--cache``."""
     return click.option(

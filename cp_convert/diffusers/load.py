@@ -42,8 +42,8 @@ def load_transformer(
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
-    Under torchrun, srun or mpirun a process takes its rank and its GPU from there. Where no process
-    group is initialised it joins one, and leaves it at :meth:`.Transformer.close`.
+    Under torchrun, srun or mpirun a process takes its rank and its GPU from there, and joins a
+    process group where none is initialised; it leaves that at :meth:`.Transformer.close`.
 
     Args:
         bundle: its folder.
@@ -67,12 +67,10 @@ def load_transformer(
     pairs, seconds = _is_pairs(guidance, manifest), timeout or (600.0 if compiled else 60.0)
     with ExitStack() as stack:
         where = _met(manifest, device, communicator, seconds, stack, variant)
-        opened = stack.enter_context(
-            runtime.open(
-                bundle, executor=executor, device=str(where), communicator=communicator,
-                compiled=compiled, graph=graph, verify=verify, variant=variant,
-            )
-        )  # fmt: skip
+        opened = stack.enter_context(runtime.open(
+            bundle, executor=executor, device=str(where), communicator=communicator,
+            compiled=compiled, graph=graph, verify=verify, variant=variant,
+        ))  # fmt: skip
         ranks = _ranks(opened, communicator, seconds, check=check)
         ends = stack.pop_all()
         module = kind(opened, where, config=config or {}, ranks=ranks, ends=ends, pairs=pairs)
