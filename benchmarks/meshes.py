@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -117,7 +118,8 @@ def _proven(name: str, mesh: str) -> dict[str, Any]:
 
 def _told(error: Any) -> str:
     where = f" [{error.where}]" if error.where else ""
-    return " ".join(f"{error}{where}".split())[:400]
+    text = re.sub(r" at 0x\w+|/\S*site-packages/", "", f"{error}{where}")  # this machine's
+    return " ".join(text.split())[:400]
 
 
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:

@@ -52,28 +52,22 @@ def load(job: Job, *, allocate: bool = True) -> Source:
             step cache is on.
         WeightsError: the weights do not fit the model.
         CannotShard: ``--plan model``, and there is none.
-        UsageError: the model's process groups leave no equal share of the world, or guidance
-            branches none of the batch.
+        UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
     located, coded = _located(job) if allocate else ({}, {})
-    if coded:
-        _check_codes(job)
+    _check_codes(job, coded)
     given = _given(job, allocate, located)
-    precision = job.precision or _usual(job, _ranks(given), located)
-    dtype = DTYPES[precision]
+    dtype = DTYPES[precision := job.precision or _usual(job, _ranks(given), located)]
     ties = Ties.of(given.module)  # before casting takes views apart
     _cast(given, job, dtype)
-    size = sum(p.numel() * p.element_size() for p in given.module.parameters())
+    size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
-    filled = Filled({}, (), ())
     if allocate:
         filled = _with_numbers(given, job, located, ties, coded, external=external)
     else:
-        stand_in(given.module)
-    keep, freeze = given.keep_float32, (*given.freeze, *job.freeze)
-    examples = [Example(e.variant, cast_inputs(e.inputs, dtype, keep=keep)) for e in given.examples]
-    check_apart(examples, freeze, job.model)
-    check_alone(examples, job, coded=bool(coded))
+        filled = _without_numbers(given)
+    freeze = (*given.freeze, *job.freeze)
+    examples = _examples(given, job, dtype, freeze, coded=bool(coded))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
     source = Source(
         module=given.module,
@@ -94,6 +88,22 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         branches=branches,
     )
     return with_variants(source, examples)
+
+
+def _without_numbers(given: Given) -> Filled:
+    stand_in(given.module)
+    return Filled({}, (), ())
+
+
+def _examples(
+    given: Given, job: Job, dtype: torch.dtype, freeze: Collection[str], *, coded: bool
+) -> list[Example]:
+    """Every variant's inputs in the job's precision."""
+    keep = given.keep_float32
+    found = [Example(e.variant, cast_inputs(e.inputs, dtype, keep=keep)) for e in given.examples]
+    check_apart(found, freeze, job.model)
+    check_alone(found, job, coded=coded)
+    return found
 
 
 def _branched(
@@ -172,7 +182,9 @@ def _codes(coded: Mapping[str, Coded]) -> dict[str, Codes]:
     }
 
 
-def _check_codes(job: Job) -> None:
+def _check_codes(job: Job, coded: Mapping[str, Any]) -> None:
+    if not coded:
+        return
     if job.mesh.others:
         raise UsageError(
             f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "

@@ -76,9 +76,8 @@ def prove(
     whole = _with_own_rounding(truth, inputs, stages.plain or stages.dense, stages.world)
     truth = _with_codes_of_weights(whole, inputs, stages, bound_of(whole, rtol))
     reference, is_wide = truth.reference, truth.is_wide
-    limit = Error(FLOOR, FLOOR)
-    if is_wide and stages.quantized is None:
-        limit = judged_by(truth, rtol)[1]
+    is_plain = is_wide and stages.quantized is None
+    limit = judged_by(truth, rtol)[1] if is_plain else Error(FLOOR, FLOOR)
     with unrounded(stages.quantized is not None):
         algebra, seconds_a_run = _algebra(truth, inputs, stages, limit, bound_of(truth, rtol))
         control = _control(stages, inputs, reference, widen=not is_wide)

@@ -574,11 +574,13 @@ def _shard(node: fx.Node) -> list[Rule]:
 RulesOf = Callable[[fx.Node], list[Rule]]
 
 
+_QUANTIZERS: Final = (cp.quantize, cp.dequantize, cp.quantize_dequantize)
+
+
 def _table() -> dict[Any, RulesOf]:
     rows: list[tuple[RulesOf, tuple[Any, ...]]] = [
         (_pointwise, (aten.clone, aten._to_copy, aten.alias, aten.detach, aten.lift_fresh_copy,
-                      aten.copy, aten.where, aten.masked_fill, aten.clamp,
-                      cp.quantize, cp.dequantize, cp.quantize_dequantize)),
+                      aten.copy, aten.where, aten.masked_fill, aten.clamp, *_QUANTIZERS)),
         (_like, (aten.full_like, aten.zeros_like, aten.ones_like, aten.empty_like)),
         (_view, (aten.view, aten.reshape, aten._unsafe_view, aten._reshape_copy, aten.squeeze,
                  aten.unsqueeze)),
