@@ -57,15 +57,12 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     located, coded = _located(job) if allocate else ({}, {})
     _check_codes(job, coded)
     given = _given(job, allocate, located)
-    dtype = DTYPES[precision := job.precision or _usual(job, _ranks(given), located)]
-    ties = Ties.of(given.module)  # before casting takes views apart
-    _cast(given, job, dtype)
+    precision = job.precision or _usual(job, _ranks(given), located)
+    dtype = DTYPES[precision]
+    ties = _cast(given, job, dtype)
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
-    if allocate:
-        filled = _with_numbers(given, job, located, ties, coded, external=external)
-    else:
-        filled = _without_numbers(given)
+    filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(coded))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -90,7 +87,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     return with_variants(source, examples)
 
 
-def _without_numbers(given: Given) -> Filled:
+def _bare(given: Given) -> Filled:
     stand_in(given.module)
     return Filled({}, (), ())
 
@@ -128,20 +125,22 @@ def _ranks(given: Given) -> tuple[nn.Module, ...]:
     return given.module, *given.peers
 
 
-def _cast(given: Given, job: Job, dtype: torch.dtype) -> None:
+def _cast(given: Given, job: Job, dtype: torch.dtype) -> Ties:
+    """To the job's precision; returns what is tied, found before casting takes views apart."""
+    ties = Ties.of(given.module)
     for one in _ranks(given):
         check_no_step_cache(one, str(job.model))
         cast_module(one.eval().requires_grad_(False), dtype, job.float32)
     _check_peers(given)
+    return ties
 
 
-def _with_numbers(
+def _filled_in(
     given: Given,
     job: Job,
     located: Mapping[str, Location],
     ties: Ties,
     coded: Mapping[str, Coded],
-    *,
     external: bool,
 ) -> Filled:
     """Every rank's parameters have their numbers, from files where ``--weights`` names some."""
