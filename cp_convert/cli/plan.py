@@ -52,8 +52,9 @@ def command(
     """Compare the strategies for MODEL at worlds 2, 4, ... up to --world; nothing is built.
 
     Collectives and bytes are those of the very programs that convert would build; times and
-    activations are estimated by a roofline, with the hardware's published rates and the shares of
-    them that its file assumes. A model of any size is planned without memory for its weights.
+    activations are estimated, kernel by kernel, by curves that `cp-convert calibrate` measured or
+    by published rates and the shares of them that the hardware's file assumes. A model of any
+    size is planned without memory for its weights.
     """
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
     from ..show.plan import planned  # late: rich

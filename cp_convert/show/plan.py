@@ -22,11 +22,11 @@ def planned(screen: Screen, found: Forecast) -> None:
         soft_wrap=True,
     )
     table = table_of(
-        "", "world", "strategy", "coll.", "sent", "memory", "compute", "comm.", "exposed",
-        "forward", "speed-up",
+        "", "GPUs", "strategy", "coll.", "sent", "memory", "compute", "comm.", "hidden",
+        "forward", "faster",
         right=(
-            "world", "coll.", "sent", "memory", "compute", "comm.", "exposed", "forward",
-            "speed-up",
+            "GPUs", "coll.", "sent", "memory", "compute", "comm.", "hidden", "forward",
+            "faster",
         ),
     )  # fmt: skip
     table.columns[1].no_wrap = True
@@ -40,8 +40,8 @@ def planned(screen: Screen, found: Forecast) -> None:
         screen.out.print(f"  {escape(line)}", soft_wrap=True)
     screen.out.print(
         "Collectives, bytes sent and memory (weights and activations) are one rank's; times "
-        "and activations are estimated; exposed is communication that no work hides; beside the "
-        "speed-up stands its share of the ideal.",
+        "and activations are estimated; hidden is the share of communication that runs beside "
+        "work.",
         soft_wrap=True,
     )
     screen.out.print(f"[bold]{escape(found.recommendation)}[/]", soft_wrap=True)
@@ -52,6 +52,7 @@ def _option_row(option: Option) -> list[str]:
         return [str(option.world), option.title, "not possible"]
     memory = option.weights + option.activations
     is_one = option.world == 1
+    hidden = 1 - option.exposed / option.communication if option.communication else 0.0
     return [
         str(option.world),
         option.title,
@@ -60,7 +61,7 @@ def _option_row(option: Option) -> list[str]:
         size(memory) + ("" if option.fits else " !"),
         short(option.compute),
         "" if is_one else short(option.communication),
-        "" if is_one else short(option.exposed),
+        "" if is_one else f"{hidden:.0%}",
         short(option.seconds),
-        f"{option.speedup:.2f} {option.efficiency:4.0%}",
+        f"{option.speedup:.2f} x",
     ]
