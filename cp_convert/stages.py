@@ -284,7 +284,7 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
         programs = (dense, control, emitted.rewritten, emitted.program)
         plain = None if linears is None else linears.before
         others = job.mesh.others
-        stages = Stages(*programs, sites, axis, others, quantized, plain)
+        stages = Stages(*programs, sites, axis, quantized, plain, others)
         device = check_device(job.proof_device)
         return prove(
             begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device

@@ -22,11 +22,11 @@ class Stages:
         lowered: as it will be built.
         sites: the attentions, and the nodes of ``rewritten`` that hold their results.
         axis: the ranks that share the sequence.
-        others: the mesh's other axes.
         quantized: ``dense`` with the quantizers that the others have; ``None`` where there are
             none.
         plain: ``dense`` before its linear layers were quantized, weights included; ``None`` where
             they were not.
+        others: the mesh's other axes.
     """
 
     dense: Executable
@@ -35,9 +35,9 @@ class Stages:
     lowered: Executable
     sites: Sequence[tuple[Site, str]]
     axis: Axis
-    others: tuple[Axis, ...] = ()
     quantized: Executable | None = None
     plain: Executable | None = None
+    others: tuple[Axis, ...] = ()
 
     @property
     def world(self) -> int:

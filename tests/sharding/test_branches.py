@@ -61,7 +61,7 @@ def proven(
     if seen is not None:
         seen.append(done)
     sites = [(o.site, o.node) for o in outcomes]
-    stages = Stages(dense, control, done, done, sites, axis, mesh.others)
+    stages = Stages(dense, control, done, done, sites, axis, others=mesh.others)
     return prove(truth, {**inputs, **branches.added}, stages), guided
 
 

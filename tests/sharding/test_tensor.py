@@ -146,7 +146,7 @@ def proven(
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, strategy(name, axis.size), name, axis, table())
     sites = [(o.site, o.node) for o in outcomes]
-    stages = Stages(dense, control, done, done, sites, axis, mesh.others)
+    stages = Stages(dense, control, done, done, sites, axis, others=mesh.others)
     return prove(truth, given, stages), divided, done
 
 
