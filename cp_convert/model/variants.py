@@ -111,7 +111,7 @@ def _told(inputs: Mapping[str, Any], freeze: Collection[str]) -> tuple[Any, ...]
 
 
 def with_variants(source: Source, examples: Sequence[Example]) -> Source:
-    """The source of the first example, with those of the others.
+    """The source, which has the first example's inputs, with those of the others.
 
     Models keep tables from call to call, and those of a trace belong to that trace: every further
     variant has a copy of the module, with the same parameters and buffers.
@@ -130,7 +130,7 @@ def with_variants(source: Source, examples: Sequence[Example]) -> Source:
         )
         for one in rest
     )
-    return replace(source, inputs=first.inputs, variant=first.variant, others=others)
+    return replace(source, variant=first.variant, others=others)
 
 
 def _copied(module: nn.Module) -> nn.Module:
