@@ -58,7 +58,7 @@ def at_two(rank: int, wan: Path, flux: Path) -> list[Any]:
 def _latents(transformer: Any, name: str, **changed: Any) -> tuple[Tensor, int]:
     forwards: list[Any] = []
     run = type(transformer)._run
-    transformer._run = lambda given: forwards.append(None) or run(transformer, given)
+    transformer._run = lambda *given: forwards.append(None) or run(transformer, *given)
     return CASES[name].latents(transformer, **changed), len(forwards)
 
 
