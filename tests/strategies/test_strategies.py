@@ -186,7 +186,7 @@ def test_only_ulysses_is_limited() -> None:
 def test_ulysses_says_why_not() -> None:
     refusal = STRATEGIES["ulysses"].why_not(site_of(4, heads=3), axis_of(4))
     assert refusal is not None
-    assert refusal.reason == "3 heads are fewer than the 4 ranks."
+    assert refusal.reason == "3 heads are fewer than the 4 ranks that share the sequence."
     assert refusal.hint is not None
     assert "ring" in refusal.hint
     assert "allgather-kv" in refusal.hint
