@@ -83,7 +83,14 @@ WANTED = {
 }
 
 
-@pytest.mark.parametrize("name", ["flux", pytest.param("wan", marks=pytest.mark.slow), "qwen"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux",
+        pytest.param("wan", marks=pytest.mark.slow),
+        pytest.param("qwen", marks=pytest.mark.slow),
+    ],
+)
 def test_variants_and_sets_are_switched(
     name: str, several: Callable[[str], Several], tmp_path: Path
 ) -> None:
