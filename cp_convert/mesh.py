@@ -209,6 +209,11 @@ def split_groups(flat: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
 
 
+def worlds_up_to(largest: int) -> list[int]:
+    """Sizes that are worth a look: powers of two up to the largest, and that itself; none for 1."""
+    return sorted({2**i for i in range(1, largest.bit_length())} | {largest}) if largest > 1 else []
+
+
 def bytes_sent(kind: str, payload: int, size: int) -> int:
     """Bytes one rank puts on the wire for one collective of ``payload`` input bytes.
 

@@ -17,32 +17,14 @@ import msgspec
 
 from ..errors import UsageError
 from ..model.shipped import shipped
+from ..runtime.curve import Curve, Curves
 from ..words import near
 
-Curve = list[tuple[float, float]]
-"""Pairs of a size and microseconds, both ascending."""
 
-
-class Measured(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """Times of single kernels in a row of their like, so that starting them is in them.
-
-    Attributes:
-        by: on what, when and with which torch they were measured.
-        matmul: products in bfloat16, by 1e9 operations.
-        processors: multiprocessors of the GPU.
-        attention: in bfloat16, by head size and by 1e9 operations, see :meth:`Hardware.attention`.
-        copies: one kernel that only reads and writes, by 1e6 bytes, both counted.
-        fused: one of those that stand between products, likewise.
-        collectives: by operation (``ALL_GATHER``), ranks, and 1e6 bytes that one rank sends.
-    """
+class Measured(Curves, forbid_unknown_fields=True, kw_only=True, frozen=True):
+    """What was measured, with ``by``: on what, when and with which torch."""
 
     by: str
-    processors: int
-    matmul: Curve
-    attention: dict[str, Curve]
-    copies: Curve
-    fused: Curve
-    collectives: dict[str, dict[str, Curve]] = {}
 
     def __post_init__(self) -> None:
         tables = [self.matmul, self.copies, self.fused, *self.attention.values()]

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from ..errors import UsageError
-from .hardware import Curve, Hardware, Measured, names, read
+from ..runtime.curve import Curve, Curves
+from .hardware import Hardware, Measured, names, read
 
 
 def like(gpu: str, name: str | None) -> Hardware:
@@ -48,7 +49,7 @@ def measured(found: Mapping[str, Any], base: Hardware, by: str) -> Hardware:
         base: published rates of the same GPU.
         by: what is to be known of how it was measured.
     """
-    known = (field.name for field in msgspec.structs.fields(Measured) if field.name != "by")
+    known = (field.name for field in msgspec.structs.fields(Curves))
     curves = msgspec.convert({"by": by} | {name: found[name] for name in known}, Measured)
     return msgspec.structs.replace(base, measured=curves)
 

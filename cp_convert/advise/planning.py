@@ -16,7 +16,7 @@ from ..ir.program import Lowered, Program
 from ..ir.sharded import Sharded
 from ..ir.source import Source
 from ..job import Job
-from ..mesh import GUIDANCE, Axis, Mesh
+from ..mesh import GUIDANCE, Axis, Mesh, worlds_up_to
 from ..model.cast import DTYPES
 from ..model.load import load, surroundings
 from ..progress import Clock, Progress
@@ -52,7 +52,7 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
     alone = estimate(dense, hardware)
     options = [_option(Option(strategy="one GPU", world=1), alone, alone, source, hardware, 0)]
     attentions = tokens = 0
-    worlds = _worlds(job.world)
+    worlds = worlds_up_to(job.world)
     with clock.stage("estimate", total=len(worlds)):
         for world in worlds:
             found, sites = _at(world, dense, alone, source, hardware, job, table)
@@ -89,11 +89,6 @@ def _traced(job: Job, clock: Clock) -> tuple[Source, Program]:
         with clock.stage("trace"):
             program, _ = trace(source.module, source.inputs, source.plan, source.freeze)
     return source, program
-
-
-def _worlds(largest: int) -> list[int]:
-    """Powers of two up to the largest world, and that itself."""
-    return sorted({2**i for i in range(1, largest.bit_length())} | {largest}) if largest > 1 else []
 
 
 def candidates(world: int) -> Iterator[tuple[str, int | None]]:

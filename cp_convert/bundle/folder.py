@@ -172,6 +172,22 @@ def publish(folder: Path, out: Path, manifest: Manifest, *, force: bool) -> None
     sync_folder(out.parent)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write into, which takes its place when the block ends well.
+
+    Raises:
+        OutputError: it cannot be written; what was there stays.
+    """
+    beside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise output_error(error, path) from error
+
+
 def replace_manifest(folder: Path, manifest: Manifest) -> None:
     """Put another manifest into a bundle that is there, whole or not at all.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from ..advise.measured import like, measured, to_toml
-from ..bundle.folder import output_error
+from ..bundle.folder import whole
 from ..errors import OutputError, UsageError
 from ..version import __version__
 from . import options
@@ -65,7 +64,8 @@ def command(
         f"{found['torch']}, {datetime.now(UTC):%Y-%m-%d}"
     )
     text = to_toml(measured(found, like(found["gpu"], base), by))
-    _write(text, out)
+    with whole(out) as beside:
+        beside.write_text(text)
     from ..show.calibrate import calibrated  # late: rich
 
     calibrated(screen, out, found)
@@ -97,14 +97,3 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise OutputError(f"{out} exists.", hint="--force replaces it; --out names another.")
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out: there is no folder {out.absolute().parent}.")
-
-
-def _write(text: str, out: Path) -> None:
-    """Whole or not at all."""
-    beside = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        beside.write_text(text)
-        beside.replace(out)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise output_error(error, out) from error

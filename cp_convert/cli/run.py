@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import click
 
 from .. import bundle as bundles
-from ..bundle.folder import output_error
+from ..bundle.folder import whole
 from ..bundle.manifest import Manifest
 from ..bundle.variants import variant_of
 from ..errors import UsageError
@@ -210,11 +209,6 @@ def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:
 
 
 def _keep(written: Path, outputs: Path) -> None:
-    """Put the outputs where they were asked for, whole or not at all."""
-    beside = outputs.with_name(f".{outputs.name}.partial-{os.getpid()}")
-    try:
+    """Put the outputs where they were asked for."""
+    with whole(outputs) as beside:
         shutil.copyfile(written, beside)
-        beside.replace(outputs)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise output_error(error, outputs) from error

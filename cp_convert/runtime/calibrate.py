@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from ..errors import BackendMissing, RunFailed
-from .curves import Curve, Timer, Told, attention, copies, fused, matmul, processors
+from ..mesh import worlds_up_to
+from .curve import Curve, Curves
+from .curves import Timer, Told, attention, copies, fused, matmul, processors
 from .groups import everyone, members
 from .join import joined
 from .serve import serve
@@ -44,27 +46,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     shrink: int = 1
 
 
-class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured.
+class Found(Curves, frozen=True, kw_only=True):
+    """What was measured, and on what.
 
     Attributes:
         gpu: the device's name.
         memory: its bytes.
         torch: torch's version.
-        processors: of the GPU.
-        matmul, attention, copies, fused: see :mod:`.curves`.
-        collectives: see :mod:`.wires`; by operation and number of ranks.
     """
 
     gpu: str
     memory: int
     torch: str
-    processors: int
-    matmul: Curve
-    attention: dict[str, Curve]
-    copies: Curve
-    fused: Curve
-    collectives: dict[str, dict[str, Curve]] = {}
 
 
 def run_rank(data: bytes, rank: int, world: int, told: Told) -> Found:
@@ -82,7 +75,7 @@ def run_rank(data: bytes, rank: int, world: int, told: Told) -> Found:
         _check_alike([name] if world == 1 else everyone(name))
         found = _on_one(device, request.shrink, told)
         wires: dict[str, dict[str, Curve]] = {}
-        for size in _sizes(world):
+        for size in worlds_up_to(world):
             group = members(dist.group.WORLD, tuple(range(size)))
             if rank < size:
                 measured = collectives(device, group, told, shrink=request.shrink)
@@ -122,11 +115,6 @@ def _on_one(device: torch.device, shrink: int, told: Told) -> dict[str, Any]:
 def _steady(timer: Timer, shrink: int) -> float:
     x = torch.randn(4096 // shrink, 4096 // shrink, device=timer.device, dtype=torch.bfloat16)
     return timer(lambda: x @ x)
-
-
-def _sizes(world: int) -> list[int]:
-    """Groups that are measured: 2, 4, ... and all."""
-    return sorted({2**i for i in range(1, world.bit_length())} | {world}) if world > 1 else []
 
 
 def _identity(device: torch.device) -> tuple[str, int]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-Curve = list[tuple[float, float]]
+from .curve import Curve
+
 Told = Callable[[str], None]
 
 _ROWS: Final = (288, 576, 1152, 2304, 4608, 8448, 16896, 33024)

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ..mesh import bytes_sent
-from .curves import Curve, Told, curve_of
+from .curve import Curve
+from .curves import Told, curve_of
 
 _PAYLOADS: Final = (0.016, 0.064, 0.25, 1, 4, 16, 64, 192)
 """1e6 bytes that a rank puts in: from FLUX.1's text on eight ranks to K and V of 66,048 tokens."""
