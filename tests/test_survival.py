@@ -19,6 +19,17 @@ from cp_convert.cache.store import Cache
 
 pytestmark = pytest.mark.engine
 
+DEEP = (
+    "        q, k, v = self.qkv(self.enter(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)\n",
+    "        x = self.enter(x)\n"
+    "        for _ in range(12):\n"
+    "            q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)\n"
+    "            x = functional.scaled_dot_product_attention(8 * q, k, v)\n"
+    "            x = x.transpose(1, 2).flatten(2)\n"
+    "        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)\n",
+)
+"""Twelve attentions more than one."""
+
 
 def started(model: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "cp_convert", str(model), "-s", "ulysses", "-w", "2"]
@@ -94,9 +105,9 @@ def test_stopped(
 
 
 def test_a_worker_that_is_killed_is_told(model_file: Callable[..., Path], tmp_path: Path) -> None:
-    """As the system does when memory runs out."""
+    """As the system does when memory runs out. A build of seconds, in which the signal arrives."""
     out = tmp_path / "out" / "bundle"
-    process = started(model_file(), out)
+    process = started(model_file(DEEP), out)
     found: list[psutil.Process] = []
     wait_for(process, lambda: bool(found.extend(workers(process)) or found))
     found[0].kill()
