@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
-import tomllib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -33,74 +32,17 @@ from ..job import (
 )
 from ..mesh import SEQUENCE
 from ..model.preset import read as read_preset
-from ..words import near
-from . import mesh, options
+from . import config, mesh, options
 from .summary import option as summary_option
 from .summary import summarised
 
 
 def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> None:
     """Make the file's values the defaults of the other options."""
-    if path is None:
-        return
-    try:
-        values = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid TOML: {error}.") from error
-    names = {
-        spelling.lstrip("-").replace("-", "_"): p
-        for p in ctx.command.params
-        for spelling in (*p.opts, *p.secondary_opts)
-        if p is not parameter and len(spelling) > 2
-    }
-    defaults: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in names:
-            raise UsageError(
-                f"--config {path}: there is no option {key!r}.", hint=near(name, sorted(names))
-            )
-        if not _fits(names[name], value):
-            raise UsageError(
-                f"--config {path}: {key} = {value!r} is not what --{name.replace('_', '-')} takes.",
-                hint=f"{_WANTED[_kind(names[name])]}, as in TOML.",
-            )
-        defaults[str(names[name].name)] = value
-    ctx.default_map = {**(ctx.default_map or {}), **defaults}
-
-
-_WANTED: Final = {
-    "flag": "true or false",
-    "list": "a list of words in quotes",
-    "int": "a whole number",
-    "float": "a number",
-    "size": "a number of bytes, or a size in quotes",
-    "word": "a word in quotes",
-}
-
-
-def _kind(option: click.Parameter) -> str:
-    if getattr(option, "is_flag", False):
-        return "flag"
-    if option.multiple:
-        return "list"
-    known = {"integer": "int", "integer range": "int", "float": "float", "size": "size"}
-    return known.get(option.type.name, "word")
-
-
-def _fits(option: click.Parameter, value: Any) -> bool:
-    """Whether a TOML value is of the kind that the option takes; click would convert others."""
-    kind, is_number = _kind(option), type(value) in (int, float)
-    return {
-        "flag": isinstance(value, bool),
-        "list": isinstance(value, list) and all(isinstance(one, str) for one in value),
-        "int": type(value) is int,
-        "float": is_number,
-        "size": type(value) is int or isinstance(value, str),
-        "word": isinstance(value, str),
-    }[kind]
+    if path is not None:
+        where = f"--config {path}"
+        found = config.defaults(ctx.command, config.read(path, "--config"), where)
+        ctx.default_map = {**(ctx.default_map or {}), **found}
 
 
 @click.command("convert", context_settings=options.SETTINGS)
