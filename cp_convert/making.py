@@ -6,7 +6,7 @@ Weights are located once and serve all variants. docs/adr/0019 tells how variant
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
@@ -20,27 +20,27 @@ from .bundle.manifest import Manifest
 from .bundle.program import write_program
 from .bundle.variants import joined
 from .cache.store import Cache
+from .common import Common
 from .engine.fold_weights import store
 from .engine.pool import Pool
-from .ir.records import Loaded, Made, StoredProgram, Traced
+from .ir.records import Loaded, Made, StoredProgram
 from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM
 from .progress import Clock
-from .stages import begin, build_engines, check_networks, measured, prove_program
+from .stages import Begun, begin, build_engines, check_networks, measured, prove_program
 
 _AHEAD: Final = 2
 """Variants whose engines are being built while another is traced: each is held in memory."""
 
 
 def make(
-    loaded: Loaded, traces: Sequence[Traced] | None, placing: Placing, cache: Cache, clock: Clock
+    loaded: Loaded, common: Common, placing: Placing, cache: Cache, clock: Clock
 ) -> tuple[Manifest, Mapping[str, str], list[str | None]]:
     """All stages, for every variant.
 
     Args:
         loaded: the model and what was asked for.
-        traces: the variants' programs, if they were traced already; ``None`` where each has to be
-            measured first.
+        common: what was made of the model already, and where that is kept.
         placing: finds the external weights, for all variants.
         cache: knows what was made before.
         clock: times the stages and shows them.
@@ -59,9 +59,7 @@ def make(
     constants: dict[str, tuple[Weight, ...]] = {}
     with (
         Pool(job.workers, job.memory_limit) as pool,  # ends before the folder does
-        closing(
-            _all_built(loaded.variants, traces or (), placing, pool, cache, clock)
-        ) as all_built,
+        closing(_all_built(loaded, common, placing, pool, cache, clock)) as all_built,
     ):
         for made, program in all_built:
             made = check_networks(made, clock)
@@ -75,8 +73,8 @@ def make(
 
 
 def _all_built(
-    variants: Sequence[Loaded],
-    traces: Sequence[Traced],
+    loaded: Loaded,
+    common: Common,
     placing: Placing,
     pool: Pool,
     cache: Cache,
@@ -84,11 +82,11 @@ def _all_built(
 ) -> Generator[tuple[Made, str | None]]:
     """Every variant with the key of its program; engines are built while the next is traced."""
     waiting: deque[tuple[Future[Made], str | None]] = deque()
-    truths = [measured(one, clock) for one in variants]  # before another thread reads parameters
-    with pool.beside() as threads:
-        for one, trace, truth in zip_longest(variants, traces, truths):
-            clock.progress.variant(one.source.variant.name)
-            begun = begin(one, trace, cache, clock, truth=truth)
+    with (
+        closing(_all_begun(loaded, common, cache, clock)) as all_begun,
+        pool.beside() as threads,
+    ):
+        for begun in all_begun:
             ready = prove_program(begun, clock, placing)
             waiting.append((threads.submit(build_engines, ready, pool, cache, clock), begun.key))
             if len(waiting) > _AHEAD:
@@ -97,6 +95,19 @@ def _all_built(
         while waiting:
             building, key = waiting.popleft()
             yield building.result(), key
+
+
+def _all_begun(loaded: Loaded, common: Common, cache: Cache, clock: Clock) -> Generator[Begun]:
+    """Every variant before its strategy matters; by an earlier job, or now."""
+    variants, known = loaded.variants, common.taken(loaded)
+    # All are measured before another thread reads parameters.
+    truths = () if known else [measured(one, clock) for one in variants]
+    for one, trace, truth, earlier in zip_longest(variants, common.traces or (), truths, known):
+        clock.progress.variant(one.source.variant.name)
+        begun = earlier or begin(one, trace, cache, clock, truth=truth)
+        if not known:
+            common.keep(begun)
+        yield begun
 
 
 def _weights(

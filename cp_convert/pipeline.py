@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,8 @@ from .bundle.manifest import Manifest
 from .cache.fingerprint import program_key, tool_key
 from .cache.store import Cache
 from .capture.capture import traced
-from .ir.records import Loaded, Traced
+from .common import Common
+from .ir.records import Loaded
 from .job import FUSED, Job
 from .model.load import load, surroundings
 from .progress import Clock, Progress
@@ -26,8 +28,16 @@ from .releases import NEWER, are_parts, check_groups, doubt
 from .trt.offline import check_gpu
 
 
-def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
+def convert(
+    job: Job, backend: Backend, progress: Progress, common: Common | None = None
+) -> Manifest:
     """Convert the job's model into one engine per rank, or take them from the cache.
+
+    Args:
+        job: what is asked for.
+        backend: which TensorRT builds.
+        progress: is told what is done.
+        common: where jobs of the same model keep it for one another.
 
     Raises:
         ConvertError: see :mod:`cp_convert.errors`; nothing has been written then.
@@ -39,43 +49,53 @@ def convert(job: Job, backend: Backend, progress: Progress) -> Manifest:
     if job.named_groups is not None:
         _check_groups(job, backend, job.named_groups)
     with staged(job.out) as folder:
-        manifest = _converted(job, backend, folder, cache, clock)
+        manifest = _converted(job, backend, folder, cache, clock, common or Common())
         publish(folder, job.out, manifest, force=job.force)
     return manifest
 
 
-def _converted(job: Job, backend: Backend, folder: Path, cache: Cache, clock: Clock) -> Manifest:
+def _converted(
+    job: Job, backend: Backend, folder: Path, cache: Cache, clock: Clock, common: Common
+) -> Manifest:
     tool = tool_key(backend)
     request = request_key(job, tool)
-    traces: list[Traced] | None = None
     with ExitStack() as work:
-        loaded, placing = work.enter_context(_loaded(job, backend, tool, folder, cache, clock))
+        opened = partial(_loaded, job, backend, tool, folder, cache, clock, common)
+        loaded, placing = work.enter_context(opened())
         _check_own_groups(loaded, clock.progress)
         for told in (*loaded.source.told, *_repeated(loaded), *_costs(loaded)):
             clock.progress.note(told)
         if cache.find("requests", request) is not None:
-            traces = [traced(one.source, clock) for one in loaded.variants]
+            programs = _programs(loaded, common, clock)
             with clock.stage("recall"):
-                programs = [program_key(tool, trace) for trace in traces]
                 key = job_key(loaded.job, loaded.values, programs)
                 manifest = recall(cache, key, loaded.job, loaded.source, placing, folder)
             if manifest is not None:
                 return msgspec.structs.replace(manifest, timings=dict(clock.seconds))
             cache.forget("requests", request)
-            if job.proof != "none":  # the model must not have been traced when it is measured
-                traces = None
+            if job.proof != "none" and not common.begun:
+                # The model must not have been traced when it is measured.
+                common.forget()
                 work.close()
-                loaded, placing = work.enter_context(
-                    _loaded(job, backend, tool, folder, cache, clock)
-                )
+                loaded, placing = work.enter_context(opened())
         # Late: TensorRT takes seconds to import, which a job that is recalled does without.
         from .making import make
 
         with placing.to_blame():
-            manifest, engine_keys, programs = make(loaded, traces, placing, cache, clock)
+            manifest, engine_keys, programs = make(loaded, common, placing, cache, clock)
         key = job_key(loaded.job, loaded.values, programs)
         keep(cache, request, key, manifest, engine_keys, folder)
         return manifest
+
+
+def _programs(loaded: Loaded, common: Common, clock: Clock) -> list[str | None]:
+    """The keys of the variants' programs, traced now unless an earlier job did."""
+    if known := common.taken(loaded):
+        return [begun.key for begun in known]
+    if common.traces is None:
+        common.traces = [traced(one.source, clock) for one in loaded.variants]
+    with clock.stage("recall"):
+        return [program_key(loaded.tool, trace) for trace in common.traces]
 
 
 def _check_groups(job: Job, backend: Backend, what: str) -> None:
@@ -116,18 +136,27 @@ def _costs(loaded: Loaded) -> Iterator[str]:
 
 @contextmanager
 def _loaded(
-    job: Job, backend: Backend, tool: str, folder: Path, cache: Cache, clock: Clock
+    job: Job,
+    backend: Backend,
+    tool: str,
+    folder: Path,
+    cache: Cache,
+    clock: Clock,
+    common: Common,
 ) -> Iterator[tuple[Loaded, Placing]]:
     """The model; large files of weights are read on a thread while it is traced."""
     with surroundings(job):
         with clock.stage("load"):
-            source = load(job)
+            is_new = common.source is None
+            source = common.source = common.source or load(job)
             job = replace(job, precision=source.precision)
             check_space(job.out, bytes_needed(job, source))
             outside, located = source.parameters_outside, source.located
             placing = Placing(
                 outside, located, folder, copy=job.copy_weights, cache=cache, waits=job.tp > 1
             )
-            values = values_key(job, source) if cache.folder is not None else None
+            if is_new:
+                common.job = job
+                common.values = values_key(job, source) if cache.folder is not None else None
         with placing:
-            yield Loaded(job, backend, source, tool, values, folder), placing
+            yield Loaded(job, backend, source, tool, common.values, folder), placing

@@ -32,7 +32,9 @@ from ..job import (
 )
 from ..mesh import SEQUENCE
 from ..model.preset import read as read_preset
-from . import config, mesh, options
+from . import config, matrix, mesh, options
+from .matrix import jobs_of
+from .matrix import run as run_all
 from .summary import option as summary_option
 from .summary import summarised
 
@@ -46,7 +48,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 
 
 @click.command("convert", context_settings=options.SETTINGS)
-@options.model
+@click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option(
     "-s", "--strategy", type=options.Word((*STRATEGY_NAMES, FUSED, AUTO)),
     help="How attention is distributed; fused: by TensorRT itself, on Blackwell (SM100) "
@@ -186,19 +188,20 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "--config", type=click.Path(path_type=Path), callback=_read_config, is_eager=True,
     expose_value=False, help="A TOML file with any of these options; flags win.",
 )  # fmt: skip
+@matrix.option
 @summary_option
 @options.common
+@click.pass_context
 def command(
+    context: click.Context,
+    /,
     *,
     as_json: bool,
     quiet: bool,
     verbose: int,
-    out: Path | None,
-    cache: Path | None,
-    model: Path,
-    no_cache: bool,
     summary: Path | None,
-    **rest: Any,
+    matrix: Path | None,
+    **asked: Any,
 ) -> None:
     """Convert MODEL, a Python file or a preset, into one TensorRT engine per rank.
 
@@ -211,18 +214,26 @@ def command(
     A preset is one of `cp-convert presets`, or a TOML file of the same form.
     """
     screen = options.screen(as_json=as_json, quiet=quiet, verbose=verbose)
+    if matrix is not None:
+        jobs = jobs_of(matrix, _job)
+        context.exit(run_all(jobs, matrix, summary, screen))
+    if asked["model"] is None:
+        raise click.MissingParameter(ctx=context, param=context.command.params[0])
     from ..show.bundle import converted  # late: rich
     from ..show.summary import cases_of
 
-    with summarised(summary, f"convert {model}") as cases:
-        job = _job(model, out, None if no_cache else cache or default_folder(), rest)
+    with summarised(summary, f"convert {asked['model']}") as cases:
+        job = _job(asked)
         manifest = _run(job, screen)
         cases += cases_of(manifest)
     converted(screen, manifest, job.out)
 
 
-def _job(model: Path, out: Path | None, cache: Path | None, rest: dict[str, Any]) -> Job:
-    """What was asked for; ``rest`` are the options by name."""
+def _job(asked: dict[str, Any]) -> Job:
+    """What was asked for, by the options' names."""
+    rest = dict(asked)
+    model, out, cache = rest.pop("model"), rest.pop("out"), rest.pop("cache")
+    cache = None if rest.pop("no_cache") else cache or default_folder()
     ring, no_proof = rest.pop("ring"), rest.pop("no_proof")
     found = options.found(model, _commands())
     mesh.taken(rest)
