@@ -8,37 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from .backends import Backend
-from .bundle.manifest import Manifest
+from .bundle.ended import Ended
 from .common import Common, shared_by
 from .errors import ConvertError
 from .job import Job
 from .model.load import surroundings
 from .pipeline import convert
 from .progress import Progress
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What became of one job.
-
-    Attributes:
-        index: its place among all.
-        job: what was asked for.
-        seconds: that it took.
-        manifest: its bundle's; ``None`` where it failed.
-        error: why it failed.
-        is_shared: whether an earlier job's model was used.
-    """
-
-    index: int
-    job: Job
-    seconds: float
-    manifest: Manifest | None = None
-    error: ConvertError | None = None
-    is_shared: bool = False
 
 
 def convert_all(

@@ -218,7 +218,8 @@ def command(
         jobs = jobs_of(matrix, _job)
         context.exit(run_all(jobs, matrix, summary, screen))
     if asked["model"] is None:
-        raise click.MissingParameter(ctx=context, param=context.command.params[0])
+        model = context.command.params[0]
+        raise click.MissingParameter(ctx=context, param=model, param_hint="'MODEL'")
     from ..show.bundle import converted  # late: rich
     from ..show.summary import cases_of
 

@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from ..backends import Backend, select
+from ..bundle.ended import Ended
 from ..errors import ConvertError, UsageError
 from ..job import Job
 from ..progress import Progress
@@ -23,7 +24,6 @@ from .summary import summarised
 if TYPE_CHECKING:  # torch and rich are imported late
     from collections.abc import Callable
 
-    from ..matrix import Ended
     from ..show.screen import Screen
 
 option: Final = click.option(
@@ -170,11 +170,12 @@ def run(jobs: list[tuple[Job, Backend]], path: Path, summary: Path | None, scree
 
 
 def _converted(jobs: list[tuple[Job, Backend]], screen: Screen) -> Iterator[Ended]:
-    from ..show.progress import shown  # late: rich
+    from ..show.matrix import beginning  # late: rich
+    from ..show.progress import shown
 
     @contextmanager
     def shown_as(index: int, job: Job) -> Iterator[Progress]:
-        screen.note(f"job {index + 1} of {len(jobs)}: {job.name} into {job.out}")
+        beginning(screen, index, len(jobs), job)
         with shown(screen) as progress:
             yield progress
 

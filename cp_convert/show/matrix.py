@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import msgspec
 from rich.markup import escape
 
+from ..bundle.ended import Ended
 from ..bundle.variants import all_variants
+from ..job import Job
 from .screen import Screen
 from .summary import Case
 from .words import plural, table_of
 
-if TYPE_CHECKING:  # what converts imports torch
-    from ..matrix import Ended
+
+def beginning(screen: Screen, index: int, count: int, job: Job) -> None:
+    """Which job it is whose progress follows."""
+    if screen.verbosity >= 0:
+        text = f"job {index + 1} of {count}: {job.name} into {job.out}"
+        screen.err.print(escape(text), soft_wrap=True)
 
 
 def told(screen: Screen, ended: Ended) -> None:
