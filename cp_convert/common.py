@@ -42,7 +42,7 @@ class Common:
         keeps: whether another job follows that will want it.
         job: the first, whose model it is.
         source: the model.
-        values: see :attr:`.ir.records.Loaded.values`.
+        values: see :class:`.ir.records.Loaded`.
         traces: its variants' programs, where they were traced and not measured.
         begun: its variants', where they came so far.
     """

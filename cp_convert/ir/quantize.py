@@ -28,7 +28,7 @@ QUANTIZERS: Final = (QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE)
 FP8: Final = torch.float8_e4m3fn
 LARGEST: Final = {torch.int8: 127.0, FP8: 448.0}
 """The largest code of every type; INT8's -128 is a code, and no quantizer of ours aims at it."""
-_LOWEST: Final = {torch.int8: -128.0, FP8: -448.0}
+LOWEST: Final = {torch.int8: -128.0, FP8: -448.0}
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
@@ -38,7 +38,7 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 def to_codes(ratio: Tensor, dtype: torch.dtype) -> Tensor:
     """The codes nearest to ``ratio``, ties to even; the outermost ones for what is beyond."""
-    within = ratio.clamp(_LOWEST[dtype], LARGEST[dtype])
+    within = ratio.clamp(LOWEST[dtype], LARGEST[dtype])
     return (within.round() if dtype == torch.int8 else within).to(dtype)
 
 

@@ -21,6 +21,7 @@ from ..ir.program import Lowered
 from ..lora.choose import Asked
 from ..prove.device import Mover
 from .choice import Choice, weights_of
+from .codes import by_torch, multiplies_codes
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
@@ -218,7 +219,8 @@ def checked_device(device: str, rank: int) -> torch.device:
 
 
 def on_device(program: Lowered, device: torch.device, elsewhere: Mapping[str, str]) -> Lowered:
-    """The program with its constants and own parameters on ``device``."""
+    """The program as ``device`` computes it, with its constants and own parameters there."""
+    program = by_torch(program, products=multiplies_codes(device))
     own = {name: t for name, t in program.state.items() if name not in elsewhere}
     return Mover(device).program(
         Lowered(program.graph_module, own, program.inputs, program.outputs, program.own)

@@ -1,0 +1,159 @@
+"""Quantizers as torch computes them: a rank's program in, one of torch's own operators out.
+
+Where a GPU multiplies FP8 (compute capability 8.9 and later), a linear layer of codes is one
+product of codes, ``torch._scaled_mm`` (cuBLASLt; accumulated in float32 and rounded once)::
+
+    linear(dq(q(x / s_x)), dequantize(c, s_w), b)  ->  scaled_mm(q(x / s_x), c.T, s_x, s_w, b)
+
+Whatever quantizer is left is written out in torch's arithmetic, to the same codes: an operator of a
+library is a wall for ``torch.compile``, whose neighbours would not be fused with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from ..ir.program import Lowered, copied, module_of, shape, tensor_of
+from ..ir.quantize import (
+    DEQUANTIZE,
+    FP8,
+    LARGEST,
+    LOWEST,
+    QUANTIZE,
+    QUANTIZE_DEQUANTIZE,
+    QUANTIZERS,
+)
+from ..ir.writer import Writer
+
+aten: Final = torch.ops.aten
+FIRST: Final = (8, 9)
+"""The first compute capability that multiplies FP8."""
+_STEP: Final = 16
+"""What rows and columns of a product of codes are multiples of (cuBLASLt documentation)."""
+
+
+def multiplies_codes(device: torch.device) -> bool:
+    """Whether torch has a product of FP8 codes for ``device``."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST
+
+
+def by_torch(program: Lowered, *, products: bool) -> Lowered:
+    """The program without quantizers of ours; the one that is given stays as it is.
+
+    Args:
+        program: of one rank.
+        products: whether linear layers of codes become products of codes. What is no such layer, or
+            has sizes or a type that torch does not multiply, is computed as before.
+    """
+    graph, state = copied(program.graph_module.graph), dict(program.state)
+    if not any(node.target in QUANTIZERS for node in graph.nodes):
+        return program
+    write = _Codes(graph, state)
+    if products:
+        for node in graph.find_nodes(op="call_function", target=aten.linear.default):
+            if (layer := _layer(node)) is not None:
+                _multiply(node, layer, write)
+    graph.eliminate_dead_code()
+    for target, written in _WRITERS.items():
+        for node in graph.find_nodes(op="call_function", target=target):
+            with graph.inserting_before(node):
+                write.origin = node
+                node.replace_all_uses_with(written(write, *node.args))
+            graph.erase_node(node)
+    graph.lint()
+    return replace(program, graph_module=module_of(program.graph_module, graph), state=state)
+
+
+class _Codes(Writer):
+    """Writes, and keeps scales as tensors of one number among a program's own parameters.
+
+    A GPU divides by a number by multiplying with its inverse, which is another code next to a tie.
+    """
+
+    def __init__(self, graph: fx.Graph, state: dict[str, torch.Tensor]) -> None:
+        super().__init__(graph)
+        self.state = state
+        self._scales: dict[float, fx.Node] = {}
+        self._rows: dict[tuple[fx.Node, float], fx.Node] = {}
+        *_, self._last = graph.find_nodes(op="placeholder")
+
+    def scale(self, value: float) -> fx.Node:
+        """A tensor of ``value``, float32."""
+        if value not in self._scales:
+            with self.graph.inserting_after(self._last):
+                made = self.graph.placeholder(f"scale_of_codes_{len(self._scales)}")
+            tensor = torch.tensor(value, dtype=torch.float32)
+            made.meta["val"] = self.mode.from_tensor(tensor)
+            self._scales[value] = self._last = made
+            self.state[made.name] = tensor
+        return self._scales[value]
+
+    def rows(self, x: fx.Node, scale: float) -> fx.Node:
+        """FP8 codes of ``x`` as a matrix; layers that read the same share them."""
+        if (x, scale) not in self._rows:
+            flat = self.op(aten.reshape.default, x, [-1, shape(x)[-1]])
+            self._rows[x, scale] = self.op(QUANTIZE, flat, scale, FP8)
+        return self._rows[x, scale]
+
+
+_Layer = tuple[fx.Node, float, fx.Node, float, fx.Node | None]
+"""Input, its scale, codes of the weight, their scale, bias."""
+
+
+def _layer(node: fx.Node) -> _Layer | None:
+    """The operands of a linear layer that multiplies codes."""
+    given: Any = node.args
+    x, weight, bias = (*given, None)[:3]
+    dtype = tensor_of(node).dtype
+    if x.target is not QUANTIZE_DEQUANTIZE or x.args[2] is not FP8:
+        return None
+    if weight.target is not DEQUANTIZE or tensor_of(weight.args[0]).dtype is not FP8:
+        return None
+    if any(size % _STEP for size in shape(weight)) or dtype is torch.float32:
+        return None
+    if bias is not None and tensor_of(bias).dtype is not dtype:
+        return None
+    return x.args[0], x.args[1], weight.args[0], weight.args[1], bias
+
+
+def _multiply(node: fx.Node, layer: _Layer, write: _Codes) -> None:
+    x, x_scale, codes, w_scale, bias = layer
+    scales = write.scale(x_scale), write.scale(w_scale)
+    with write.graph.inserting_before(node):
+        write.origin = node
+        rows, columns = write.rows(x, x_scale), write.op(aten.t.default, codes)
+        dtype = tensor_of(node).dtype
+        product = write.op(aten._scaled_mm.default, rows, columns, *scales, bias, None, dtype)
+        whole = write.op(aten.reshape.default, product, list(shape(node)))
+    node.replace_all_uses_with(whole)
+    write.graph.erase_node(node)
+
+
+def _quantize(write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype) -> fx.Node:
+    wide = write.op(aten._to_copy.default, x, dtype=torch.float32)
+    ratio = write.op(aten.div.Tensor, wide, write.scale(scale)) if scale != 1 else wide
+    within = write.op(aten.clamp.default, ratio, LOWEST[dtype], LARGEST[dtype])
+    whole = write.op(aten.round.default, within) if dtype is torch.int8 else within
+    return write.op(aten._to_copy.default, whole, dtype=dtype)
+
+
+def _dequantize(write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype) -> fx.Node:
+    wide = write.op(aten._to_copy.default, x, dtype=torch.float32)
+    number = write.op(aten.mul.Tensor, wide, scale) if scale != 1 else wide
+    return write.op(aten._to_copy.default, number, dtype=dtype)
+
+
+def _both(write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype) -> fx.Node:
+    return _dequantize(write, _quantize(write, x, scale, dtype), scale, tensor_of(x).dtype)
+
+
+_WRITERS: Final[dict[Any, Callable[..., fx.Node]]] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    QUANTIZE_DEQUANTIZE: _both,
+}
