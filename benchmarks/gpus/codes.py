@@ -1,10 +1,10 @@
 """One GPU: a model whose linear layers multiply FP8; ``python -m benchmarks.gpus.codes``.
 
 In: the programs that ``benchmarks.two_gpus prepare FOLDER --world 1`` wrote. Out: a line of JSON
-for the dense model and its program in the model's precision, and for the program in FP8: its products
-by dequantized numbers, and by ``torch._scaled_mm`` as the torch executor has them; compiled, and
-replayed as a CUDA graph. Errors are of the output, against the dense model in float32. Weights and
-inputs are random: the errors are not those of a published model.
+for the dense model and its program in the model's precision, and for the program in FP8: its
+products by dequantized numbers, and by ``torch._scaled_mm`` as the torch executor has them;
+compiled, and replayed as a CUDA graph. Errors are of the output, against the dense model in
+float32. Weights and inputs are random: the errors are not those of a published model.
 """
 
 from __future__ import annotations
