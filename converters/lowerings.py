@@ -230,7 +230,7 @@ def _attention_of_its_own_query(
 ) -> Tensor:
     """The same, and different from all that were added before, where these share its query."""
     q, k = get_trt_tensor(ctx, query, f"{name}_0"), get_trt_tensor(ctx, key, f"{name}_1")
-    if q.dtype == trt.float32:
+    if q.dtype in (trt.float32, trt.bfloat16):  # whose exponents have room for the factor
         layers = (ctx.net.get_layer(i) for i in range(ctx.net.num_layers))
         before = [x for x in layers if x.name.endswith(_SCALED) and x.get_input(0).name == q.name]
         if before:

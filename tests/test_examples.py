@@ -86,6 +86,16 @@ def test_a_world_of_four_in_bfloat16(tmp_path: Path) -> None:
     assert all(e.max <= manifest.proof.bound.max for e in manifest.proof.ranks)  # type: ignore[union-attr]
 
 
+def test_a_ring_of_three_over_heads_of_64_is_built_in_bfloat16(tmp_path: Path) -> None:
+    """1.7.1 ended by SIGSEGV: attentions that share a query are made different."""
+    out, external = tmp_path / "out", ("--weights-mode", "external", "--layout", "shared")
+    args = [EXAMPLES / "flux.py", "-s", "ring", "-w", 3, "-p", "bf16", "-o", out, *external]
+    assert convert(*args, "--proof", "program") == 0
+    manifest, _ = bundle.read(out)
+    assert {site.way for site in manifest.attention if site.rewritten} == {"fused"}
+    assert_built_by_tensorrt(out / manifest.engines[0].file)
+
+
 def test_a_world_of_one_is_a_plain_engine(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert convert(EXAMPLES / "plain_dit.py", "-s", "ulysses", "-w", 1, "-o", out) == 0
