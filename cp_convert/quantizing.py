@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import fx
+
 from .capture import linear8
-from .ir.linear8 import Layer, Linears
+from .ir.linear8 import Layer, Linears, Scales
 from .ir.program import module_path
 from .ir.records import Captured, Loaded
+from .ir.source import Codes
 from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import largest_inputs, losses, sets_of
@@ -17,21 +21,33 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
     """The program with its linear layers in 8 bits: the checkpoint's, or by the job's inputs."""
     job, dense, source = loaded.job, captured.dense, loaded.source
     names, weights, sets = captured.signature.parameters, dict[str, str](), 0
+    codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
     given: linear8.Given
     with clock.stage("calibrate"):
         device = check_device(job.proof_device)
         example = flat_inputs(dense, source.inputs)
         if source.codes:
-            codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
-            chosen, kept = linear8.stored_layers(dense, codes)
-            given = linear8.Stored(codes)
+            measured = job.quantize is not None
+            chosen, kept = linear8.stored_layers(dense, codes, measured=measured, keep=job.keep)
+            lacking = [n for n in chosen if codes[str(n.args[1])].input_scale is None]
+            every = list(sets_of(dense, example, job.calibration)) if lacking else []
+            given = linear8.Stored(codes, largest_inputs(dense, lacking, every, device))
+            sets = len(every)
         else:
             every = list(sets_of(dense, example, job.calibration))
             chosen, kept = linear8.choose(dense, job.keep)
             given = linear8.Measured(largest_inputs(dense, chosen, every, device))
             weights, sets = linear8.weights_of(chosen, names), len(every)
-        program, scales = linear8.quantized(dense, chosen, given)
-        lost = losses(dense, scales, example, device)
-    layers = tuple(Layer(module_path(n), *scales[n.name], lost[n.name]) for n in chosen)
+        program, scales = linear8.quantized(dense, chosen, given, codes)
+        lost = losses(dense, scales, example, device) if scales else {}
+    layers = tuple(
+        Layer(module_path(n), *scales[n.name], lost[n.name], _given(n, codes)) for n in chosen
+    )
     linears = Linears(dense, layers, kept, weights, sets)
     return replace(captured, dense=program, linears=linears)
+
+
+def _given(node: fx.Node, codes: Mapping[str, Codes]) -> Scales:
+    """Which scales of a layer the checkpoint has."""
+    own = codes.get(str(node.args[1]))
+    return "none" if own is None else "weight" if own.input_scale is None else "both"

@@ -42,6 +42,7 @@ def _linears(linears: Linears) -> q.Linears:
                 input_scale=one.input_scale,
                 weight_scale=one.weight_scale,
                 loss=one.loss,
+                given=one.given,
             )
             for one in linears.layers
         ],

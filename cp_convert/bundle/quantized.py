@@ -29,16 +29,21 @@ class Layer(Struct, frozen=True):
     """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
 
     ``loss`` is its own: what its output differs by with the example inputs (root mean square).
+    ``given`` says which of the two scales are the checkpoint's; the others come from inputs.
     """
 
     module: str
     input_scale: float
     weight_scale: float
     loss: float
+    given: Literal["both", "weight", "none"] = "none"
 
 
 class Kept(Struct, frozen=True):
-    """A linear layer that is left in the precision."""
+    """A linear layer that is left in the precision, if only its product.
+
+    Where ``reason`` begins with "only its weight is FP8", the weight is codes and stays so.
+    """
 
     module: str
     reason: str
@@ -47,7 +52,7 @@ class Kept(Struct, frozen=True):
 class Linears(Struct, frozen=True):
     """What linear layers multiply.
 
-    The scales come from ``sets`` sets of inputs, or from the checkpoint, where that is 0.
+    Scales that no checkpoint gives come from ``sets`` sets of inputs; none do where that is 0.
     """
 
     codes: Literal["fp8"]

@@ -8,6 +8,9 @@ which TensorRT computes as a product of codes (measured: only with constant scal
 operands quantized; anything else is built as well, and computed in half precision). ``codes`` take
 the weight's place among the parameters: half the bytes, and no work at run time.
 
+A weight that is codes in the checkpoint, and whose input has no scale, becomes
+``linear(x, dequantize(codes, s_w), b)``: half the bytes as well, and a product in half precision.
+
 Which layers are left as they are follows NVIDIA's and SGLang's published recipes for diffusion
 transformers: embedders, modulation and the output. Here that is said by structure: layers outside
 of the repeated blocks, and layers that compute one vector and not tokens.
@@ -16,7 +19,7 @@ of the repeated blocks, and layers that compute one vector and not tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Final, Protocol
 
@@ -31,6 +34,8 @@ from ..ir.source import Codes
 from ..ir.writer import Writer
 
 LINEAR: Final = torch.ops.aten.linear.default
+ALONE: Final = "only its weight is FP8"
+"""How the reason begins for a layer that reads codes and multiplies in the precision."""
 _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
 
@@ -49,6 +54,19 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
     if program.own:
         raise CannotConvert("--quantize: every rank has weights of its own here.")
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
+    reasons = _reasons(program, nodes, keep)
+    kept = tuple(Kept(module_path(n), why) for n, why in reasons.items() if why is not None)
+    chosen = [node for node, why in reasons.items() if why is None]
+    if not chosen:
+        found = sorted({one.reason for one in kept}) or ["there is none"]
+        raise CannotConvert(f"--quantize: no linear layer can be quantized: {'; '.join(found)}.")
+    return chosen, kept
+
+
+def _reasons(
+    program: Lowered, nodes: Sequence[fx.Node], keep: Sequence[str]
+) -> dict[fx.Node, str | None]:
+    """Of every linear layer, why it is left as it is; ``None``: it need not be."""
     for pattern in keep:
         if not any(fnmatchcase(module_path(node), pattern) for node in nodes):
             raise UsageError(
@@ -56,13 +74,7 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
                 hint=f"such as {module_path(nodes[0])}." if nodes else None,
             )
     has_blocks = any(_is_in_a_block(node) for node in nodes)
-    reasons = {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
-    kept = tuple(Kept(module_path(n), why) for n, why in reasons.items() if why is not None)
-    chosen = [node for node, why in reasons.items() if why is None]
-    if not chosen:
-        found = sorted({one.reason for one in kept}) or ["there is none"]
-        raise CannotConvert(f"--quantize: no linear layer can be quantized: {'; '.join(found)}.")
-    return chosen, kept
+    return {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
 
 
 def _is_in_a_block(node: fx.Node) -> bool:
@@ -86,7 +98,10 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
 
 
 def quantized(
-    program: Lowered, chosen: Sequence[fx.Node], given: Given
+    program: Lowered,
+    chosen: Sequence[fx.Node],
+    given: Given,
+    alone: Mapping[str, Codes] | None = None,
 ) -> tuple[Lowered, dict[str, tuple[float, float]]]:
     """``program`` with its linear layers in FP8; it stays as it is.
 
@@ -94,6 +109,7 @@ def quantized(
         program: decomposed and whole.
         chosen: of its linear layers, see :func:`choose` and :func:`stored_layers`.
         given: their scales.
+        alone: by placeholder, weights that become codes while their readers go on as they did.
 
     Returns:
         the program, and by the layer's name the scales of its input and its weight.
@@ -108,6 +124,9 @@ def quantized(
         if node.name in names:
             write.origin = node
             scales[node.name] = _into_codes(write, node, state, given, done)
+    for weight in graph.find_nodes(op="placeholder"):
+        if alone is not None and weight.name in alone:
+            _read_as_codes(write, weight, alone[weight.name], state)
     graph.lint()
     module = module_of(program.graph_module, graph)
     return replace(program, graph_module=module, state=state), scales
@@ -149,13 +168,16 @@ class Stored:
 
     Attributes:
         codes: by placeholder of the weight.
+        largest: of inputs for which it has no scale, by their names.
     """
 
     codes: Mapping[str, Codes]
+    largest: Mapping[str, float] = field(default_factory=dict)
 
     def input_scale(self, node: fx.Node) -> float:
         """See :class:`Given`."""
-        return self.codes[str(node.args[1])].input_scale
+        own = self.codes[str(node.args[1])].input_scale
+        return _scale(self.largest[str(node.args[0])], node, "input") if own is None else own
 
     def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See :class:`Given`."""
@@ -164,23 +186,47 @@ class Stored:
 
 
 def stored_layers(
-    program: Lowered, codes: Mapping[str, Codes]
+    program: Lowered,
+    codes: Mapping[str, Codes],
+    *,
+    measured: bool = False,
+    keep: Sequence[str] = (),
 ) -> tuple[list[fx.Node], tuple[Kept, ...]]:
-    """The linear layers of a quantized checkpoint, and those that it leaves in the precision.
+    """The linear layers of a quantized checkpoint that multiply codes, and those that do not.
 
     Args:
         program: decomposed and whole.
         codes: by placeholder of the weight.
+        measured: whether inputs without a scale in the checkpoint are to be given one, but for
+            layers that :func:`choose` would not take.
+        keep: see :func:`choose`.
 
     Raises:
-        CannotConvert: codes that are no linear layer's weight, and nothing else.
+        CannotConvert: codes with both scales that are no linear layer's weight, and nothing else.
+        UsageError: a pattern that names no linear layer.
     """
-    graph = program.graph_module.graph
-    nodes = list(graph.find_nodes(op="call_function", target=LINEAR))
+    nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
+    _check_readers(program, nodes, codes)
+    reasons, kept = _reasons(program, nodes, keep), dict[fx.Node, str]()
+    for node in nodes:
+        own = codes.get(str(node.args[1]))
+        if own is None:
+            kept[node] = "as in the checkpoint"
+        elif own.input_scale is None and not measured:
+            kept[node] = f"{ALONE}: the checkpoint has no scale for its input"
+        elif own.input_scale is None and (why := reasons[node]) is not None:
+            kept[node] = f"{ALONE}: {why}"
+    told = tuple(Kept(module_path(node), why) for node, why in kept.items())
+    return [node for node in nodes if node not in kept], told
+
+
+def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[str, Codes]) -> None:
+    """What is stored with the scales of both operands is multiplied, and nothing else."""
     of_layers = [node for node in nodes if str(node.args[1]) in codes]
     found = {str(node.args[1]) for node in of_layers}
-    for weight in graph.find_nodes(op="placeholder"):
-        if weight.name not in codes or not weight.users:
+    for weight in program.graph_module.graph.find_nodes(op="placeholder"):
+        own = codes.get(weight.name)
+        if own is None or own.input_scale is None or not weight.users:
             continue
         others = [user for user in weight.users if user not in of_layers]
         if weight.name not in found or others:
@@ -190,8 +236,6 @@ def stored_layers(
                 where=module_path(others[0]),
                 hint="name the checkpoint that is not quantized.",
             )
-    kept = (Kept(module_path(n), "as in the checkpoint") for n in nodes if n not in of_layers)
-    return of_layers, tuple(kept)
 
 
 class _Done:
@@ -216,15 +260,40 @@ def _into_codes(
         if (x, scale) not in done.inputs:
             done.inputs[x, scale] = write.op(QUANTIZE_DEQUANTIZE, x, scale, FP8)
         if weight not in done.weights:
-            like = tensor_of(weight).dtype
             codes, own = given.weight(node, state[weight.name].detach())
-            state[weight.name] = codes
-            with write.mode:
-                weight.meta = {**weight.meta, "val": torch.empty(codes.shape, dtype=FP8)}
-            done.weights[weight] = write.op(DEQUANTIZE, weight, own, like), own
+            done.weights[weight] = _numbers(write, weight, codes, own, state), own
     numbers, own = done.weights[weight]
     node.args = (done.inputs[x, scale], numbers, *bias)
     return scale, own
+
+
+def _read_as_codes(
+    write: Writer, weight: fx.Node, own: Codes, state: dict[str, torch.Tensor]
+) -> None:
+    """What still reads the weight itself reads what its codes stand for."""
+    users = [user for user in weight.users if user.target is not DEQUANTIZE]
+    if not users:
+        return
+    write.origin = next(node for node in write.graph.nodes if node in users)
+    with write.graph.inserting_before(write.origin):
+        numbers = _numbers(write, weight, own.codes, own.weight_scale, state)
+    for user in users:
+        user.replace_input_with(weight, numbers)
+
+
+def _numbers(
+    write: Writer,
+    weight: fx.Node,
+    codes: torch.Tensor,
+    scale: float,
+    state: dict[str, torch.Tensor],
+) -> fx.Node:
+    """What the codes of a weight stand for; they take its place among the parameters."""
+    like = tensor_of(weight).dtype
+    state[weight.name] = codes
+    with write.mode:
+        weight.meta = {**weight.meta, "val": torch.empty(codes.shape, dtype=codes.dtype)}
+    return write.op(DEQUANTIZE, weight, scale, like)
 
 
 def _scale(largest: float, node: fx.Node, what: str) -> float:

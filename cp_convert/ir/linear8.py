@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .program import Lowered
+
+Scales = Literal["both", "weight", "none"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,14 @@ class Layer:
         module: its path.
         input_scale, weight_scale: what a code of 1 stands for.
         loss: its own: the root mean square of what its output differs by, over the output's.
+        given: which of the two scales are the checkpoint's.
     """
 
     module: str
     input_scale: float
     weight_scale: float
     loss: float
+    given: Scales = "none"
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Linears:
         before: the same program without.
         layers, kept: what became of each linear layer.
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
-        sets: how many sets of inputs the scales were found with.
+        sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
     """
 
     before: Lowered

@@ -48,16 +48,17 @@ class Branches:
 
 @dataclass(frozen=True)
 class Codes:
-    """A linear layer's weight as FP8 codes, with the scales of a quantized checkpoint.
+    """A layer's weight as FP8 codes, with the scales of a quantized checkpoint.
 
     Attributes:
         codes: ``[N, K]``.
-        weight_scale, input_scale: what a code of 1 stands for.
+        weight_scale, input_scale: what a code of 1 stands for; the input's is ``None`` where the
+            checkpoint has none, and the weight alone is quantized.
     """
 
     codes: Tensor
     weight_scale: float
-    input_scale: float
+    input_scale: float | None
 
 
 @dataclass(frozen=True)

@@ -13,43 +13,20 @@ In: what the files hold by name. Out: the same without scales, and the scales by
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-from torch import Tensor
-
 from ..errors import WeightsError
 from ..ir.quantize import FP8
-from ..ir.tensors import Location, bytes_of, tensor_at
-from .quantized import FLOATS, UNQUANTIZED
+from ..ir.tensors import Location
+from .coded import WEIGHT, Coded, missing, not_quantized, scale_at
+from .quantized import UNQUANTIZED
 
 WEIGHT_SCALE: Final = ".weight_scale"
 INPUT_SCALE: Final = ".input_scale"
 _CONFIG: Final = "config.json"
 _ALGORITHM: Final = "FP8"
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A weight that is stored as codes.
-
-    Attributes:
-        at: where.
-        weight_scale, input_scale: what a code of 1 stands for.
-    """
-
-    at: Location
-    weight_scale: float
-    input_scale: float
-
-    def codes(self) -> Tensor:
-        """``[N, K]``, mapped."""
-        self.at.check_unchanged()
-        return tensor_at(self.at, bytes_of(self.at.file))
 
 
 def without_scales(
@@ -66,7 +43,7 @@ def without_scales(
     """
     _check_algorithm(folder)
     scales = {name for name in stored if name.endswith((WEIGHT_SCALE, INPUT_SCALE))}
-    codes = {name for name, at in stored.items() if at.dtype == FP8 and name.endswith(".weight")}
+    codes = {name for name, at in stored.items() if at.dtype == FP8 and name.endswith(WEIGHT)}
     if not scales:
         return dict(stored), {}
     if not codes:  # some other quantizer's: told by who finds the types that are not understood
@@ -74,7 +51,7 @@ def without_scales(
     for name in sorted(scales):
         layer = name.rpartition(".")[0]
         if f"{layer}.weight" not in codes:
-            raise _not_quantized(name, f"{layer}.weight", stored)
+            raise not_quantized(name, f"{layer}.weight", stored)
     for name, at in stored.items():
         if name.endswith("_quantizer._amax"):
             raise WeightsError(
@@ -86,60 +63,21 @@ def without_scales(
     return {name: at for name, at in stored.items() if name not in scales}, coded
 
 
-def _not_quantized(scale: str, weight: str, stored: Mapping[str, Location]) -> WeightsError:
-    at = stored.get(weight)
-    what = "is not there" if at is None else f"is stored as {at.kind} and not quantized to FP8"
-    return WeightsError(
-        f"{scale} is a scale, and {weight} {what}.",
-        where=str(stored[scale].file),
-        hint="the checkpoint is mixed up, or of another format; " + UNQUANTIZED,
-    )
-
-
 def _coded(name: str, stored: Mapping[str, Location]) -> Coded:
-    layer = name.removesuffix(".weight")
-    at = stored[name]
+    layer = name.removesuffix(WEIGHT)
     return Coded(
-        at,
         weight_scale=_scale(layer + WEIGHT_SCALE, name, stored),
         input_scale=_scale(layer + INPUT_SCALE, name, stored),
     )
 
 
 def _scale(name: str, weight: str, stored: Mapping[str, Location]) -> float:
-    """One positive number.
-
-    Raises:
-        WeightsError: it is missing, or none.
-    """
-    at = stored.get(name)
-    if at is None:
-        why = (
-            "; with a quantized weight alone TensorRT computes in half precision"
-            if name.endswith(INPUT_SCALE)
-            else ""
-        )
-        raise WeightsError(
-            f"{name} is missing: {weight} is stored in FP8, and has no such scale{why}.",
-            where=str(stored[weight].file),
-            hint="export it with quantized activations (ModelOpt's FP8); " + UNQUANTIZED,
-        )
-    if at.shape not in ((), (1,)) or at.kind not in FLOATS:
-        raise WeightsError(
-            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; a scale for the whole tensor "
-            "is one number.",
-            where=str(at.file),
-            hint="scales by rows, channels or blocks are not understood; " + UNQUANTIZED,
-        )
-    at.check_unchanged()
-    value = float(tensor_at(at, bytes_of(at.file)).to(torch.float32).reshape(()))
-    if not (value > 0 and math.isfinite(value)):
-        raise WeightsError(
-            f"{name} of {at.file.name} is {value}; a scale is a positive number.",
-            where=str(at.file),
-            hint="the checkpoint is broken; fetch or export it again.",
-        )
-    return value
+    if name not in stored:
+        half = "; with a quantized weight alone TensorRT computes in half precision"
+        why = half if name.endswith(INPUT_SCALE) else ""
+        hint = "export it with quantized activations (ModelOpt's FP8); "
+        raise missing(name, weight, stored[weight], why, hint)
+    return scale_at(name, stored[name])
 
 
 def _check_algorithm(folder: Path) -> None:

@@ -22,6 +22,8 @@ from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from tests.conftest import rewritten, tiny, tiny_inputs
 from tests.engine.plans import Plan, read_plan
+from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
+from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, tensors_of, write
 from tests.runtime.bundles import FLUX
 from tests.runtime.ranks import outputs_of
@@ -141,6 +143,76 @@ def test_a_quantized_checkpoint_is_multiplied_as_it_is(tmp_path: Path) -> None:
         assert layer.input_scale == stored[f"{name}.input_scale"].item()
         assert layer.weight_scale == stored[f"{name}.weight_scale"].item()
     check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+def single_file(tmp_path: Path, patch: pytest.MonkeyPatch, **options: Any) -> Path:
+    """That FLUX as ComfyUI would store it, in the authors' names."""
+    smaller_flux(patch, 64)
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    named = original_flux(space["build_model"]())
+    return write_file(tmp_path / "flux.safetensors", *quantized(named, FLUX_LAYERS, **options))
+
+
+def check_codes_stay(manifest: Manifest, file: Path) -> None:
+    """All of them in the user's file: what was joined there is cut by its offsets."""
+    codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
+    assert len(codes) == 17
+    assert {w.file for w in codes} == {str(file.resolve())}
+    stored, raw = load_file(file), file.read_bytes()
+    key = next(w for w in codes if w.name == "transformer_blocks.0.attn.to_k.weight")
+    whole = stored["double_blocks.0.img_attn.qkv.weight"].view(torch.uint8)
+    piece = whole[64:128].contiguous().numpy().tobytes()
+    assert raw[key.offset : key.offset + key.bytes] == piece
+
+
+def test_a_single_file_is_multiplied_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = single_file(tmp_path, monkeypatch)
+    manifest, plan = converted(tmp_path, weights=file, proof="network")
+    assert Counter(plan.products())["fp8_e4m3", "fp8_e4m3"] == 17
+    check_proof(manifest)
+    check_codes_stay(manifest, file)
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears is not None
+    stored = load_file(file)
+    told = {one.module: one for one in manifest.quantization.linears.layers}
+    assert {one.given for one in told.values()} == {"both"}
+    for layer, theirs in (
+        ("transformer_blocks.0.attn.add_v_proj", "double_blocks.0.txt_attn.qkv"),
+        ("single_transformer_blocks.0.proj_mlp", "single_blocks.0.linear1"),
+    ):
+        assert told[layer].weight_scale == stored[f"{theirs}.scale_weight"].item()
+        assert told[layer].input_scale == stored[f"{theirs}.scale_input"].item()
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+@pytest.mark.parametrize("quantize", [None, pytest.param("fp8", marks=pytest.mark.slow)])
+def test_what_has_no_scale_of_its_input_is_not_called_fp8(
+    quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights stay codes, and products are in half precision unless they are calibrated."""
+    file = single_file(tmp_path, monkeypatch, style="comfy_quant", inputs=False)
+    manifest, plan = converted(tmp_path, weights=file, quantize=quantize, proof="network")
+    products = Counter(plan.products())
+    assert products["fp8_e4m3", "fp8_e4m3"] == (0 if quantize is None else 17)
+    assert all(len(set(one)) == 1 for one in products)
+    check_codes_stay(manifest, file)
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    alone = [one for one in linears.kept if one.reason.startswith("only its weight is FP8")]
+    layers = [(one.given, one.loss > 0.001) for one in linears.layers]
+    if quantize is None:
+        assert (len(alone), layers, linears.sets) == (17, [], 0)
+        assert manifest.quantization.codes is not None
+        assert manifest.quantization.codes.codes == 0
+    else:
+        assert (len(alone), layers, linears.sets) == (0, 17 * [("weight", True)], 1)
+        check_proof(manifest)
+    assert max(e.max for e in manifest.proof.algebra) < 1e-5
+    assert "10 weights" in manifest.model.matched[-1]  # as they are stored
 
 
 def test_own_codes_are_stored_once(tmp_path: Path) -> None:

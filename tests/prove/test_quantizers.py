@@ -20,6 +20,7 @@ from cp_convert.ir import ops
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered, copied, module_of
 from cp_convert.ir.quantize import DEQUANTIZE, FP8, QUANTIZE, dequantize, quantize
+from cp_convert.ir.source import Codes
 from cp_convert.prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.calibrate import largest_inputs
 from cp_convert.sharding.shard import shard
@@ -272,6 +273,55 @@ def activations_left_alone(graph: fx.Graph) -> None:
 def test_faults_in_fp8_layers_are_caught(sabotage: Sabotage, told: str) -> None:
     with pytest.raises(ProofFailed, match=told):
         proven(sabotaged(in_fp8("ulysses", 2), sabotage))
+
+
+def with_weights_alone() -> Stages:
+    """The same layers with weights that are codes, and nothing else that is."""
+    plain, _ = programs()
+    chosen, _ = linear8.choose(plain)
+    alone = {}
+    for number, node in enumerate(chosen):
+        weight = plain.state[str(node.args[1])].detach()
+        scale = (1 + 0.1 * number) * float(weight.abs().max()) / 448
+        alone[str(node.args[1])] = Codes(quantize(weight, scale, FP8), scale, None)
+    found, kept = linear8.stored_layers(plain, alone)
+    assert found == []
+    assert sum(one.reason.startswith(linear8.ALONE) for one in kept) == 2
+    dense, scales = linear8.quantized(plain, [], linear8.Stored(alone), alone)
+    assert scales == {}
+    axis = axis_of(2)
+    split, by = shard(dense, axis), strategy("ulysses", 2)
+    control, _ = rewrite(split, CONTROL, "control", axis, table())
+    done, outcomes = rewrite(split, by, "ulysses", axis, table())
+    sites = [(o.site, o.node) for o in outcomes]
+    return Stages(dense, control, done, done, sites, axis, dense, plain)
+
+
+def test_weights_that_are_codes_round_nothing_more() -> None:
+    stages = with_weights_alone()
+    proof = proven(replace(stages, lowered=lower(stages.lowered)))
+    assert proof.codes is not None
+    assert proof.codes.codes == 0
+    assert max(e.max for e in (*proof.algebra, *proof.codes.ranks)) < 1e-5
+    assert proof.codes.loss.max > 1e-3  # what the checkpoint's weights have lost
+
+
+def dequantized_by_the_other(graph: fx.Graph) -> None:
+    first, second = of(graph, DEQUANTIZE)[:2]
+    first.args = (first.args[0], second.args[1], first.args[2])
+
+
+def not_dequantized(graph: fx.Graph) -> None:
+    node = of(graph, DEQUANTIZE)[0]
+    node.args = (node.args[0], 1.0, node.args[2])
+
+
+@pytest.mark.parametrize(
+    "sabotage", [scaled_by(DEQUANTIZE, 1.01), dequantized_by_the_other, not_dequantized]
+)
+def test_faults_in_weights_that_are_codes_are_caught(sabotage: Sabotage) -> None:
+    with pytest.raises(ProofFailed, match="all ranks together went astray"):
+        proven(sabotaged(with_weights_alone(), sabotage))
 
 
 def test_codes_of_another_model_are_caught() -> None:

@@ -1,0 +1,73 @@
+"""Scales that follow their codes through a mapping of names that splits, joins and reorders.
+
+In: the stored tensors, which of them are codes, and diffusers' mapping. Out: the scales by the
+model's own names. The mapping is run once more, on numbers that say of every row of a weight which
+stored row it is; what comes out says which scales belong to it, whatever was done on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from .coded import Coded
+from .original import Renaming, renamed
+from .quantized import UNQUANTIZED
+
+
+def followed(
+    module: nn.Module,
+    mapping: Renaming,
+    tensors: Mapping[str, Tensor],
+    coded: Mapping[str, Coded],
+) -> dict[str, Coded]:
+    """The scales of what the mapping makes of codes.
+
+    Args:
+        module: the model, whose configuration the mapping reads.
+        mapping: see :func:`.original.mapping_of`.
+        tensors: what it is given; only their shapes count.
+        coded: those of them that are codes.
+
+    Raises:
+        WeightsError: one tensor of the model is made of pieces whose scales differ.
+    """
+    owners, numbered, begin = list[str](), dict[str, Tensor](), 0
+    for name, tensor in tensors.items():
+        rows = torch.full((1,), -1, dtype=torch.int32)
+        if name in coded:
+            rows = torch.arange(begin, begin + len(tensor), dtype=torch.int32)
+            owners += [name] * len(tensor)
+            begin += len(tensor)
+        shape = (-1, *(1 for _ in tensor.shape[1:]))
+        numbered[name] = (rows.reshape(shape) if tensor.dim() else rows[0]).expand(tensor.shape)
+    found = renamed(module, mapping, numbered)
+    return {
+        name: one
+        for name, rows in found.items()
+        if (one := _of(name, rows, owners, coded)) is not None
+    }
+
+
+def _of(name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded]) -> Coded | None:
+    """The scales of one tensor, given the stored row of each of its numbers."""
+    if (rows < 0).all():
+        return None
+    first = rows[:, 0] if rows.dim() == 2 and rows.shape[1] else rows.flatten()[:0]
+    is_whole = rows.dim() == 2 and (rows.stride(1) == 0 or bool((rows == first[:, None]).all()))
+    if not is_whole or bool((first < 0).any()):
+        raise _refused(name, "quantized and other pieces, or pieces of rows")
+    scales = {coded[owner] for owner in {owners[row] for row in first.tolist()}}
+    if len(scales) > 1:
+        raise _refused(name, "pieces whose scales differ")
+    return scales.pop()
+
+
+def _refused(name: str, what: str) -> WeightsError:
+    return WeightsError(
+        f"{name} would be made of {what}: its codes have no scale of their own.",
+        hint="export it in the names of the diffusers class; " + UNQUANTIZED,
+    )

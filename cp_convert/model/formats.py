@@ -1,0 +1,82 @@
+"""Which format a quantized checkpoint is in, what it can be converted for, and what is told of it.
+
+In: what the files hold by name. Out: the model's tensors, and which of them are codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from ..errors import UsageError
+from ..ir.tensors import Location
+from ..job import Job, without_fp8
+from . import comfy, modelopt
+from .coded import Coded
+
+FLOAT8: Final = "float8"
+"""The cast that takes codes for what they stand for, in the job's precision."""
+
+
+def without_scales(
+    stored: Mapping[str, Location], folder: Path
+) -> tuple[dict[str, Location], dict[str, Coded]]:
+    """The tensors that are the model's, and those among them that are codes.
+
+    Raises:
+        WeightsError: a scale is missing, none, or belongs to no codes; or another format.
+    """
+    found = comfy.without_scales(stored)
+    return modelopt.without_scales(stored, folder) if found is None else found
+
+
+def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
+    """Refuse what a quantized checkpoint was never proven with, or cannot be built for.
+
+    Raises:
+        UsageError: other axes, quantizing twice, or a GPU that has no FP8.
+    """
+    if not coded or FLOAT8 in job.allow_cast:
+        return
+    if job.mesh.others:
+        raise UsageError(
+            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
+            "the sequence's were never proven together.",
+            hint="a checkpoint that is not quantized, or no --cfg and --tp.",
+        )
+    if job.quantize is not None and all(one.input_scale is not None for one in coded.values()):
+        raise UsageError(
+            f"--quantize {job.quantize}: {job.weights} is quantized already.",
+            hint="leave one of the two out.",
+        )
+    if old := without_fp8(job.compute_capabilities):
+        raise UsageError(
+            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
+            "is multiplied from 8.9 on.",
+            hint="leave these targets out, name the checkpoint that is not quantized, or take the "
+            "numbers in the job's precision (--allow-cast float8).",
+        )
+
+
+def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
+    """What a person should know of the codes, and the manifest keeps."""
+    if not coded:
+        return ()
+    if FLOAT8 in job.allow_cast:
+        cast = (
+            f"{len(coded)} weights in FP8 multiplied by their scales once, and computed with in "
+            "the job's precision (--allow-cast float8)"
+        )
+        return (cast,)
+    alone = sum(one.input_scale is None for one in coded.values())
+    if not alone:
+        return ()
+    what = f"{alone} weights in FP8 without a scale for the layer's input"
+    if job.quantize is not None:
+        return (f"{what}: it is taken from the example inputs, as --quantize does",)
+    half = (
+        f"{what}: they stay codes, and the layers multiply in the job's precision; --quantize fp8 "
+        "takes the scale from the example inputs"
+    )
+    return (half,)
