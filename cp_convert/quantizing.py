@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from .capture import linear8
+from .capture import linear8, products8
 from .ir.linear8 import Layer, Linears, Scales
 from .ir.program import module_path
 from .ir.records import Captured, Loaded
@@ -22,32 +22,39 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
     job, dense, source = loaded.job, captured.dense, loaded.source
     names, weights, sets = captured.signature.parameters, dict[str, str](), 0
     codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
-    given: linear8.Given
+    given: products8.Given
     with clock.stage("calibrate"):
         device = check_device(job.proof_device)
         example = flat_inputs(dense, source.inputs)
         if source.codes:
             measured = job.quantize is not None
             chosen, kept = linear8.stored_layers(dense, codes, measured=measured, keep=job.keep)
-            lacking = [n for n in chosen if codes[str(n.args[1])].input_scale is None]
+            lacking = [n for n in chosen if not codes[str(n.args[1])].is_multiplied]
             every = list(sets_of(dense, example, job.calibration)) if lacking else []
-            given = linear8.Stored(codes, largest_inputs(dense, lacking, every, device))
+            given = products8.Stored(codes, largest_inputs(dense, lacking, every, device))
             sets = len(every)
         else:
             every = list(sets_of(dense, example, job.calibration))
             chosen, kept = linear8.choose(dense, job.keep)
-            given = linear8.Measured(largest_inputs(dense, chosen, every, device))
+            given = products8.Measured(largest_inputs(dense, chosen, every, device))
             weights, sets = linear8.weights_of(chosen, names), len(every)
-        program, scales = linear8.quantized(dense, chosen, given, codes)
+        program, scales = products8.quantized(dense, chosen, given, codes)
         lost = losses(dense, scales, example, device) if scales else {}
-    layers = tuple(
-        Layer(module_path(n), *scales[n.name], lost[n.name], _given(n, codes)) for n in chosen
-    )
+    layers = tuple(_layer(n, scales[n.name], lost[n.name], codes) for n in chosen)
     linears = Linears(dense, layers, kept, weights, sets)
     return replace(captured, dense=program, linears=linears)
 
 
-def _given(node: fx.Node, codes: Mapping[str, Codes]) -> Scales:
-    """Which scales of a layer the checkpoint has."""
-    own = codes.get(str(node.args[1]))
-    return "none" if own is None else "weight" if own.input_scale is None else "both"
+def _layer(node: fx.Node, own: Codes, loss: float, codes: Mapping[str, Codes]) -> Layer:
+    """What is told of a layer; ``codes`` are those of the checkpoint, by placeholder."""
+    stored = codes.get(str(node.args[1]))
+    given: Scales = "none" if stored is None else "both" if stored.is_multiplied else "weight"
+    return Layer(
+        module_path(node),
+        own.input_scale,
+        own.step,
+        loss,
+        given,
+        rows=own.rows is not None,
+        smooth=own.smooth is not None,
+    )

@@ -43,6 +43,8 @@ def _linears(linears: Linears) -> q.Linears:
                 weight_scale=one.weight_scale,
                 loss=one.loss,
                 given=one.given,
+                rows=one.rows,
+                smooth=one.smooth,
             )
             for one in linears.layers
         ],

@@ -29,14 +29,18 @@ class Layer(Struct, frozen=True):
     """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
 
     ``loss`` is its own: what its output differs by with the example inputs (root mean square).
-    ``given`` says which of the two scales are the checkpoint's; the others come from inputs.
+    ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
+    ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
+    ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before.
     """
 
     module: str
-    input_scale: float
+    input_scale: float | None
     weight_scale: float
     loss: float
     given: Literal["both", "weight", "none"] = "none"
+    rows: bool = False
+    smooth: bool = False
 
 
 class Kept(Struct, frozen=True):

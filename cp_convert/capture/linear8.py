@@ -1,15 +1,7 @@
-"""Linear layers in FP8: a pure pass over a dense program, given the scales of their inputs.
+"""Which linear layers multiply codes of 8 bits, and why the others do not.
 
-Before and after (``s_x`` and ``s_w`` are numbers, one for all of a tensor)::
-
-    linear(x, w, b)    ->    linear(dq(q(x / s_x)), dequantize(codes, s_w), b)
-
-which TensorRT computes as a product of codes (measured: only with constant scales, and with both
-operands quantized; anything else is built as well, and computed in half precision). ``codes`` take
-the weight's place among the parameters: half the bytes, and no work at run time.
-
-A weight that is codes in the checkpoint, and whose input has no scale, becomes
-``linear(x, dequantize(codes, s_w), b)``: half the bytes as well, and a product in half precision.
+In: a dense program, and the codes of a checkpoint if there are any. Out: nodes, and reasons.
+:mod:`.products8` makes of them what is computed then.
 
 Which layers are left as they are follows NVIDIA's and SGLang's published recipes for diffusion
 transformers: embedders, modulation and the output. Here that is said by structure: layers outside
@@ -19,19 +11,16 @@ of the repeated blocks, and layers that compute one vector and not tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import fx
 
 from ..errors import CannotConvert, UsageError
 from ..ir.linear8 import Kept
-from ..ir.program import Lowered, copied, module_of, module_path, shape, tensor_of
-from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, quantize
+from ..ir.program import Lowered, module_path, shape
 from ..ir.source import Codes
-from ..ir.writer import Writer
 
 LINEAR: Final = torch.ops.aten.linear.default
 ALONE: Final = "only its weight is FP8"
@@ -97,94 +86,6 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
     return None
 
 
-def quantized(
-    program: Lowered,
-    chosen: Sequence[fx.Node],
-    given: Given,
-    alone: Mapping[str, Codes] | None = None,
-) -> tuple[Lowered, dict[str, tuple[float, float]]]:
-    """``program`` with its linear layers in FP8; it stays as it is.
-
-    Args:
-        program: decomposed and whole.
-        chosen: of its linear layers, see :func:`choose` and :func:`stored_layers`.
-        given: their scales.
-        alone: by placeholder, weights that become codes while their readers go on as they did.
-
-    Returns:
-        the program, and by the layer's name the scales of its input and its weight.
-
-    Raises:
-        CannotConvert: an input or a weight that is all zeros, or not finite.
-    """
-    names = {node.name for node in chosen}
-    graph, state = copied(program.graph_module.graph), dict(program.state)
-    write, done, scales = Writer(graph), _Done(), dict[str, tuple[float, float]]()
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
-        if node.name in names:
-            write.origin = node
-            scales[node.name] = _into_codes(write, node, state, given, done)
-    for weight in graph.find_nodes(op="placeholder"):
-        if alone is not None and weight.name in alone:
-            _read_as_codes(write, weight, alone[weight.name], state)
-    graph.lint()
-    module = module_of(program.graph_module, graph)
-    return replace(program, graph_module=module, state=state), scales
-
-
-class Given(Protocol):
-    """Where codes and scales come from."""
-
-    def input_scale(self, node: fx.Node) -> float:
-        """Of a linear layer's input."""
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Codes and scale of its weight, whose ``numbers`` the model has."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Scales that the largest magnitudes give.
-
-    Attributes:
-        largest: of the layers' inputs, by their names.
-    """
-
-    largest: Mapping[str, float]
-
-    def input_scale(self, node: fx.Node) -> float:
-        """See :class:`Given`."""
-        return _scale(self.largest[str(node.args[0])], node, "input")
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See :class:`Given`."""
-        scale = _scale(float(numbers.abs().max()), node, "weight")
-        return quantize(numbers, scale, FP8), scale
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Those of a quantized checkpoint.
-
-    Attributes:
-        codes: by placeholder of the weight.
-        largest: of inputs for which it has no scale, by their names.
-    """
-
-    codes: Mapping[str, Codes]
-    largest: Mapping[str, float] = field(default_factory=dict)
-
-    def input_scale(self, node: fx.Node) -> float:
-        """See :class:`Given`."""
-        own = self.codes[str(node.args[1])].input_scale
-        return _scale(self.largest[str(node.args[0])], node, "input") if own is None else own
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See :class:`Given`."""
-        own = self.codes[str(node.args[1])]
-        return own.codes, own.weight_scale
-
-
 def stored_layers(
     program: Lowered,
     codes: Mapping[str, Codes],
@@ -212,9 +113,9 @@ def stored_layers(
         own = codes.get(str(node.args[1]))
         if own is None:
             kept[node] = "as in the checkpoint"
-        elif own.input_scale is None and not measured:
+        elif not own.is_multiplied and not measured:
             kept[node] = f"{ALONE}: the checkpoint has no scale for its input"
-        elif own.input_scale is None and (why := reasons[node]) is not None:
+        elif not own.is_multiplied and (why := reasons[node]) is not None:
             kept[node] = f"{ALONE}: {why}"
     told = tuple(Kept(module_path(node), why) for node, why in kept.items())
     return [node for node in nodes if node not in kept], told
@@ -226,7 +127,7 @@ def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[st
     found = {str(node.args[1]) for node in of_layers}
     for weight in program.graph_module.graph.find_nodes(op="placeholder"):
         own = codes.get(weight.name)
-        if own is None or own.input_scale is None or not weight.users:
+        if own is None or not own.is_multiplied or not weight.users:
             continue
         others = [user for user in weight.users if user not in of_layers]
         if weight.name not in found or others:
@@ -236,75 +137,6 @@ def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[st
                 where=module_path(others[0]),
                 hint="name the checkpoint that is not quantized.",
             )
-
-
-class _Done:
-    """Inputs and weights that several layers share."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[tuple[fx.Node, float], fx.Node] = {}
-        self.weights: dict[fx.Node, tuple[fx.Node, float]] = {}
-
-
-def _into_codes(
-    write: Writer,
-    node: fx.Node,
-    state: dict[str, torch.Tensor],
-    given: Given,
-    done: _Done,
-) -> tuple[float, float]:
-    x, weight, *bias = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    with write.graph.inserting_before(node):
-        scale = given.input_scale(node)
-        if (x, scale) not in done.inputs:
-            done.inputs[x, scale] = write.op(QUANTIZE_DEQUANTIZE, x, scale, FP8)
-        if weight not in done.weights:
-            codes, own = given.weight(node, state[weight.name].detach())
-            done.weights[weight] = _numbers(write, weight, codes, own, state), own
-    numbers, own = done.weights[weight]
-    node.args = (done.inputs[x, scale], numbers, *bias)
-    return scale, own
-
-
-def _read_as_codes(
-    write: Writer, weight: fx.Node, own: Codes, state: dict[str, torch.Tensor]
-) -> None:
-    """What still reads the weight itself reads what its codes stand for."""
-    users = [user for user in weight.users if user.target is not DEQUANTIZE]
-    if not users:
-        return
-    write.origin = next(node for node in write.graph.nodes if node in users)
-    with write.graph.inserting_before(write.origin):
-        numbers = _numbers(write, weight, own.codes, own.weight_scale, state)
-    for user in users:
-        user.replace_input_with(weight, numbers)
-
-
-def _numbers(
-    write: Writer,
-    weight: fx.Node,
-    codes: torch.Tensor,
-    scale: float,
-    state: dict[str, torch.Tensor],
-) -> fx.Node:
-    """What the codes of a weight stand for; they take its place among the parameters."""
-    like = tensor_of(weight).dtype
-    state[weight.name] = codes
-    with write.mode:
-        weight.meta = {**weight.meta, "val": torch.empty(codes.shape, dtype=codes.dtype)}
-    return write.op(DEQUANTIZE, weight, scale, like)
-
-
-def _scale(largest: float, node: fx.Node, what: str) -> float:
-    if not 0 < largest < float("inf"):
-        raise CannotConvert(
-            f"--quantize: the {what} of {module_path(node)} has no scale: its largest magnitude "
-            f"is {largest}.",
-            where=module_path(node),
-            hint="--keep leaves the layer as it is; --calibration names other inputs.",
-        )
-    return largest / LARGEST[FP8]
 
 
 def weights_of(chosen: Sequence[fx.Node], names: Mapping[str, str]) -> dict[str, str]:

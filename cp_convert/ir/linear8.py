@@ -17,16 +17,21 @@ class Layer:
 
     Attributes:
         module: its path.
-        input_scale, weight_scale: what a code of 1 stands for.
+        input_scale, weight_scale: what a code of 1 stands for; the input's is ``None`` where each
+            token has its own.
         loss: its own: the root mean square of what its output differs by, over the output's.
         given: which of the two scales are the checkpoint's.
+        rows: whether each row of the weight has a scale, of which ``weight_scale`` is the largest.
+        smooth: whether the input's columns are multiplied by the checkpoint's factors before.
     """
 
     module: str
-    input_scale: float
+    input_scale: float | None
     weight_scale: float
     loss: float
     given: Scales = "none"
+    rows: bool = False
+    smooth: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..ir.tensors import Location, bytes_of, tensor_at
+from ..ir.quantize import dequantize
+from ..ir.source import Codes
+from ..ir.tensors import Location, bytes_of, opened, tensor_at
 from .quantized import FLOATS, UNQUANTIZED
 
 WEIGHT: Final = ".weight"
@@ -25,13 +27,35 @@ class Coded:
     """How a stored weight is to be read.
 
     Attributes:
-        weight_scale: what a code of 1 stands for.
+        weight_scale: what a code of 1 stands for; of each row, float32 ``[N]``, or of all.
         input_scale: the same for the codes of the layer's input; ``None`` where the checkpoint
-            tells none, so that only the weight is quantized.
+            tells none.
+        by_token: whether each token of the input has a scale of its own then; if not, only the
+            weight is quantized.
+        smooth: what columns of the input are multiplied with before, float32 ``[K]``.
     """
 
-    weight_scale: float
+    weight_scale: float | Tensor
     input_scale: float | None
+    by_token: bool = False
+    smooth: Tensor | None = None
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether the input becomes codes, too."""
+        return self.by_token or self.input_scale is not None
+
+    def numbers(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """What ``codes`` ``[N, K]`` stand for, in ``dtype``: the weight of the plain layer."""
+        if self.smooth is None and not isinstance(self.weight_scale, Tensor):
+            return dequantize(codes, self.weight_scale, dtype)
+        found = codes.float()
+        found *= torch.as_tensor(self.weight_scale).reshape(-1, 1)
+        return (found if self.smooth is None else found.mul_(self.smooth)).to(dtype)
+
+    def of(self, codes: Tensor) -> Codes:
+        """The same with its codes."""
+        return Codes(codes, self.weight_scale, self.input_scale, self.by_token, self.smooth)
 
 
 def scale_at(name: str, at: Location) -> float:
@@ -44,21 +68,48 @@ def scale_at(name: str, at: Location) -> float:
     Raises:
         WeightsError: it is of another shape or type, or not positive, or not finite.
     """
-    if at.shape not in ((), (1,)) or at.kind not in FLOATS:
+    if at.shape not in ((), (1,), (1, 1)) or at.kind not in FLOATS:
         raise WeightsError(
             f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; a scale for the whole tensor "
             "is one number.",
             where=str(at.file),
-            hint="scales by rows, channels or blocks are not understood; " + UNQUANTIZED,
+            hint="scales by rows, channels or blocks are not understood here; " + UNQUANTIZED,
         )
-    value = numbers_at(at)
-    if not (value > 0).all() or not value.isfinite().all():
+    return float(_positive(name, at))
+
+
+def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
+    """One positive number for each of ``count`` rows, or columns: float32 ``[count]``.
+
+    Args:
+        name: of the stored tensor, for messages.
+        at: where it is, ``[count]`` or ``[count, 1]``.
+        count: how many there must be.
+        what: has them, in the plural.
+
+    Raises:
+        WeightsError: it is of another shape or type, or one is not positive, or not finite.
+    """
+    if at.shape not in ((count,), (count, 1)) or at.kind not in FLOATS:
         raise WeightsError(
-            f"{name} of {at.file.name} is {float(value)}; a scale is a positive number.",
+            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; there are {count} {what}, and "
+            "each has one scale.",
+            where=str(at.file),
+            hint="the checkpoint is broken, or of another format; " + UNQUANTIZED,
+        )
+    return _positive(name, at).reshape(count).clone()
+
+
+def _positive(name: str, at: Location) -> Tensor:
+    value = numbers_at(at)
+    bad = value[~((value > 0) & value.isfinite())]
+    if bad.numel():
+        raise WeightsError(
+            f"{name} of {at.file.name} is {float(bad[0])}; a scale is a positive number.",
             where=str(at.file),
             hint="the checkpoint is broken; fetch or export it again.",
         )
-    return float(value)
+    return value
 
 
 def numbers_at(at: Location) -> Tensor:
@@ -71,10 +122,22 @@ def numbers_at(at: Location) -> Tensor:
     return tensor_at(at, bytes_of(at.file)).to(torch.float32)
 
 
-def not_quantized(scale: str, weight: str, stored: Mapping[str, Location]) -> WeightsError:
+def metadata_of(stored: Mapping[str, Location]) -> dict[str, tuple[str, Location]]:
+    """What the headers of the files say beside their tensors, and a tensor of the file."""
+    found: dict[str, tuple[str, Location]] = {}
+    for at in {at.file: at for at in stored.values()}.values():
+        with opened(at.file) as file:
+            told = file.metadata() or {}
+        found |= {name: (text, at) for name, text in told.items()}
+    return found
+
+
+def not_quantized(
+    scale: str, weight: str, stored: Mapping[str, Location], kind: str = "FP8"
+) -> WeightsError:
     """The complaint about a scale, or what speaks of one, whose weight is no such codes."""
     at = stored.get(weight)
-    what = "is not there" if at is None else f"is stored as {at.kind} and not quantized to FP8"
+    what = "is not there" if at is None else f"is stored as {at.kind} and not quantized to {kind}"
     return WeightsError(
         f"{scale} is a scale, and {weight} {what}.",
         where=str(next(stored[n] for n in (scale, weight, *stored) if n in stored).file),
@@ -82,10 +145,12 @@ def not_quantized(scale: str, weight: str, stored: Mapping[str, Location]) -> We
     )
 
 
-def missing(scale: str, weight: str, at: Location, why: str = "", hint: str = "") -> WeightsError:
+def missing(
+    scale: str, weight: str, at: Location, why: str = "", hint: str = "", kind: str = "FP8"
+) -> WeightsError:
     """The complaint about codes without a scale."""
     return WeightsError(
-        f"{scale} is missing: {weight} is stored in FP8, and has no such scale{why}.",
+        f"{scale} is missing: {weight} is stored in {kind}, and has no such scale{why}.",
         where=str(at.file),
         hint=hint + UNQUANTIZED,
     )

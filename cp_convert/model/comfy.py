@@ -22,8 +22,8 @@ from typing import Any, Final
 
 from ..errors import WeightsError
 from ..ir.quantize import FP8
-from ..ir.tensors import Location, bytes_of, opened, tensor_at
-from .coded import WEIGHT, Coded, missing, not_quantized, scale_at
+from ..ir.tensors import Location, bytes_of, tensor_at
+from .coded import WEIGHT, Coded, metadata_of, missing, not_quantized, scale_at
 from .header import parsed
 from .names import inside
 from .quantized import UNQUANTIZED
@@ -153,11 +153,8 @@ def _in_tensors(own: Mapping[str, Location]) -> Iterator[tuple[str, Any, Locatio
 
 def _in_metadata(own: Mapping[str, Location], prefix: str) -> Iterator[tuple[str, Any, Location]]:
     """Layers may be named with the prefix, or without."""
-    for at in {at.file: at for at in own.values()}.values():
-        with opened(at.file) as file:
-            text = (file.metadata() or {}).get(_METADATA)
-        if text is None:
-            continue
+    found = metadata_of(own)
+    for text, at in [found[_METADATA]] if _METADATA in found else []:
         told = _json(text.encode(), _METADATA, at)
         layers = told.get("layers") if isinstance(told, dict) else None
         if not isinstance(layers, dict):

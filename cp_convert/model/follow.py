@@ -7,7 +7,9 @@ stored row it is; what comes out says which scales belong to it, whatever was do
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +46,24 @@ def followed(
             begin += len(tensor)
         shape = (-1, *(1 for _ in tensor.shape[1:]))
         numbered[name] = (rows.reshape(shape) if tensor.dim() else rows[0]).expand(tensor.shape)
-    found = renamed(module, mapping, numbered)
+    found, every = renamed(module, mapping, numbered), _by_rows(owners, coded)
     return {
         name: one
         for name, rows in found.items()
-        if (one := _of(name, rows, owners, coded)) is not None
+        if (one := _of(name, rows, owners, coded, every)) is not None
     }
 
 
-def _of(name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded]) -> Coded | None:
+def _by_rows(owners: list[str], coded: Mapping[str, Coded]) -> Tensor:
+    """The scales of all rows, one after the other."""
+    counts = Counter(owners)
+    found = [torch.as_tensor(coded[n].weight_scale).expand(count) for n, count in counts.items()]
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _of(
+    name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded], every: Tensor
+) -> Coded | None:
     """The scales of one tensor, given the stored row of each of its numbers."""
     if (rows < 0).all():
         return None
@@ -60,10 +71,24 @@ def _of(name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded]) 
     is_whole = rows.dim() == 2 and (rows.stride(1) == 0 or bool((rows == first[:, None]).all()))
     if not is_whole or bool((first < 0).any()):
         raise _refused(name, "quantized and other pieces, or pieces of rows")
-    scales = {coded[owner] for owner in {owners[row] for row in first.tolist()}}
-    if len(scales) > 1:
+    pieces = [coded[owner] for owner in dict.fromkeys(owners[row] for row in first.tolist())]
+    if any(not _alike(one, pieces[0]) for one in pieces):
         raise _refused(name, "pieces whose scales differ")
-    return scales.pop()
+    if not isinstance(pieces[0].weight_scale, Tensor):
+        return pieces[0]
+    return replace(pieces[0], weight_scale=every[first.long()])
+
+
+def _alike(one: Coded, other: Coded) -> bool:
+    """But for the scales of rows, which go with them."""
+    told = [(c.input_scale, c.by_token, _one(c.weight_scale)) for c in (one, other)]
+    if told[0] != told[1] or (one.smooth is None) != (other.smooth is None):
+        return False
+    return one.smooth is None or other.smooth is None or torch.equal(one.smooth, other.smooth)
+
+
+def _one(scale: float | Tensor) -> float | None:
+    return None if isinstance(scale, Tensor) else scale
 
 
 def _refused(name: str, what: str) -> WeightsError:

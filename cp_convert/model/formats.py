@@ -12,7 +12,7 @@ from typing import Final
 from ..errors import UsageError
 from ..ir.tensors import Location
 from ..job import Job, without_fp8
-from . import comfy, modelopt
+from . import comfy, modelopt, rowwise
 from .coded import Coded
 
 FLOAT8: Final = "float8"
@@ -27,8 +27,12 @@ def without_scales(
     Raises:
         WeightsError: a scale is missing, none, or belongs to no codes; or another format.
     """
-    found = comfy.without_scales(stored)
-    return modelopt.without_scales(stored, folder) if found is None else found
+    for taken in (rowwise.of_torchao, comfy.without_scales):
+        if (found := taken(stored)) is not None:
+            return found
+    if not modelopt.is_said(folder) and (found := rowwise.of_bfl(stored)) is not None:
+        return found
+    return modelopt.without_scales(stored, folder)
 
 
 def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
@@ -45,7 +49,7 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
             "the sequence's were never proven together.",
             hint="a checkpoint that is not quantized, or no --cfg and --tp.",
         )
-    if job.quantize is not None and all(one.input_scale is not None for one in coded.values()):
+    if job.quantize is not None and all(one.is_multiplied for one in coded.values()):
         raise UsageError(
             f"--quantize {job.quantize}: {job.weights} is quantized already.",
             hint="leave one of the two out.",
@@ -69,7 +73,7 @@ def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
             "the job's precision (--allow-cast float8)"
         )
         return (cast,)
-    alone = sum(one.input_scale is None for one in coded.values())
+    alone = sum(not one.is_multiplied for one in coded.values())
     if not alone:
         return ()
     what = f"{alone} weights in FP8 without a scale for the layer's input"

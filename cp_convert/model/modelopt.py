@@ -63,6 +63,11 @@ def without_scales(
     return {name: at for name, at in stored.items() if name not in scales}, coded
 
 
+def is_said(folder: Path) -> bool:
+    """Whether ``config.json`` beside the weights says that ModelOpt has quantized them."""
+    return any(told.get("quant_method") == "modelopt" for _, told in _configs(folder))
+
+
 def _coded(name: str, stored: Mapping[str, Location]) -> Coded:
     layer = name.removesuffix(WEIGHT)
     return Coded(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..ir.quantize import dequantize
 from ..ir.source import Cast, Codes
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .coded import Coded
@@ -96,10 +95,10 @@ class _Files:
         """The same of a tensor that was mapped, or made of such."""
         if coded is None:
             return Found(tensor, at, told)
-        numbers = dequantize(tensor, coded.weight_scale, dtype)
+        numbers = coded.numbers(tensor, dtype)
         if self._upcast:
             return Found(numbers, None, told, upcast=tensor.dtype)
-        return Found(numbers, at, told, Codes(tensor, coded.weight_scale, coded.input_scale))
+        return Found(numbers, at, told, coded.of(tensor))
 
     @cached_property
     def by_address(self) -> dict[int, tuple[Tensor, Location]]:

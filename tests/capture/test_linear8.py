@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
-from cp_convert.capture.linear8 import Measured, choose, quantized
+from cp_convert.capture.linear8 import choose
+from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotConvert, UsageError
 from cp_convert.ir.program import Lowered, module_path
@@ -153,4 +154,4 @@ def test_what_a_layer_loses_by_itself() -> None:
     lost = losses(program(), scales, flat)
     assert set(lost) == {node.name for node in chosen}
     assert all(0.01 < one < 0.06 for one in lost.values())
-    assert all(0 < s < 1 / LARGEST[FP8] for _, s in scales.values())
+    assert all(0 < one.step < 1 / LARGEST[FP8] for one in scales.values())

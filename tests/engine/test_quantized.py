@@ -25,7 +25,8 @@ from tests.engine.plans import Plan, read_plan
 from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
 from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, tensors_of, write
-from tests.runtime.bundles import FLUX
+from tests.model.rowwise_files import fp8r, qwen_layers, torchao
+from tests.runtime.bundles import FLUX, QWEN
 from tests.runtime.ranks import outputs_of
 
 pytestmark = pytest.mark.engine
@@ -62,9 +63,9 @@ def test_only_what_is_asked_for_is_codes(tmp_path: Path) -> None:
     assert sorted(plan.sent("all_to_all")) == ["bf16", "bf16", "bf16", "int8"]
 
 
-def converted(tmp_path: Path, **options: Any) -> tuple[Manifest, Plan]:
-    """A small FLUX in FP8, and what its first engine says of itself."""
-    (tmp_path / "flux.py").write_text(FLUX)
+def converted(tmp_path: Path, model: str = FLUX, **options: Any) -> tuple[Manifest, Plan]:
+    """A small FLUX in FP8, or another model, and what its first engine says of itself."""
+    (tmp_path / "flux.py").write_text(model)
     job = Job(
         model=tmp_path / "flux.py", out=tmp_path / "out", strategy="ulysses", world=2,
         precision="bf16", **{"weights_mode": "external", **options},
@@ -213,6 +214,42 @@ def test_what_has_no_scale_of_its_input_is_not_called_fp8(
         check_proof(manifest)
     assert max(e.max for e in manifest.proof.algebra) < 1e-5
     assert "10 weights" in manifest.model.matched[-1]  # as they are stored
+
+
+@pytest.mark.parametrize("of", ["bfl", pytest.param("torchao", marks=pytest.mark.slow)])
+def test_scales_of_rows_stay_products_of_codes(
+    of: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BFL's file is in the authors' names; torchao's is the diffusers model's own, here Qwen's."""
+    smaller_flux(monkeypatch, 64)
+    space: dict[str, Any] = {}
+    exec(FLUX if of == "bfl" else QWEN, space)
+    module = space["build_model"]()
+    file = tmp_path / "weights.safetensors"
+    count, theirs, own = 17, "double_blocks.0.txt_attn.qkv", "transformer_blocks.0.attn.add_v_proj"
+    if of == "bfl":
+        write_file(file, fp8r(original_flux(module), FLUX_LAYERS), {})
+    else:
+        layers, named = qwen_layers(module), module.state_dict()
+        write_file(file, *torchao({n: t.bfloat16() for n, t in named.items()}, layers))
+        count, theirs = 9, own  # nothing reads what the only block makes of the text
+    model = FLUX if of == "bfl" else QWEN
+    manifest, plan = converted(tmp_path, model, weights=file, proof="network")
+    assert Counter(plan.products())["fp8_e4m3", "fp8_e4m3"] == count
+    check_proof(manifest)
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears is not None
+    told = {one.module: one for one in manifest.quantization.linears.layers}
+    assert {(one.rows, one.input_scale, one.given) for one in told.values()} == {
+        (True, None, "both")
+    }
+    stored, name = load_file(file), "weight_scale" if of == "bfl" else "_weight_scale"
+    scales = stored[f"{theirs}.{name}"].flatten()
+    assert told[own].weight_scale == scales[-64:].max().item()
+    codes = [w for w in manifest.weights if w.dtype == "float8_e4m3fn"]
+    assert len(codes) == count
+    assert {w.file for w in codes} == {str(file.resolve())}
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
 
 
 def test_own_codes_are_stored_once(tmp_path: Path) -> None:
