@@ -10,6 +10,7 @@ from torch import fx
 from .capture import linear8, products8
 from .ir.linear8 import Layer, Linears, Scales
 from .ir.program import module_path
+from .ir.quantize import FP8, INT8
 from .ir.records import Captured, Loaded
 from .ir.source import Codes
 from .progress import Clock
@@ -36,12 +37,14 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         else:
             every = list(sets_of(dense, example, job.calibration))
             chosen, kept = linear8.choose(dense, job.keep)
-            given = products8.Measured(largest_inputs(dense, chosen, every, device))
+            largest = largest_inputs(dense, chosen, every, device)
+            given = products8.Measured(largest, INT8 if job.quantize == "int8" else FP8)
             weights, sets = linear8.weights_of(chosen, names), len(every)
         program, scales = products8.quantized(dense, chosen, given, codes)
         lost = losses(dense, scales, example, device) if scales else {}
     layers = tuple(_layer(n, scales[n.name], lost[n.name], codes) for n in chosen)
-    linears = Linears(dense, layers, kept, weights, sets)
+    types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
+    linears = Linears(dense, layers, kept, weights, sets, "int8" if INT8 in types else "fp8")
     return replace(captured, dense=program, linears=linears)
 
 

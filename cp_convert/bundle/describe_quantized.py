@@ -35,7 +35,7 @@ def quantization(made: Made) -> q.Quantization | None:
 
 def _linears(linears: Linears) -> q.Linears:
     return q.Linears(
-        codes="fp8",
+        codes=linears.codes,
         layers=[
             q.Layer(
                 module=one.module,

@@ -46,7 +46,7 @@ class Layer(Struct, frozen=True):
 class Kept(Struct, frozen=True):
     """A linear layer that is left in the precision, if only its product.
 
-    Where ``reason`` begins with "only its weight is FP8", the weight is codes and stays so.
+    Where ``reason`` begins with "only its weight is codes", that stays so.
     """
 
     module: str
@@ -59,7 +59,7 @@ class Linears(Struct, frozen=True):
     Scales that no checkpoint gives come from ``sets`` sets of inputs; none do where that is 0.
     """
 
-    codes: Literal["fp8"]
+    codes: Literal["fp8", "int8"]
     layers: list[Layer]
     kept: list[Kept]
     sets: Count

@@ -23,7 +23,7 @@ from ..ir.program import Lowered, module_path, shape
 from ..ir.source import Codes
 
 LINEAR: Final = torch.ops.aten.linear.default
-ALONE: Final = "only its weight is FP8"
+ALONE: Final = "only its weight is codes"
 """How the reason begins for a layer that reads codes and multiplies in the precision."""
 _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
@@ -132,8 +132,8 @@ def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[st
         others = [user for user in weight.users if user not in of_layers]
         if weight.name not in found or others:
             raise CannotConvert(
-                f"{weight.name} is stored in FP8, and read by {others[0].target}: only the weights "
-                "of linear layers can be multiplied so.",
+                f"{weight.name} is stored in 8 bits, and read by {others[0].target}: only the "
+                "weights of linear layers can be multiplied so.",
                 where=module_path(others[0]),
                 hint="name the checkpoint that is not quantized.",
             )

@@ -205,7 +205,7 @@ class _Products:
             ratio = op(aten.div.Tensor, self._wide(x), step)
             return op(QUANTIZE_DEQUANTIZE, ratio, STEP[dtype], dtype, like), step
         if own.input_scale is not None:
-            return op(QUANTIZE_DEQUANTIZE, x, own.input_scale, dtype), None
+            return op(QUANTIZE_DEQUANTIZE, x, own.input_scale, dtype, like), None
         return x, None
 
     def read_as_codes(self, name: str, own: Codes) -> None:

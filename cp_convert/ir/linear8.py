@@ -51,6 +51,7 @@ class Linears:
         layers, kept: what became of each linear layer.
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
         sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
+        codes: their type.
     """
 
     before: Lowered
@@ -58,3 +59,4 @@ class Linears:
     kept: tuple[Kept, ...]
     weights: Mapping[str, str]
     sets: int
+    codes: Literal["fp8", "int8"]

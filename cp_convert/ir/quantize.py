@@ -29,6 +29,7 @@ DEQUANTIZE: Final = torch.ops.cp.dequantize.default
 QUANTIZE_DEQUANTIZE: Final = torch.ops.cp.quantize_dequantize.default
 QUANTIZERS: Final = (QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE)
 FP8: Final = torch.float8_e4m3fn
+INT8: Final = torch.int8
 LARGEST: Final = {torch.int8: 127.0, FP8: 448.0}
 """The largest code of every type; INT8's -128 is a code, and no quantizer of ours aims at it."""
 _LOWEST: Final = {torch.int8: -128.0, FP8: -448.0}

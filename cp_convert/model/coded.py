@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from ..ir.quantize import dequantize
+from ..ir.quantize import FP8, dequantize
 from ..ir.source import Codes
 from ..ir.tensors import Location, bytes_of, opened, tensor_at
 from .quantized import FLOATS, UNQUANTIZED
 
 WEIGHT: Final = ".weight"
+KINDS: Final = {FP8: "FP8", torch.int8: "INT8"}
+"""What codes are called."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Coded:
         by_token: whether each token of the input has a scale of its own then; if not, only the
             weight is quantized.
         smooth: what columns of the input are multiplied with before, float32 ``[K]``.
+        dtype: of the codes.
     """
 
     weight_scale: float | Tensor
     input_scale: float | None
     by_token: bool = False
     smooth: Tensor | None = None
+    dtype: torch.dtype = FP8
 
     @property
     def is_multiplied(self) -> bool:

@@ -67,8 +67,9 @@ def _of(
     """The scales of one tensor, given the stored row of each of its numbers."""
     if (rows < 0).all():
         return None
-    first = rows[:, 0] if rows.dim() == 2 and rows.shape[1] else rows.flatten()[:0]
-    is_whole = rows.dim() == 2 and (rows.stride(1) == 0 or bool((rows == first[:, None]).all()))
+    flat = rows.reshape(len(rows), -1) if rows.dim() else rows.reshape(1, 1)
+    first = flat[:, 0]
+    is_whole = flat.stride(1) == 0 or bool((flat == first[:, None]).all())
     if not is_whole or bool((first < 0).any()):
         raise _refused(name, "quantized and other pieces, or pieces of rows")
     pieces = [coded[owner] for owner in dict.fromkeys(owners[row] for row in first.tolist())]

@@ -9,11 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from ..errors import UsageError
+from ..ir.quantize import FP8
 from ..ir.tensors import Location
 from ..job import Job, without_fp8
 from . import comfy, modelopt, rowwise
-from .coded import Coded
+from .coded import KINDS, Coded
 
 FLOAT8: Final = "float8"
 """The cast that takes codes for what they stand for, in the job's precision."""
@@ -41,7 +44,7 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
     Raises:
         UsageError: other axes, quantizing twice, or a GPU that has no FP8.
     """
-    if not coded or FLOAT8 in job.allow_cast:
+    if not coded or (FLOAT8 in job.allow_cast and kind_of(coded) == FP8):
         return
     if job.mesh.others:
         raise UsageError(
@@ -54,7 +57,13 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
             f"--quantize {job.quantize}: {job.weights} is quantized already.",
             hint="leave one of the two out.",
         )
-    if old := without_fp8(job.compute_capabilities):
+    own = KINDS[kind_of(coded)]
+    if job.quantize is not None and job.quantize.upper() != own:
+        raise UsageError(
+            f"--quantize {job.quantize}: the weights of {job.weights} are {own} codes.",
+            hint=f"--quantize {own.lower()} gives their inputs scales.",
+        )
+    if own == "FP8" and (old := without_fp8(job.compute_capabilities)):
         raise UsageError(
             f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
             "is multiplied from 8.9 on.",
@@ -63,11 +72,17 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
         )
 
 
+def kind_of(coded: Mapping[str, Coded]) -> torch.dtype:
+    """The type of a checkpoint's codes; no format has several."""
+    return next(iter(coded.values())).dtype
+
+
 def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
     """What a person should know of the codes, and the manifest keeps."""
     if not coded:
         return ()
-    if FLOAT8 in job.allow_cast:
+    own = KINDS[kind_of(coded)]
+    if FLOAT8 in job.allow_cast and own == "FP8":
         cast = (
             f"{len(coded)} weights in FP8 multiplied by their scales once, and computed with in "
             "the job's precision (--allow-cast float8)"
@@ -76,11 +91,11 @@ def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
     alone = sum(not one.is_multiplied for one in coded.values())
     if not alone:
         return ()
-    what = f"{alone} weights in FP8 without a scale for the layer's input"
+    what = f"{alone} weights in {own} without a scale for the layer's input"
     if job.quantize is not None:
         return (f"{what}: it is taken from the example inputs, as --quantize does",)
     half = (
-        f"{what}: they stay codes, and the layers multiply in the job's precision; --quantize fp8 "
-        "takes the scale from the example inputs"
+        f"{what}: they stay codes, and the layers multiply in the job's precision; --quantize "
+        f"{own.lower()} takes the scale from the example inputs"
     )
     return (half,)

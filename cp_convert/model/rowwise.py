@@ -49,7 +49,11 @@ def of_bfl(
         WeightsError: a scale is missing, none, or belongs to no codes.
     """
     scales = [name for name in stored if name.endswith(_SCALE)]
-    codes = [n for n, at in stored.items() if at.dtype == FP8 and n.endswith(WEIGHT)]
+    codes = [
+        n
+        for n, at in stored.items()
+        if at.dtype == FP8 and len(at.shape) == 2 and n.endswith(WEIGHT)
+    ]
     by_rows = [name for name in scales if len(stored[name].shape) and stored[name].shape[0] > 1]
     if not codes or not by_rows or any(name.endswith(".input_scale") for name in stored):
         return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..ir.quantize import FP8
 from ..ir.source import Cast, Codes
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .coded import Coded
@@ -96,7 +97,7 @@ class _Files:
         if coded is None:
             return Found(tensor, at, told)
         numbers = coded.numbers(tensor, dtype)
-        if self._upcast:
+        if self._upcast and coded.dtype == FP8:
             return Found(numbers, None, told, upcast=tensor.dtype)
         return Found(numbers, at, told, coded.of(tensor))
 

@@ -28,9 +28,10 @@ def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _linears(told: Linears) -> str:
     alone = sum(one.reason.startswith("only its weight") for one in told.kept)
-    what = f"{len(told.layers)} linear layers in FP8, {len(told.kept) - alone} left as they are"
+    what = f"{len(told.layers)} linear layers in {told.codes.upper()}"
+    what += f", {len(told.kept) - alone} left as they are"
     if alone:
-        what += f", {alone} of which only the weight is FP8"
+        what += f", {alone} of which only the weight is codes"
     if not told.layers:
         return what
     worst = max(told.layers, key=lambda one: one.loss)

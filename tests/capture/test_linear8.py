@@ -134,6 +134,25 @@ def test_it_computes_what_a_model_of_rounded_numbers_does() -> None:
     assert (plain - wanted).abs().max() > 1e-3
 
 
+def test_int8_has_a_scale_for_each_row() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    given = Measured(largest_inputs(program(), chosen, [flat]), torch.int8)
+    dense, found = quantized(program(), chosen, given)
+    assert set(found) == {node.name for node in chosen}
+    for node in chosen:
+        one, weight = found[node.name], program().state[str(node.args[1])]
+        assert one.codes.dtype == torch.int8
+        assert (one.codes.abs().amax(1) == 127).all()
+        numbers = one.codes.float() * one.weight_scale[:, None]  # type: ignore[index]
+        assert (numbers - weight).abs().max() <= 0.51 * one.step
+        assert torch.equal(dense.state[str(node.args[1])], one.codes)
+    ((got,),) = run(dense, flat, 1)
+    ((plain,),) = run(program(), flat, 1)
+    assert 1e-4 < (got - plain).norm() / plain.norm() < 0.02
+    assert all(0 < one < 0.03 for one in losses(program(), found, flat).values())
+
+
 def test_ranges_are_those_of_all_sets_of_inputs() -> None:
     chosen, _ = choose(program())
     flat = flat_inputs(program(), inputs())

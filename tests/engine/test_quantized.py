@@ -24,7 +24,7 @@ from tests.conftest import rewritten, tiny, tiny_inputs
 from tests.engine.plans import Plan, read_plan
 from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
 from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, tensors_of, write
+from tests.model.fp8_files import FILE, smoothed, tensors_of, write
 from tests.model.rowwise_files import fp8r, qwen_layers, torchao
 from tests.runtime.bundles import FLUX, QWEN
 from tests.runtime.ranks import outputs_of
@@ -68,13 +68,13 @@ def converted(tmp_path: Path, model: str = FLUX, **options: Any) -> tuple[Manife
     (tmp_path / "flux.py").write_text(model)
     job = Job(
         model=tmp_path / "flux.py", out=tmp_path / "out", strategy="ulysses", world=2,
-        precision="bf16", **{"weights_mode": "external", **options},
+        **{"precision": "bf16", "weights_mode": "external", **options},
     )  # fmt: skip
     manifest = convert(job, select("auto", job.compute_capabilities), Progress())
     return manifest, read_plan(tmp_path / "out" / manifest.engines[0].file)
 
 
-def checkpoint(path: Path) -> Path:
+def checkpoint(path: Path, made: Any = tensors_of, algorithm: str = "FP8") -> Path:
     """That FLUX as ModelOpt would export it: the linear layers of its blocks in FP8."""
     space: dict[str, Any] = {}
     exec(FLUX, space)
@@ -84,7 +84,7 @@ def checkpoint(path: Path) -> Path:
         for name, layer in module.named_modules()
         if isinstance(layer, torch.nn.Linear) and "blocks." in name and "norm" not in name
     ]
-    return write(path, tensors_of(module, layers))
+    return write(path, made(module, layers), algorithm)
 
 
 def check_proof(manifest: Manifest) -> None:
@@ -203,7 +203,7 @@ def test_what_has_no_scale_of_its_input_is_not_called_fp8(
     assert manifest.quantization is not None
     linears = manifest.quantization.linears
     assert linears is not None
-    alone = [one for one in linears.kept if one.reason.startswith("only its weight is FP8")]
+    alone = [one for one in linears.kept if one.reason.startswith("only its weight is codes")]
     layers = [(one.given, one.loss > 0.001) for one in linears.layers]
     if quantize is None:
         assert (len(alone), layers, linears.sets) == (17, [], 0)
@@ -265,6 +265,39 @@ def test_own_codes_are_stored_once(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "out" / "program" / "tensors.safetensors")
     assert not any(t.dtype == torch.float8_e4m3fn for t in stored.values())
     check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+def check_int8(manifest: Manifest, plan: Plan, *, smooth: bool) -> None:
+    assert Counter(plan.products())["int8", "int8"] == 17
+    check_proof(manifest)
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    assert linears.codes == "int8"
+    assert {(one.rows, one.smooth) for one in linears.layers} == {(True, smooth)}
+
+
+def test_int8_is_multiplied_on_every_gpu(tmp_path: Path) -> None:
+    manifest, plan = converted(tmp_path, quantize="int8", proof="network", program="yes")
+    check_int8(manifest, plan, smooth=False)
+    assert manifest.backend.compute_capabilities == ["8.0", "8.6", "8.9", "12.0+"]
+    codes = [w for w in manifest.weights if w.dtype == "int8"]
+    assert len(codes) == 17
+    assert {w.file for w in codes} == {"constants.safetensors"}
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
+
+
+def test_a_smoothed_int8_checkpoint_is_multiplied_as_it_is(tmp_path: Path) -> None:
+    weights = checkpoint(tmp_path / "weights", smoothed, "W8A8_SQ_PER_CHANNEL")
+    (tmp_path / "flux.py").write_text(FLUX)
+    manifest, plan = converted(
+        tmp_path, weights=weights, compute_capabilities=("7.5", "8.6"), precision="fp16",
+        proof="network",
+    )  # fmt: skip
+    check_int8(manifest, plan, smooth=True)
+    assert manifest.runs_on.compute_capabilities == ["7.5", "8.6"]
+    codes = [w for w in manifest.weights if w.dtype == "int8"]
+    assert {w.file for w in codes} == {str((weights / FILE).resolve())}
 
 
 @pytest.mark.slow
