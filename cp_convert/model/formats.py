@@ -17,6 +17,7 @@ from ..ir.tensors import Location
 from ..job import Job, without_fp8
 from . import comfy, modelopt, rowwise
 from .coded import KINDS, Coded
+from .quantized import check_maker
 
 FLOAT8: Final = "float8"
 """The cast that takes codes for what they stand for, in the job's precision."""
@@ -30,6 +31,7 @@ def without_scales(
     Raises:
         WeightsError: a scale is missing, none, or belongs to no codes; or another format.
     """
+    check_maker(stored)
     for taken in (rowwise.of_torchao, comfy.without_scales):
         if (found := taken(stored)) is not None:
             return found

@@ -255,7 +255,7 @@ OUT = "blocks.0.out"
         (0, with_(f"{OUT}.weight", torch.zeros(64, 32).to(FP8)), "1 of another shape"),
         (0, with_(f"{OUT}.weight", torch.full((64, 64), torch.nan).to(FP8)), "out.weight .* NaN"),
         (0, with_(f"{OUT}.pre_quant_scale", torch.ones(64)), "1 unexpected"),
-        (1, with_(f"{OUT}.weight_scale_2", torch.ones(())), "1 unexpected"),
+        (1, with_(f"{OUT}.weight_scale_2", torch.ones(())), "weight_scale_2 .* by NVFP4"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_file_is_refused_by_name(
@@ -285,6 +285,38 @@ def test_metadata_that_says_something_else(text: str, told: str, tmp_path: Path)
     file = write(tmp_path / "x.safetensors", tensors, metadata)
     with pytest.raises(WeightsError, match=told):
         loaded(tmp_path, file)
+
+
+BYTE, FLOAT = torch.ones(8, dtype=torch.uint8), torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"a.weight.quant_state.bitsandbytes__nf4": BYTE}, "by bitsandbytes, .* weights alone"),
+        ({"a.weight": BYTE, "a.SCB": FLOAT}, "a.SCB .* by bitsandbytes"),
+        ({"a.qweight": BYTE, "a.wscales": FLOAT}, r"a.wscales .* by Nunchaku \(SVDQuant\)"),
+        ({"a.qweight": BYTE, "a.qzeros": BYTE, "a.scales": FLOAT}, "a.qzeros .* by AWQ or GPTQ"),
+        ({"a.weight._data": BYTE, "a.weight._scale": FLOAT}, "a.weight._.* by quanto"),
+        ({"a.weight": BYTE, "a.weight_scale": FLOAT, "a.weight_scale_2": FLOAT}, "by NVFP4"),
+        ({"a.weight": BYTE, "a.svdquant_lora_a": FLOAT}, "by SVDQuant"),
+        ({"a.weight": BYTE, "a.weight_scale": FLOAT.to(torch.float8_e8m0fnu)}, "by MXFP8"),
+    ],
+)
+def test_other_quantizers_are_called_by_their_names(
+    tensors: dict[str, Tensor], told: str, tmp_path: Path
+) -> None:
+    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    file = write(tmp_path / "x.safetensors", own, {})
+    with pytest.raises(WeightsError, match=told) as caught:
+        loaded(tmp_path, file)
+    assert "--quantize" in (caught.value.hint or "")
+
+
+def test_gguf_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03" + bytes(80))
+    with pytest.raises(WeightsError, match=r"x.gguf is a GGUF file \(quantized\)"):
+        loaded(tmp_path, tmp_path / "x.gguf")
 
 
 def test_pieces_with_scales_of_their_own_are_not_joined(
