@@ -25,6 +25,8 @@ from ..ir.source import Codes
 LINEAR: Final = torch.ops.aten.linear.default
 ALONE: Final = "only its weight is codes"
 """How the reason begins for a layer that reads codes and multiplies in the precision."""
+KEEP: Final = "--keep"
+"""The reason where the user says so."""
 _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
 
@@ -74,7 +76,7 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
     path, weight = module_path(node), node.args[1]
     assert isinstance(weight, fx.Node)
     if any(fnmatchcase(path, pattern) for pattern in keep):
-        return "--keep"
+        return KEEP
     if has_blocks and (not _is_in_a_block(node) or "embed" in path):
         return "an embedder or the output"
     if len(shape(node.args[0])) < 3:
@@ -115,7 +117,7 @@ def stored_layers(
             kept[node] = "as in the checkpoint"
         elif not own.is_multiplied and not measured:
             kept[node] = f"{ALONE}: the checkpoint has no scale for its input"
-        elif not own.is_multiplied and (why := reasons[node]) is not None:
+        elif (why := reasons[node]) is not None and (why == KEEP or not own.is_multiplied):
             kept[node] = f"{ALONE}: {why}"
     told = tuple(Kept(module_path(node), why) for node, why in kept.items())
     return [node for node in nodes if node not in kept], told

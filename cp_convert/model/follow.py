@@ -8,7 +8,7 @@ stored row it is; what comes out says which scales belong to it, whatever was do
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -25,6 +25,7 @@ def followed(
     mapping: Renaming,
     tensors: Mapping[str, Tensor],
     coded: Mapping[str, Coded],
+    codes: Collection[str],
 ) -> dict[str, Coded]:
     """The scales of what the mapping makes of codes.
 
@@ -33,6 +34,7 @@ def followed(
         mapping: see :func:`.original.mapping_of`.
         tensors: what it is given; only their shapes count.
         coded: those of them that are codes.
+        codes: what is codes of what it returned for them.
 
     Raises:
         WeightsError: one tensor of the model is made of pieces whose scales differ.
@@ -47,10 +49,11 @@ def followed(
         shape = (-1, *(1 for _ in tensor.shape[1:]))
         numbered[name] = (rows.reshape(shape) if tensor.dim() else rows[0]).expand(tensor.shape)
     found, every = renamed(module, mapping, numbered), _by_rows(owners, coded)
+    all_rows = {name: _rows(name, found[name]) for name in codes}
     return {
-        name: one
-        for name, rows in found.items()
-        if (one := _of(name, rows, owners, coded, every)) is not None
+        name: _of(name, rows, owners, coded, every)
+        for name, rows in all_rows.items()
+        if bool((rows >= 0).any())  # plain numbers of 8 bits have no scale
     }
 
 
@@ -61,23 +64,26 @@ def _by_rows(owners: list[str], coded: Mapping[str, Coded]) -> Tensor:
     return torch.cat(found) if found else torch.empty(0)
 
 
+def _rows(name: str, numbered: Tensor) -> Tensor:
+    """The stored row of each row."""
+    flat = numbered.reshape(len(numbered), -1) if numbered.dim() else numbered.reshape(1, 1)
+    if flat.stride(1) != 0 and not bool((flat == flat[:, :1]).all()):
+        raise _refused(name, "pieces of rows")
+    return flat[:, 0]
+
+
 def _of(
     name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded], every: Tensor
-) -> Coded | None:
-    """The scales of one tensor, given the stored row of each of its numbers."""
-    if (rows < 0).all():
-        return None
-    flat = rows.reshape(len(rows), -1) if rows.dim() else rows.reshape(1, 1)
-    first = flat[:, 0]
-    is_whole = flat.stride(1) == 0 or bool((flat == first[:, None]).all())
-    if not is_whole or bool((first < 0).any()):
-        raise _refused(name, "quantized and other pieces, or pieces of rows")
-    pieces = [coded[owner] for owner in dict.fromkeys(owners[row] for row in first.tolist())]
+) -> Coded:
+    """The scales of one tensor."""
+    if bool((rows < 0).any()):
+        raise _refused(name, "quantized and other pieces")
+    pieces = [coded[owner] for owner in dict.fromkeys(owners[row] for row in rows.tolist())]
     if any(not _alike(one, pieces[0]) for one in pieces):
         raise _refused(name, "pieces whose scales differ")
     if not isinstance(pieces[0].weight_scale, Tensor):
         return pieces[0]
-    return replace(pieces[0], weight_scale=every[first.long()])
+    return replace(pieces[0], weight_scale=every[rows.long()])
 
 
 def _alike(one: Coded, other: Coded) -> bool:

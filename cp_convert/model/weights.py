@@ -16,7 +16,7 @@ from ..errors import WeightsError
 from ..ir.quantize import FP8
 from ..ir.source import Cast, Codes
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
-from .coded import Coded
+from .coded import KINDS, Coded
 from .follow import followed
 from .formats import FLOAT8
 from .meta import replace
@@ -242,7 +242,10 @@ def _mapped(
     except WeightsError as error:
         raise mismatch(error.message) from error
     scales = {name.removeprefix(prefix): one for name, one in coded.items()}
-    return found, followed(module, mapping, tensors, scales) if scales else {}
+    if not scales:
+        return found, {}
+    codes = [name for name, tensor in found.items() if tensor.dtype in KINDS]
+    return found, followed(module, mapping, tensors, scales, codes)
 
 
 def _check_shapes(

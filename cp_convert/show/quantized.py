@@ -31,7 +31,7 @@ def _linears(told: Linears) -> str:
     what = f"{len(told.layers)} linear layers in {told.codes.upper()}"
     what += f", {len(told.kept) - alone} left as they are"
     if alone:
-        what += f", {alone} of which only the weight is codes"
+        what += f", {alone} that read codes and multiply in the precision"
     if not told.layers:
         return what
     worst = max(told.layers, key=lambda one: one.loss)

@@ -1,5 +1,6 @@
 """Which linear layers become products of codes, what they become, and what is refused."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
-from cp_convert.capture.linear8 import choose
+from cp_convert.capture.linear8 import ALONE, choose, stored_layers
 from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotConvert, UsageError
@@ -151,6 +152,21 @@ def test_int8_has_a_scale_for_each_row() -> None:
     ((plain,),) = run(program(), flat, 1)
     assert 1e-4 < (got - plain).norm() / plain.norm() < 0.02
     assert all(0 < one < 0.03 for one in losses(program(), found, flat).values())
+
+
+def test_keep_reaches_layers_of_a_checkpoint() -> None:
+    chosen, _ = choose(program())
+    given = Measured(largest_inputs(program(), chosen, [flat_inputs(program(), inputs())]))
+    _, found = quantized(program(), chosen, given)
+    stored = {str(node.args[1]): found[node.name] for node in chosen}
+    first = str(chosen[0].args[1])
+    stored[first] = replace(stored[first], input_scale=None)
+    every, kept = stored_layers(program(), stored)
+    assert [n.name for n in every] == [n.name for n in chosen[1:]]
+    assert any(one.reason == f"{ALONE}: the checkpoint has no scale for its input" for one in kept)
+    every, kept = stored_layers(program(), stored, measured=True, keep=("*.1.q",))
+    assert [n.name for n in every] == [n.name for n in chosen if module_path(n) != "blocks.1.q"]
+    assert [one.module for one in kept if one.reason == f"{ALONE}: --keep"] == ["blocks.1.q"]
 
 
 def test_ranges_are_those_of_all_sets_of_inputs() -> None:

@@ -61,6 +61,52 @@ def original_flux(module: nn.Module) -> dict[str, Tensor]:
     return {name: t.contiguous() for name, t in named.items()}
 
 
+_FLUX2 = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj": "single_blocks.0.linear1",
+    "single_transformer_blocks.0.attn.to_out": "single_blocks.0.linear2",
+    "transformer_blocks.0.attn.to_out.0": "double_blocks.0.img_attn.proj",
+    "transformer_blocks.0.attn.to_add_out": "double_blocks.0.txt_attn.proj",
+    "transformer_blocks.0.ff.linear_in": "double_blocks.0.img_mlp.0",
+    "transformer_blocks.0.ff.linear_out": "double_blocks.0.img_mlp.2",
+    "transformer_blocks.0.ff_context.linear_in": "double_blocks.0.txt_mlp.0",
+    "transformer_blocks.0.ff_context.linear_out": "double_blocks.0.txt_mlp.2",
+    "proj_out": "final_layer.linear",
+}
+"""Layers of FLUX.2 that have another name, and nothing else."""
+
+
+def original_flux2(module: nn.Module) -> dict[str, Tensor]:
+    """The same of a FLUX.2, whose single blocks are joined in diffusers, too."""
+    own = {name: t.detach().bfloat16() for name, t in module.state_dict().items()}
+    named = {f"{theirs}.weight": own.pop(f"{ours}.weight") for ours, theirs in _FLUX2.items()}
+    double = "transformer_blocks.0.attn"
+    for theirs, layers in (
+        ("double_blocks.0.img_attn", [f"{double}.to_{x}" for x in "qkv"]),
+        ("double_blocks.0.txt_attn", [f"{double}.add_{x}_proj" for x in "qkv"]),
+    ):
+        named[f"{theirs}.qkv.weight"] = torch.cat([own.pop(f"{x}.weight") for x in layers])
+    for theirs, ours in (
+        ("double_blocks.0.img_attn", f"{double}.norm_"),
+        ("double_blocks.0.txt_attn", f"{double}.norm_added_"),
+        ("single_blocks.0", "single_transformer_blocks.0.attn.norm_"),
+    ):
+        named[f"{theirs}.norm.query_norm.scale"] = own.pop(f"{ours}q.weight")
+        named[f"{theirs}.norm.key_norm.scale"] = own.pop(f"{ours}k.weight")
+    halves = own.pop("norm_out.linear.weight").chunk(2)
+    named["final_layer.adaLN_modulation.1.weight"] = torch.cat(halves[::-1])
+    assert not own
+    return {name: t.contiguous() for name, t in named.items()}
+
+
 FLUX_LAYERS = [
     *(f"double_blocks.0.{x}_{y}" for x in ("img", "txt") for y in ("attn.qkv", "attn.proj")),
     *(f"double_blocks.0.{x}_mlp.{y}" for x in ("img", "txt") for y in (0, 2)),

@@ -11,19 +11,26 @@ from torch import Tensor, nn
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.ir.tensors import bytes_of, tensor_at
+from cp_convert.model.checkpoint import locate
+from cp_convert.model.formats import without_scales
 from cp_convert.model.load import load, surroundings
+from cp_convert.model.meta import unallocated
+from cp_convert.model.weights import load_weights
 from tests.model.comfy_files import (
     FLUX_LAYERS,
     FP8,
     STYLES,
     as_json,
     original_flux,
+    original_flux2,
     quantized,
     smaller_flux,
     write,
 )
 from tests.model.test_modelopt import LAYERS, job, module
+from tests.model.test_original import original_wan, wan
 from tests.runtime.bundles import FLUX, QWEN
+from tests.runtime.test_tensor import FLUX2
 
 QKV = "double_blocks.0.img_attn.qkv"
 
@@ -137,6 +144,45 @@ def test_qwen_has_the_names_of_diffusers_and_a_prefix(style: str, tmp_path: Path
     file = write(tmp_path / "qwen.safetensors", tensors, metadata, prefix)
     source = loaded(tmp_path, file, QWEN)
     check_codes(source, tensors, {layer: layer for layer in layers})
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_flux2_is_read_likewise(style: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    tensors, metadata = quantized(original_flux2(built(FLUX2)), FLUX_LAYERS, style)
+    source = loaded(tmp_path, write(tmp_path / "x.safetensors", tensors, metadata), FLUX2)
+    double, single = "transformer_blocks.0", "single_transformer_blocks.0"
+    own = {n: m for n, m in made_of_flux().items() if n.startswith(f"{double}.attn.")}
+    for x, ff in (("img", "ff"), ("txt", "ff_context")):
+        own[f"{double}.{ff}.linear_in"] = f"double_blocks.0.{x}_mlp.0"
+        own[f"{double}.{ff}.linear_out"] = f"double_blocks.0.{x}_mlp.2"
+    own[f"{single}.attn.to_qkv_mlp_proj"] = "single_blocks.0.linear1"
+    own[f"{single}.attn.to_out"] = "single_blocks.0.linear2"
+    check_codes(source, tensors, own)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_wans_names_are_the_authors(style: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    truth = wan()
+    theirs = {name: t.bfloat16() for name, t in original_wan(truth).items()}
+    layers = [f"blocks.{i}.{x}" for i in (0, 1) for x in ("self_attn.q", "cross_attn.k", "ffn.2")]
+    tensors, metadata = quantized(theirs, layers, style)
+    path = write(tmp_path / "wan.safetensors", tensors, metadata, "model.diffusion_model.")
+    rest, coded = without_scales(locate(path), path)
+    with unallocated():
+        module = wan().bfloat16()
+    filled = load_weights(module, rest, path, coded=coded)
+    ours = {"self_attn.q": "attn1.to_q", "cross_attn.k": "attn2.to_k", "ffn.2": "ffn.net.2"}
+    made_of = {
+        f"{layer[:8]}.{ours[layer[9:]]}": layer for layer in layers
+    }  # blocks.0, and what follows the dot
+    assert set(filled.codes) == {f"{layer}.weight" for layer in made_of}
+    for name, one in filled.codes.items():
+        theirs_ = made_of[name.removesuffix(".weight")]
+        assert torch.equal(one.codes.float(), tensors[f"{theirs_}.weight"].float())
+        assert filled.located[name].dtype == FP8
+    assert set(filled.located) == {name for name, _ in truth.named_parameters()}
 
 
 def named() -> dict[str, Tensor]:
