@@ -17,6 +17,7 @@ from ..ir.tensors import Location
 from ..job import Job, without_fp8
 from . import comfy, modelopt, rowwise
 from .coded import KINDS, Coded
+from .names import inside
 from .quantized import check_maker
 
 FLOAT8: Final = "float8"
@@ -31,7 +32,7 @@ def without_scales(
     Raises:
         WeightsError: a scale is missing, none, or belongs to no codes; or another format.
     """
-    check_maker(stored)
+    check_maker({name: stored[name] for name in inside(stored)[1]})
     for taken in (rowwise.of_torchao, comfy.without_scales):
         if (found := taken(stored)) is not None:
             return found

@@ -357,6 +357,10 @@ def test_other_quantizers_are_called_by_their_names(
     with pytest.raises(WeightsError, match=told) as caught:
         loaded(tmp_path, file)
     assert "--quantize" in (caught.value.hint or "")
+    others = {"text." + name: tensor for name, tensor in own.items()}
+    theirs = {f"model.diffusion_model.{name}": tensor for name, tensor in named().items()}
+    file = write(tmp_path / "x.safetensors", {**theirs, **others}, {})
+    assert not loaded(tmp_path, file).codes  # those of another model in the file are not looked at
 
 
 def test_gguf_is_called_so(tmp_path: Path) -> None:
