@@ -40,12 +40,12 @@ def dequantize(ctx: ConversionContext, name: str, x: Any, scale: float, dtype: A
 
 
 def quantize_dequantize(
-    ctx: ConversionContext, name: str, x: Any, scale: float, dtype: Any
+    ctx: ConversionContext, name: str, x: Any, scale: float, dtype: Any, to: Any = None
 ) -> Tensor:
     """Both, one after the other, so that a product next to them is computed with the codes."""
     tensor = get_trt_tensor(ctx, x, f"{name}_input")
     codes = quantize(ctx, name, tensor, scale, dtype)
-    return _dequantized(ctx, name, codes, scale, tensor.dtype)
+    return _dequantized(ctx, name, codes, scale, tensor.dtype if to is None else _TYPES[to])
 
 
 def _dequantized(ctx: ConversionContext, name: str, codes: Tensor, scale: float, to: Any) -> Tensor:

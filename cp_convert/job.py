@@ -130,11 +130,12 @@ class Job(Asked):
                     raise UsageError(f"--{option}: it goes with --quantize.")
             return
         _one_of("quantize", self.quantize, QUANTIZED)
-        if old := without_fp8(self.compute_capabilities):
+        old = without_fp8(self.compute_capabilities) if self.quantize == "fp8" else []
+        if old:
             raise UsageError(
                 f"--quantize {self.quantize} with --compute-capability {', '.join(old)}: FP8 is "
                 "multiplied from 8.9 on.",
-                hint="leave these targets out, or convert for them without --quantize.",
+                hint="leave these targets out, or convert for them with --quantize int8.",
             )
         for file in self.calibration:
             if not file.is_file():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from .capture import linear8
-from .ir.linear8 import Layer, Linears
+from torch import fx
+
+from .capture import linear8, products8
+from .ir.linear8 import Layer, Linears, Scales
 from .ir.program import module_path
+from .ir.quantize import FP8, INT8
 from .ir.records import Captured, Loaded
+from .ir.source import Codes
 from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import largest_inputs, losses, sets_of
@@ -17,21 +22,42 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
     """The program with its linear layers in 8 bits: the checkpoint's, or by the job's inputs."""
     job, dense, source = loaded.job, captured.dense, loaded.source
     names, weights, sets = captured.signature.parameters, dict[str, str](), 0
-    given: linear8.Given
+    codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
+    given: products8.Given
     with clock.stage("calibrate"):
         device = check_device(job.proof_device)
         example = flat_inputs(dense, source.inputs)
         if source.codes:
-            codes = {n: source.codes[name] for n, name in names.items() if name in source.codes}
-            chosen, kept = linear8.stored_layers(dense, codes)
-            given = linear8.Stored(codes)
+            measured = job.quantize is not None
+            chosen, kept = linear8.stored_layers(dense, codes, measured=measured, keep=job.keep)
+            lacking = [n for n in chosen if not codes[str(n.args[1])].is_multiplied]
+            every = list(sets_of(dense, example, job.calibration)) if lacking else []
+            given = products8.Stored(codes, largest_inputs(dense, lacking, every, device))
+            sets = len(every)
         else:
             every = list(sets_of(dense, example, job.calibration))
             chosen, kept = linear8.choose(dense, job.keep)
-            given = linear8.Measured(largest_inputs(dense, chosen, every, device))
+            largest = largest_inputs(dense, chosen, every, device)
+            given = products8.Measured(largest, INT8 if job.quantize == "int8" else FP8)
             weights, sets = linear8.weights_of(chosen, names), len(every)
-        program, scales = linear8.quantized(dense, chosen, given)
-        lost = losses(dense, scales, example, device)
-    layers = tuple(Layer(module_path(n), *scales[n.name], lost[n.name]) for n in chosen)
-    linears = Linears(dense, layers, kept, weights, sets)
+        program, scales = products8.quantized(dense, chosen, given, codes)
+        lost = losses(dense, scales, example, device) if scales else {}
+    layers = tuple(_layer(n, scales[n.name], lost[n.name], codes) for n in chosen)
+    types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
+    linears = Linears(dense, layers, kept, weights, sets, "int8" if INT8 in types else "fp8")
     return replace(captured, dense=program, linears=linears)
+
+
+def _layer(node: fx.Node, own: Codes, loss: float, codes: Mapping[str, Codes]) -> Layer:
+    """What is told of a layer; ``codes`` are those of the checkpoint, by placeholder."""
+    stored = codes.get(str(node.args[1]))
+    given: Scales = "none" if stored is None else "both" if stored.is_multiplied else "weight"
+    return Layer(
+        module_path(node),
+        own.input_scale,
+        own.step,
+        loss,
+        given,
+        rows=own.rows is not None,
+        smooth=own.smooth is not None,
+    )

@@ -124,7 +124,14 @@ def _values(source: Source) -> Iterator[object]:
 
 def _scales(source: Source) -> list[tuple[object, ...]]:
     """Of a quantized checkpoint, whose weights count as their files do."""
-    return [(n, one.weight_scale, one.input_scale) for n, one in sorted(source.codes.items())]
+    return [
+        (name, *map(_told, (one.weight_scale, one.input_scale, one.by_token, one.smooth)))
+        for name, one in sorted(source.codes.items())
+    ]
+
+
+def _told(value: object) -> object:
+    return _digest(value) if isinstance(value, Tensor) else value
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:

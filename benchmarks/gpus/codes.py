@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from cp_convert.bundle.program import stored_at
-from cp_convert.capture.linear8 import Measured, choose, quantized
+from cp_convert.capture.linear8 import choose
+from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir.program import Lowered
 from cp_convert.prove.calibrate import largest_inputs

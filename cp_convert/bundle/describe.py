@@ -104,7 +104,8 @@ def _backend(made: Made) -> m.Backend:
 def _targets(made: Made) -> list[str]:
     """Of the backend's own choice, those that have the types."""
     usual = made.loaded.backend.default_targets
-    old = without_fp8(usual) if made.captured.linears is not None else []
+    linears = made.captured.linears
+    old = without_fp8(usual) if linears is not None and linears.codes == "fp8" else []
     return [one for one in usual if one not in old]
 
 

@@ -35,13 +35,16 @@ def quantization(made: Made) -> q.Quantization | None:
 
 def _linears(linears: Linears) -> q.Linears:
     return q.Linears(
-        codes="fp8",
+        codes=linears.codes,
         layers=[
             q.Layer(
                 module=one.module,
                 input_scale=one.input_scale,
                 weight_scale=one.weight_scale,
                 loss=one.loss,
+                given=one.given,
+                rows=one.rows,
+                smooth=one.smooth,
             )
             for one in linears.layers
         ],

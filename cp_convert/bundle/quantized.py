@@ -29,16 +29,25 @@ class Layer(Struct, frozen=True):
     """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
 
     ``loss`` is its own: what its output differs by with the example inputs (root mean square).
+    ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
+    ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
+    ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before.
     """
 
     module: str
-    input_scale: float
+    input_scale: float | None
     weight_scale: float
     loss: float
+    given: Literal["both", "weight", "none"] = "none"
+    rows: bool = False
+    smooth: bool = False
 
 
 class Kept(Struct, frozen=True):
-    """A linear layer that is left in the precision."""
+    """A linear layer that is left in the precision, if only its product.
+
+    Where ``reason`` begins with "only its weight is codes", that stays so.
+    """
 
     module: str
     reason: str
@@ -47,10 +56,10 @@ class Kept(Struct, frozen=True):
 class Linears(Struct, frozen=True):
     """What linear layers multiply.
 
-    The scales come from ``sets`` sets of inputs, or from the checkpoint, where that is 0.
+    Scales that no checkpoint gives come from ``sets`` sets of inputs; none do where that is 0.
     """
 
-    codes: Literal["fp8"]
+    codes: Literal["fp8", "int8"]
     layers: list[Layer]
     kept: list[Kept]
     sets: Count

@@ -1,12 +1,7 @@
-"""Linear layers in FP8: a pure pass over a dense program, given the scales of their inputs.
+"""Which linear layers multiply codes of 8 bits, and why the others do not.
 
-Before and after (``s_x`` and ``s_w`` are numbers, one for all of a tensor)::
-
-    linear(x, w, b)    ->    linear(dq(q(x / s_x)), dequantize(codes, s_w), b)
-
-which TensorRT computes as a product of codes (measured: only with constant scales, and with both
-operands quantized; anything else is built as well, and computed in half precision). ``codes`` take
-the weight's place among the parameters: half the bytes, and no work at run time.
+In: a dense program, and the codes of a checkpoint if there are any. Out: nodes, and reasons.
+:mod:`.products8` makes of them what is computed then.
 
 Which layers are left as they are follows NVIDIA's and SGLang's published recipes for diffusion
 transformers: embedders, modulation and the output. Here that is said by structure: layers outside
@@ -16,21 +11,22 @@ of the repeated blocks, and layers that compute one vector and not tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from torch import fx
 
 from ..errors import CannotConvert, UsageError
 from ..ir.linear8 import Kept
-from ..ir.program import Lowered, copied, module_of, module_path, shape, tensor_of
-from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, quantize
+from ..ir.program import Lowered, module_path, shape
 from ..ir.source import Codes
-from ..ir.writer import Writer
 
 LINEAR: Final = torch.ops.aten.linear.default
+ALONE: Final = "only its weight is codes"
+"""How the reason begins for a layer that reads codes and multiplies in the precision."""
+KEEP: Final = "--keep"
+"""The reason where the user says so."""
 _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
 
@@ -49,6 +45,19 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
     if program.own:
         raise CannotConvert("--quantize: every rank has weights of its own here.")
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
+    reasons = _reasons(program, nodes, keep)
+    kept = tuple(Kept(module_path(n), why) for n, why in reasons.items() if why is not None)
+    chosen = [node for node, why in reasons.items() if why is None]
+    if not chosen:
+        found = sorted({one.reason for one in kept}) or ["there is none"]
+        raise CannotConvert(f"--quantize: no linear layer can be quantized: {'; '.join(found)}.")
+    return chosen, kept
+
+
+def _reasons(
+    program: Lowered, nodes: Sequence[fx.Node], keep: Sequence[str]
+) -> dict[fx.Node, str | None]:
+    """Of every linear layer, why it is left as it is; ``None``: it need not be."""
     for pattern in keep:
         if not any(fnmatchcase(module_path(node), pattern) for node in nodes):
             raise UsageError(
@@ -56,13 +65,7 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
                 hint=f"such as {module_path(nodes[0])}." if nodes else None,
             )
     has_blocks = any(_is_in_a_block(node) for node in nodes)
-    reasons = {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
-    kept = tuple(Kept(module_path(n), why) for n, why in reasons.items() if why is not None)
-    chosen = [node for node, why in reasons.items() if why is None]
-    if not chosen:
-        found = sorted({one.reason for one in kept}) or ["there is none"]
-        raise CannotConvert(f"--quantize: no linear layer can be quantized: {'; '.join(found)}.")
-    return chosen, kept
+    return {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
 
 
 def _is_in_a_block(node: fx.Node) -> bool:
@@ -73,7 +76,7 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
     path, weight = module_path(node), node.args[1]
     assert isinstance(weight, fx.Node)
     if any(fnmatchcase(path, pattern) for pattern in keep):
-        return "--keep"
+        return KEEP
     if has_blocks and (not _is_in_a_block(node) or "embed" in path):
         return "an embedder or the output"
     if len(shape(node.args[0])) < 3:
@@ -85,157 +88,57 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
     return None
 
 
-def quantized(
-    program: Lowered, chosen: Sequence[fx.Node], given: Given
-) -> tuple[Lowered, dict[str, tuple[float, float]]]:
-    """``program`` with its linear layers in FP8; it stays as it is.
-
-    Args:
-        program: decomposed and whole.
-        chosen: of its linear layers, see :func:`choose` and :func:`stored_layers`.
-        given: their scales.
-
-    Returns:
-        the program, and by the layer's name the scales of its input and its weight.
-
-    Raises:
-        CannotConvert: an input or a weight that is all zeros, or not finite.
-    """
-    names = {node.name for node in chosen}
-    graph, state = copied(program.graph_module.graph), dict(program.state)
-    write, done, scales = Writer(graph), _Done(), dict[str, tuple[float, float]]()
-    for node in graph.find_nodes(op="call_function", target=LINEAR):
-        if node.name in names:
-            write.origin = node
-            scales[node.name] = _into_codes(write, node, state, given, done)
-    graph.lint()
-    module = module_of(program.graph_module, graph)
-    return replace(program, graph_module=module, state=state), scales
-
-
-class Given(Protocol):
-    """Where codes and scales come from."""
-
-    def input_scale(self, node: fx.Node) -> float:
-        """Of a linear layer's input."""
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Codes and scale of its weight, whose ``numbers`` the model has."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Scales that the largest magnitudes give.
-
-    Attributes:
-        largest: of the layers' inputs, by their names.
-    """
-
-    largest: Mapping[str, float]
-
-    def input_scale(self, node: fx.Node) -> float:
-        """See :class:`Given`."""
-        return _scale(self.largest[str(node.args[0])], node, "input")
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See :class:`Given`."""
-        scale = _scale(float(numbers.abs().max()), node, "weight")
-        return quantize(numbers, scale, FP8), scale
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Those of a quantized checkpoint.
-
-    Attributes:
-        codes: by placeholder of the weight.
-    """
-
-    codes: Mapping[str, Codes]
-
-    def input_scale(self, node: fx.Node) -> float:
-        """See :class:`Given`."""
-        return self.codes[str(node.args[1])].input_scale
-
-    def weight(self, node: fx.Node, numbers: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """See :class:`Given`."""
-        own = self.codes[str(node.args[1])]
-        return own.codes, own.weight_scale
-
-
 def stored_layers(
-    program: Lowered, codes: Mapping[str, Codes]
+    program: Lowered,
+    codes: Mapping[str, Codes],
+    *,
+    measured: bool = False,
+    keep: Sequence[str] = (),
 ) -> tuple[list[fx.Node], tuple[Kept, ...]]:
-    """The linear layers of a quantized checkpoint, and those that it leaves in the precision.
+    """The linear layers of a quantized checkpoint that multiply codes, and those that do not.
 
     Args:
         program: decomposed and whole.
         codes: by placeholder of the weight.
+        measured: whether inputs without a scale in the checkpoint are to be given one, but for
+            layers that :func:`choose` would not take.
+        keep: see :func:`choose`.
 
     Raises:
-        CannotConvert: codes that are no linear layer's weight, and nothing else.
+        CannotConvert: codes with both scales that are no linear layer's weight, and nothing else.
+        UsageError: a pattern that names no linear layer.
     """
-    graph = program.graph_module.graph
-    nodes = list(graph.find_nodes(op="call_function", target=LINEAR))
+    nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
+    _check_readers(program, nodes, codes)
+    reasons, kept = _reasons(program, nodes, keep), dict[fx.Node, str]()
+    for node in nodes:
+        own = codes.get(str(node.args[1]))
+        if own is None:
+            kept[node] = "as in the checkpoint"
+        elif not own.is_multiplied and not measured:
+            kept[node] = f"{ALONE}: the checkpoint has no scale for its input"
+        elif (why := reasons[node]) is not None and (why == KEEP or not own.is_multiplied):
+            kept[node] = f"{ALONE}: {why}"
+    told = tuple(Kept(module_path(node), why) for node, why in kept.items())
+    return [node for node in nodes if node not in kept], told
+
+
+def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[str, Codes]) -> None:
+    """What is stored with the scales of both operands is multiplied, and nothing else."""
     of_layers = [node for node in nodes if str(node.args[1]) in codes]
     found = {str(node.args[1]) for node in of_layers}
-    for weight in graph.find_nodes(op="placeholder"):
-        if weight.name not in codes or not weight.users:
+    for weight in program.graph_module.graph.find_nodes(op="placeholder"):
+        own = codes.get(weight.name)
+        if own is None or not own.is_multiplied or not weight.users:
             continue
         others = [user for user in weight.users if user not in of_layers]
         if weight.name not in found or others:
             raise CannotConvert(
-                f"{weight.name} is stored in FP8, and read by {others[0].target}: only the weights "
-                "of linear layers can be multiplied so.",
+                f"{weight.name} is stored in 8 bits, and read by {others[0].target}: only the "
+                "weights of linear layers can be multiplied so.",
                 where=module_path(others[0]),
                 hint="name the checkpoint that is not quantized.",
             )
-    kept = (Kept(module_path(n), "as in the checkpoint") for n in nodes if n not in of_layers)
-    return of_layers, tuple(kept)
-
-
-class _Done:
-    """Inputs and weights that several layers share."""
-
-    def __init__(self) -> None:
-        self.inputs: dict[tuple[fx.Node, float], fx.Node] = {}
-        self.weights: dict[fx.Node, tuple[fx.Node, float]] = {}
-
-
-def _into_codes(
-    write: Writer,
-    node: fx.Node,
-    state: dict[str, torch.Tensor],
-    given: Given,
-    done: _Done,
-) -> tuple[float, float]:
-    x, weight, *bias = node.args
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    with write.graph.inserting_before(node):
-        scale = given.input_scale(node)
-        if (x, scale) not in done.inputs:
-            done.inputs[x, scale] = write.op(QUANTIZE_DEQUANTIZE, x, scale, FP8)
-        if weight not in done.weights:
-            like = tensor_of(weight).dtype
-            codes, own = given.weight(node, state[weight.name].detach())
-            state[weight.name] = codes
-            with write.mode:
-                weight.meta = {**weight.meta, "val": torch.empty(codes.shape, dtype=FP8)}
-            done.weights[weight] = write.op(DEQUANTIZE, weight, own, like), own
-    numbers, own = done.weights[weight]
-    node.args = (done.inputs[x, scale], numbers, *bias)
-    return scale, own
-
-
-def _scale(largest: float, node: fx.Node, what: str) -> float:
-    if not 0 < largest < float("inf"):
-        raise CannotConvert(
-            f"--quantize: the {what} of {module_path(node)} has no scale: its largest magnitude "
-            f"is {largest}.",
-            where=module_path(node),
-            hint="--keep leaves the layer as it is; --calibration names other inputs.",
-        )
-    return largest / LARGEST[FP8]
 
 
 def weights_of(chosen: Sequence[fx.Node], names: Mapping[str, str]) -> dict[str, str]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .program import Lowered
+
+Scales = Literal["both", "weight", "none"]
 
 
 @dataclass(frozen=True)
@@ -14,14 +17,21 @@ class Layer:
 
     Attributes:
         module: its path.
-        input_scale, weight_scale: what a code of 1 stands for.
+        input_scale, weight_scale: what a code of 1 stands for; the input's is ``None`` where each
+            token has its own.
         loss: its own: the root mean square of what its output differs by, over the output's.
+        given: which of the two scales are the checkpoint's.
+        rows: whether each row of the weight has a scale, of which ``weight_scale`` is the largest.
+        smooth: whether the input's columns are multiplied by the checkpoint's factors before.
     """
 
     module: str
-    input_scale: float
+    input_scale: float | None
     weight_scale: float
     loss: float
+    given: Scales = "none"
+    rows: bool = False
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,8 @@ class Linears:
         before: the same program without.
         layers, kept: what became of each linear layer.
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
-        sets: how many sets of inputs the scales were found with.
+        sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
+        codes: their type.
     """
 
     before: Lowered
@@ -48,3 +59,4 @@ class Linears:
     kept: tuple[Kept, ...]
     weights: Mapping[str, str]
     sets: int
+    codes: Literal["fp8", "int8"]

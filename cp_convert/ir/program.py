@@ -152,8 +152,8 @@ def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
     return state
 
 
-def module_of(root: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """``graph`` over the attributes of ``root``.
+def module_of(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """``graph`` over the attributes of ``root``, or those that it has by name.
 
     Python code is generated when it is called, which passes never do: they read the graph.
     """

@@ -2,9 +2,10 @@
 
 ``cp::quantize`` gives codes, ``cp::dequantize`` the numbers they stand for, and
 ``cp::quantize_dequantize`` both at once, for codes that nothing but a product may read (TensorRT
-moves INT8 by a collective, and refuses to move FP8). A code times the constant ``scale`` is the
-number, of all numbers of the tensor alike. Rounding is to nearest, ties to even, and what lies
-beyond the codes becomes the outermost one (TensorRT documentation, *IQuantizeLayer*).
+moves INT8 by a collective, and refuses to move FP8); it returns numbers in ``to``, or in the type
+that they came in. A code times the constant ``scale`` is the number, of all numbers of the tensor
+alike. Rounding is to nearest, ties to even, and what lies beyond the codes becomes the outermost
+one (TensorRT documentation, *IQuantizeLayer*).
 
 :func:`encoded` and :func:`decoded` quantize a token's head by its own largest number.
 """
@@ -19,13 +20,16 @@ from torch import Tensor
 _LIBRARY: Final = torch.library.Library("cp", "FRAGMENT")
 _LIBRARY.define("quantize(Tensor x, float scale, ScalarType dtype) -> Tensor")
 _LIBRARY.define("dequantize(Tensor x, float scale, ScalarType dtype) -> Tensor")
-_LIBRARY.define("quantize_dequantize(Tensor x, float scale, ScalarType dtype) -> Tensor")
+_LIBRARY.define(
+    "quantize_dequantize(Tensor x, float scale, ScalarType dtype, ScalarType? to=None) -> Tensor"
+)
 
 QUANTIZE: Final = torch.ops.cp.quantize.default
 DEQUANTIZE: Final = torch.ops.cp.dequantize.default
 QUANTIZE_DEQUANTIZE: Final = torch.ops.cp.quantize_dequantize.default
 QUANTIZERS: Final = (QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE)
 FP8: Final = torch.float8_e4m3fn
+INT8: Final = torch.int8
 LARGEST: Final = {torch.int8: 127.0, FP8: 448.0}
 """The largest code of every type; INT8's -128 is a code, and no quantizer of ours aims at it."""
 LOWEST: Final = {torch.int8: -128.0, FP8: -448.0}
@@ -52,8 +56,8 @@ def _quantize(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return to_codes(scaled(x, scale), dtype)
 
 
-def _both(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return from_codes(_quantize(x, scale, dtype), scale, x.dtype)
+def _both(x: Tensor, scale: float, dtype: torch.dtype, to: torch.dtype | None = None) -> Tensor:
+    return from_codes(_quantize(x, scale, dtype), scale, to or x.dtype)
 
 
 for _device in ("CPU", "CUDA"):
@@ -66,8 +70,10 @@ def _of_type(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _of_same_type(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    return _of_type(x, scale, x.dtype)
+def _of_same_type(
+    x: Tensor, scale: float, dtype: torch.dtype, to: torch.dtype | None = None
+) -> Tensor:
+    return _of_type(x, scale, to or x.dtype)
 
 
 for _name, _fake in (
@@ -86,6 +92,23 @@ def quantize(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 def dequantize(codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``codes * scale`` in the floating type ``dtype``; the shape is unchanged."""
     return torch.ops.cp.dequantize(codes, scale, dtype)  # type: ignore[no-any-return]
+
+
+def token_step(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a token's numbers are divided by, in float32, before codes of :data:`STEP` are taken.
+
+    Args:
+        largest: the token's largest magnitude.
+        dtype: of the codes.
+    """
+    wide = largest.float().clamp(min=TOKEN_FLOOR)
+    return wide * (1 / (LARGEST[dtype] * STEP[dtype]))
+
+
+TOKEN_FLOOR: Final = 1e-12
+"""The largest magnitude of a token of zeros, as row-wise checkpoints are computed."""
+STEP: Final = {torch.int8: 2.0**-7, FP8: 2.0**-9}
+"""What a code of 1 stands for where numbers lie between -1 and 1: every type holds it exactly."""
 
 
 def encoded(x: Tensor) -> tuple[Tensor, Tensor]:

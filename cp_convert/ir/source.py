@@ -48,16 +48,39 @@ class Branches:
 
 @dataclass(frozen=True)
 class Codes:
-    """A linear layer's weight as FP8 codes, with the scales of a quantized checkpoint.
+    """A layer's weight as codes, and how its input becomes codes, if it does.
 
     Attributes:
-        codes: ``[N, K]``.
-        weight_scale, input_scale: what a code of 1 stands for.
+        codes: ``[N, K]``, INT8 or FP8.
+        weight_scale: what a code of 1 stands for: one number, or one a row (float32 ``[N]``).
+        input_scale: the same for the input; ``None``: each token by its own largest number, or not
+            at all.
+        by_token: which of the two.
+        smooth: ``[K]``, float32: what the input is multiplied with before; ``None``: nothing.
     """
 
     codes: Tensor
-    weight_scale: float
-    input_scale: float
+    weight_scale: float | Tensor
+    input_scale: float | None
+    by_token: bool = False
+    smooth: Tensor | None = None
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether the input becomes codes, too."""
+        return self.by_token or self.input_scale is not None
+
+    @property
+    def step(self) -> float:
+        """The weight's scale, the largest of all rows."""
+        scale = self.weight_scale
+        return float(scale.max()) if isinstance(scale, Tensor) else scale
+
+    @property
+    def rows(self) -> Tensor | None:
+        """What each row's scale is of :attr:`step`, float32 ``[N]``; ``None`` where all have it."""
+        scale = self.weight_scale
+        return scale / self.step if isinstance(scale, Tensor) else None
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,8 @@ def _check_external(manifest: Manifest) -> None:
         )
     if manifest.quantization is not None and manifest.quantization.linears is not None:
         raise UsageError(
-            "the bundle's linear layers multiply FP8 codes, to which a LoRA cannot be added.",
-            hint="fuse the LoRA into the model, and convert that with --quantize fp8.",
+            "the bundle's linear layers multiply codes of 8 bits, to which a LoRA cannot be added.",
+            hint="fuse the LoRA into the model, and convert that with --quantize.",
         )
 
 

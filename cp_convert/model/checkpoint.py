@@ -48,6 +48,10 @@ def locate(path: Path) -> dict[str, Location]:
         return _in_index(path)
     if path.suffix == ".safetensors":
         return _some(read_header(path), path)
+    with path.open("rb") as raw:
+        found = disguised(raw.read(64))
+    if found is not None:
+        raise WeightsError(f"{path.name} is {found[0]}.", where=str(path), hint=found[1])
     raise WeightsError(
         f"{path.name} is no safetensors file.",
         hint="--weights takes a .safetensors file, a .safetensors.index.json, or a folder of them.",

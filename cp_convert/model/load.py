@@ -12,19 +12,20 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
-from ..ir.source import Branches, Codes, Example, Source
+from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job, Variant, without_fp8
+from ..job import AUTO, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
 from .checks import check_no_step_cache
+from .coded import Coded
 from .file import Given, from_file
+from .formats import check_codes, told, without_scales
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .meta import stand_in, unallocated
-from .modelopt import Coded, without_scales
 from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
@@ -55,7 +56,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
     located, coded = _located(job) if allocate else ({}, {})
-    _check_codes(job, coded)
+    check_codes(job, coded)
     given = _given(job, allocate, located)
     precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
@@ -64,7 +65,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     external = allocate and _is_external(job, size)
     filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
     freeze = (*given.freeze, *job.freeze)
-    examples = _examples(given, job, dtype, freeze, coded=bool(coded))
+    examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
     source = Source(
         module=given.module,
@@ -77,8 +78,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         external=external,
         located=filled.located,
         casts=filled.casts,
-        codes=_codes(filled.coded),
-        told=(*_entered(job), *filled.told),
+        codes=filled.codes,
+        told=(*_entered(job), *filled.told, *told(job, coded)),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -173,34 +174,6 @@ def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
     if job.weights is None:
         return {}, {}
     return without_scales(locate(_folder(job)), _folder(job))
-
-
-def _codes(coded: Mapping[str, Coded]) -> dict[str, Codes]:
-    return {
-        name: Codes(one.codes(), one.weight_scale, one.input_scale) for name, one in coded.items()
-    }
-
-
-def _check_codes(job: Job, coded: Mapping[str, Any]) -> None:
-    if not coded:
-        return
-    if job.mesh.others:
-        raise UsageError(
-            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
-            "the sequence's were never proven together.",
-            hint="a checkpoint that is not quantized, or no --cfg and --tp.",
-        )
-    if job.quantize is not None:
-        raise UsageError(
-            f"--quantize {job.quantize}: {job.weights} is quantized already.",
-            hint="leave one of the two out.",
-        )
-    if old := without_fp8(job.compute_capabilities):
-        raise UsageError(
-            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
-            "is multiplied from 8.9 on.",
-            hint="leave these targets out, or name the checkpoint that is not quantized.",
-        )
 
 
 def _folder(job: Job) -> Path:

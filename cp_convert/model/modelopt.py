@@ -1,11 +1,13 @@
-"""Checkpoints whose linear layers are stored as FP8 codes with scales, as NVIDIA ModelOpt exports.
+"""Checkpoints whose linear layers are stored as codes with scales, as NVIDIA ModelOpt exports.
 
 In: what the files hold by name. Out: the same without scales, and the scales by layer. Layout
-(``modelopt.torch.export.export_hf_checkpoint``, ``quant_algo`` ``FP8``), of a layer ``x``::
+(``modelopt.torch.export.export_hf_checkpoint``, ``quant_algo`` ``FP8`` and
+``W8A8_SQ_PER_CHANNEL``, which is INT8 with SmoothQuant), of a layer ``x``::
 
-    x.weight        F8_E4M3 [N, K]     codes
-    x.weight_scale  F32 []             the weight is codes * weight_scale
-    x.input_scale   F32 []             the input's codes are input / input_scale
+    x.weight           F8_E4M3 or I8 [N, K]   codes
+    x.weight_scale     F32 [], INT8: [N]      the weight is codes * weight_scale
+    x.input_scale      F32 []                 the input's codes are input / input_scale
+    x.pre_quant_scale  BF16 [K]               INT8: the input is multiplied by it before; may lack
 
 ``config.json`` beside says so in ``quantization_config``; other algorithms are refused by name.
 """
@@ -13,43 +15,24 @@ In: what the files hold by name. Out: the same without scales, and the scales by
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from ..errors import WeightsError
-from ..ir.quantize import FP8
-from ..ir.tensors import Location, bytes_of, tensor_at
-from .quantized import FLOATS, UNQUANTIZED
+from ..ir.quantize import FP8, INT8
+from ..ir.tensors import Location
+from .coded import KINDS, WEIGHT, Coded, missing, not_quantized, scale_at, scales_at
+from .quantized import UNQUANTIZED
 
 WEIGHT_SCALE: Final = ".weight_scale"
 INPUT_SCALE: Final = ".input_scale"
 _CONFIG: Final = "config.json"
-_ALGORITHM: Final = "FP8"
-
-
-@dataclass(frozen=True)
-class Coded:
-    """A weight that is stored as codes.
-
-    Attributes:
-        at: where.
-        weight_scale, input_scale: what a code of 1 stands for.
-    """
-
-    at: Location
-    weight_scale: float
-    input_scale: float
-
-    def codes(self) -> Tensor:
-        """``[N, K]``, mapped."""
-        self.at.check_unchanged()
-        return tensor_at(self.at, bytes_of(self.at.file))
+_SMOOTH: Final = ".pre_quant_scale"
+_TYPES: Final = {"FP8": FP8, "W8A8_SQ_PER_CHANNEL": INT8}
+"""Of codes, by ``quant_algo``."""
 
 
 def without_scales(
@@ -64,9 +47,10 @@ def without_scales(
     Raises:
         WeightsError: a scale is missing, none, or belongs to no codes; or another algorithm.
     """
-    _check_algorithm(folder)
-    scales = {name for name in stored if name.endswith((WEIGHT_SCALE, INPUT_SCALE))}
-    codes = {name for name, at in stored.items() if at.dtype == FP8 and name.endswith(".weight")}
+    dtype = _type(folder)
+    of_layers = (WEIGHT_SCALE, INPUT_SCALE, *((_SMOOTH,) if dtype == INT8 else ()))
+    scales = {name for name in stored if name.endswith(of_layers)}
+    codes = {name for name, at in stored.items() if at.dtype == dtype and name.endswith(WEIGHT)}
     if not scales:
         return dict(stored), {}
     if not codes:  # some other quantizer's: told by who finds the types that are not understood
@@ -74,7 +58,7 @@ def without_scales(
     for name in sorted(scales):
         layer = name.rpartition(".")[0]
         if f"{layer}.weight" not in codes:
-            raise _not_quantized(name, f"{layer}.weight", stored)
+            raise not_quantized(name, f"{layer}.weight", stored, KINDS[dtype])
     for name, at in stored.items():
         if name.endswith("_quantizer._amax"):
             raise WeightsError(
@@ -86,72 +70,48 @@ def without_scales(
     return {name: at for name, at in stored.items() if name not in scales}, coded
 
 
-def _not_quantized(scale: str, weight: str, stored: Mapping[str, Location]) -> WeightsError:
-    at = stored.get(weight)
-    what = "is not there" if at is None else f"is stored as {at.kind} and not quantized to FP8"
-    return WeightsError(
-        f"{scale} is a scale, and {weight} {what}.",
-        where=str(stored[scale].file),
-        hint="the checkpoint is mixed up, or of another format; " + UNQUANTIZED,
-    )
+def is_said(folder: Path) -> bool:
+    """Whether ``config.json`` beside the weights says that ModelOpt has quantized them."""
+    return any(told.get("quant_method") == "modelopt" for _, told in _configs(folder))
 
 
 def _coded(name: str, stored: Mapping[str, Location]) -> Coded:
-    layer = name.removesuffix(".weight")
-    at = stored[name]
-    return Coded(
-        at,
-        weight_scale=_scale(layer + WEIGHT_SCALE, name, stored),
-        input_scale=_scale(layer + INPUT_SCALE, name, stored),
-    )
+    layer, at = name.removesuffix(WEIGHT), stored[name]
+    of_weight, of_input, smooth = (layer + one for one in (WEIGHT_SCALE, INPUT_SCALE, _SMOOTH))
+    for scale in (of_weight, of_input):
+        if scale not in stored:
+            half = "; with a quantized weight alone TensorRT computes in half precision"
+            hint = "export it with quantized activations (ModelOpt's FP8 or INT8); "
+            why = half if scale == of_input else ""
+            raise missing(scale, name, at, why, hint, KINDS[at.dtype or FP8])
+    step = scale_at(of_input, stored[of_input])
+    if at.dtype == FP8:
+        return Coded(scale_at(of_weight, stored[of_weight]), step)
+    count, width = at.shape if len(at.shape) == 2 else (0, 0)
+    rows = scales_at(of_weight, stored[of_weight], count, "rows")
+    of_columns = None
+    if smooth in stored:
+        of_columns = scales_at(smooth, stored[smooth], width, "columns")
+    return Coded(rows, step, smooth=of_columns, dtype=INT8)
 
 
-def _scale(name: str, weight: str, stored: Mapping[str, Location]) -> float:
-    """One positive number.
+def _type(folder: Path) -> torch.dtype:
+    """Of the codes.
 
     Raises:
-        WeightsError: it is missing, or none.
+        WeightsError: the checkpoint says that it is of another kind.
     """
-    at = stored.get(name)
-    if at is None:
-        why = (
-            "; with a quantized weight alone TensorRT computes in half precision"
-            if name.endswith(INPUT_SCALE)
-            else ""
-        )
-        raise WeightsError(
-            f"{name} is missing: {weight} is stored in FP8, and has no such scale{why}.",
-            where=str(stored[weight].file),
-            hint="export it with quantized activations (ModelOpt's FP8); " + UNQUANTIZED,
-        )
-    if at.shape not in ((), (1,)) or at.kind not in FLOATS:
-        raise WeightsError(
-            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; a scale for the whole tensor "
-            "is one number.",
-            where=str(at.file),
-            hint="scales by rows, channels or blocks are not understood; " + UNQUANTIZED,
-        )
-    at.check_unchanged()
-    value = float(tensor_at(at, bytes_of(at.file)).to(torch.float32).reshape(()))
-    if not (value > 0 and math.isfinite(value)):
-        raise WeightsError(
-            f"{name} of {at.file.name} is {value}; a scale is a positive number.",
-            where=str(at.file),
-            hint="the checkpoint is broken; fetch or export it again.",
-        )
-    return value
-
-
-def _check_algorithm(folder: Path) -> None:
     for name, told in _configs(folder):
         algorithm = str(told.get("quant_algo"))
-        if told.get("quant_method") == "modelopt" and algorithm != _ALGORITHM:
+        if told.get("quant_method") == "modelopt" and algorithm not in _TYPES:
             raise WeightsError(
                 f"the checkpoint is quantized by ModelOpt to {algorithm}, of which cp-convert "
-                f"takes {_ALGORITHM}.",
+                f"takes {' and '.join(_TYPES)}.",
                 where=str(name),
                 hint="export it as FP8; " + UNQUANTIZED,
             )
+        return _TYPES.get(algorithm, FP8)
+    return FP8
 
 
 def _configs(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:

@@ -19,6 +19,42 @@ UNQUANTIZED: Final = (
 )
 
 
+_MAKERS: Final = (
+    (r"\.quant_state\.bitsandbytes__|\.absmax$|\.SCB$", "bitsandbytes", "it is for weights alone"),
+    (
+        r"\.wscales$|\.smooth_factor(_orig)?$",
+        "Nunchaku (SVDQuant)",
+        "its codes are packed in its way",
+    ),
+    (r"\.qzeros$", "AWQ or GPTQ", "it is for weights alone"),
+    (r"\.weight\._(data|scale|shift)$", "quanto", "it is for weights alone"),
+    (r"\.weight_scale_2$", "NVFP4", "products of 4 bits are not done yet"),
+    (r"\.svdquant_lora_[ab]$", "SVDQuant", "products of 4 bits are not done yet"),
+)
+"""Names that one quantizer alone gives its tensors, who that is, and why it is not taken."""
+
+
+def check_maker(stored: Mapping[str, Location]) -> None:
+    """Who has quantized a checkpoint is told by name, where its tensors tell it.
+
+    Raises:
+        WeightsError: it was done in a format that is not taken.
+    """
+    for name, at in stored.items():
+        kind = "MXFP8" if at.kind == "F8_E8M0" else None
+        made = next(((who, why) for form, who, why in _MAKERS if re.search(form, name)), None)
+        if kind is None and made is None:
+            continue
+        who, why = made or (kind, "TensorRT multiplies it in half precision")
+        raise WeightsError(
+            f"{name} of {at.file.name} is quantized by {who}, of which cp-convert takes nothing: "
+            f"{why}.",
+            where=str(at.file),
+            hint="take an FP8 or INT8 checkpoint with scales of whole tensors or rows "
+            "(docs/quantized.md), or the one that is not quantized and --quantize.",
+        )
+
+
 def check_types(
     matched: Mapping[str, str],
     stored: Mapping[str, Location],

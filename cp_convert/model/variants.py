@@ -156,12 +156,12 @@ def check_alone(examples: Sequence[Example], job: Job, *, coded: bool) -> None:
         coded: whether the checkpoint is quantized.
 
     Raises:
-        UsageError: there are several, and other axes than the sequence's, or FP8 layers.
+        UsageError: there are several, and other axes than the sequence's, or layers in 8 bits.
     """
     if len(examples) == 1:
         return
     beside = f"--mesh {job.mesh.words}" if job.mesh.others else ""
-    beside = beside or ("layers in FP8" if coded or job.quantize is not None else "")
+    beside = beside or ("layers in 8 bits" if coded or job.quantize is not None else "")
     if beside:
         raise UsageError(
             f"{len(examples)} variants and {beside}: a bundle has one of the two.",

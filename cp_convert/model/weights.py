@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from ..ir.quantize import dequantize
-from ..ir.source import Cast
+from ..ir.quantize import FP8
+from ..ir.source import Cast, Codes
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
+from .coded import KINDS, Coded
+from .follow import followed
+from .formats import FLOAT8
 from .meta import replace
-from .modelopt import Coded
 from .names import Matched, by_name, inside, match, unused
 from .original import Renaming, mapping_of, place_of, renamed
 from .quantized import check_floating, check_types, check_unmatched
@@ -34,11 +36,15 @@ class Found:
         tensor: as stored, mapped and not read yet; or computed from such.
         at: where a file holds these numbers; ``None`` where they were computed.
         told: where it comes from, in words.
+        codes: that ``tensor`` was computed from, and are to stay codes.
+        upcast: of codes that are not, their type.
     """
 
     tensor: Tensor
     at: Location | None
     told: str
+    codes: Codes | None = None
+    upcast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -46,23 +52,24 @@ class Filled:
     """What was done.
 
     Attributes:
-        located: where the files hold the parameters, tied ones under all their names.
+        located: where the files hold the parameters, or their codes; tied ones under all their
+            names.
         casts: types that were changed.
         told: what a person should know.
-        coded: parameters that are stored as codes, which they were computed from.
+        codes: parameters that stay codes, which they were computed from.
     """
 
     located: Mapping[str, Location]
     casts: tuple[Cast, ...]
     told: tuple[str, ...]
-    coded: Mapping[str, Coded] = field(default_factory=dict)
+    codes: Mapping[str, Codes] = field(default_factory=dict)
 
 
 class _Files:
     """The files, each mapped once; they are those whose headers were read."""
 
-    def __init__(self, stored: Mapping[str, Location], coded: Mapping[str, Coded]) -> None:
-        self._stored, self._coded = stored, coded
+    def __init__(self, stored: Mapping[str, Location], *, upcast: bool) -> None:
+        self._stored, self._upcast = stored, upcast
         self._mapped: dict[Path, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -78,13 +85,21 @@ class _Files:
             at.check_unchanged()
         return tensor_at(at, self._mapped[at.file])
 
-    def found(self, name: str, dtype: torch.dtype) -> Found:
+    def found(self, name: str, coded: Coded | None, dtype: torch.dtype) -> Found:
         """The tensor of a stored name, or in ``dtype`` the numbers that its codes stand for."""
-        at, told = self._stored[name], f"{name} of {self._stored[name].file.name}"
-        tensor = self.tensor(name)
-        if name not in self._coded:
+        at = self._stored[name]
+        return self.read(self.tensor(name), at, f"{name} of {at.file.name}", coded, dtype)
+
+    def read(
+        self, tensor: Tensor, at: Location | None, told: str, coded: Coded | None, dtype: Any
+    ) -> Found:
+        """The same of a tensor that was mapped, or made of such."""
+        if coded is None:
             return Found(tensor, at, told)
-        return Found(dequantize(tensor, self._coded[name].weight_scale, dtype), None, told)
+        numbers = coded.numbers(tensor, dtype)
+        if self._upcast and coded.dtype == FP8:
+            return Found(numbers, None, told, upcast=tensor.dtype)
+        return Found(numbers, at, told, coded.of(tensor))
 
     @cached_property
     def by_address(self) -> dict[int, tuple[Tensor, Location]]:
@@ -113,7 +128,7 @@ def load_weights(
         stored: what :func:`.checkpoint.locate` found.
         path: where, for messages.
         ties: what shared memory before the model was cast.
-        coded: of ``stored``, those that are codes, see :mod:`.modelopt`.
+        coded: of ``stored``, those that are codes, see :mod:`.formats`.
         allowed: casts that the user asked for; ``float8`` is one.
         lazily: whether numbers that stay where they are remain unread; who reads them first
             has to see whether they are finite.
@@ -124,14 +139,13 @@ def load_weights(
     """
     wanted = module.state_dict(keep_vars=True)
     ties = Ties.of(module) if ties is None else ties
-    coded = coded or {}
-    found, told, codes = _found(module, wanted, stored, ties, allowed, path, coded)
+    found, told = _found(module, wanted, stored, ties, allowed, path, coded or {})
     ties.check_agreement(
         found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
     )
     casted = _put(module, wanted, found, lazily=lazily)
-    places = _places(module, found, ties) | {name: one.at for name, one in codes.items()}
-    return Filled(places, casted, told, codes)
+    codes = {name: one.codes for name, one in found.items() if one.codes is not None}
+    return Filled(_places(module, found, ties), casted, told, codes)
 
 
 def _put(
@@ -142,10 +156,11 @@ def _put(
     with torch.no_grad():
         for name, one in found.items():
             own = wanted[name]
-            if one.tensor.dtype != own.dtype:
-                casts[_name(one.tensor.dtype), _name(own.dtype)] += 1
+            if (kind := one.upcast or one.tensor.dtype) != own.dtype:
+                casts[_name(kind), _name(own.dtype)] += 1
             value = one.tensor.to(own.dtype)
-            stays = one.at is not None and value is one.tensor and isinstance(own, nn.Parameter)
+            is_there = one.at is not None and one.codes is None
+            stays = is_there and value is one.tensor and isinstance(own, nn.Parameter)
             if not (lazily and stays):
                 _check_finite(name, one, value)
             if own.is_meta:
@@ -177,28 +192,33 @@ def _found(
     allowed: Collection[str],
     path: Path,
     coded: Mapping[str, Coded],
-) -> tuple[dict[str, Found], tuple[str, ...], dict[str, Coded]]:
+) -> tuple[dict[str, Found], tuple[str, ...]]:
     """The model's tensors, under its names, under others, or in its authors' own."""
     matched = match(wanted, stored, ties)
-    files = _Files(stored, coded)
+    files = _Files(stored, upcast=FLOAT8 in allowed)
     shapes = {name: stored[own].shape for name, own in matched.names.items()}
     if matched.fits:
         types = {name: own for name, own in matched.names.items() if own not in coded}
         check_types(types, stored, wanted, allowed)
         _check_shapes(matched, shapes, wanted, path)
-        found = {n: files.found(own, wanted[n].dtype) for n, own in matched.names.items()}
-        codes = {name: coded[own] for name, own in matched.names.items() if own in coded}
-        return found, matched.told, codes
+        found = {
+            name: files.found(own, coded.get(own), wanted[name].dtype)
+            for name, own in matched.names.items()
+        }
+        return found, matched.told
     mapping = mapping_of(module)
-    if coded or mapping is None or 2 * len(matched.names) >= len(wanted):
+    if mapping is None or 2 * len(matched.names) >= len(wanted):
         check_unmatched({n: at for n, at in stored.items() if n not in coded}, allowed)
         raise _mismatch(matched, shapes, wanted, path)
     mismatch = partial(_mismatch, matched, shapes, wanted, path)
-    tensors = _mapped(module, mapping, stored, files, allowed, mismatch)
+    tensors, scales = _mapped(module, mapping, stored, files, allowed, mismatch, coded)
     after = by_name(wanted, tensors, ties)
     _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
-    found = {name: _original(name, t, files) for name, t in tensors.items()}
-    return found, _told(found, len(stored) - len(inside(stored)[1])), {}
+    found = {
+        name: _original(name, tensor, files, scales.get(name), wanted[name].dtype)
+        for name, tensor in tensors.items()
+    }
+    return found, _told(found, len(stored) - len(inside(stored)[1]))
 
 
 def _mapped(
@@ -208,16 +228,24 @@ def _mapped(
     files: _Files,
     allowed: Collection[str],
     mismatch: Callable[[str], WeightsError],
-) -> dict[str, Tensor]:
-    """The file's tensors under the names of the diffusers class; or ``mismatch``."""
+    coded: Mapping[str, Coded],
+) -> tuple[dict[str, Tensor], dict[str, Coded]]:
+    """The file's tensors under the names of the diffusers class, and scales; or ``mismatch``."""
     prefix, names = inside(stored)
     here = {name: stored[name] for name in names} | _markers(stored)
     for name in names:
-        check_floating(name, here, allowed)
+        if name not in coded:
+            check_floating(name, here, allowed)
+    tensors = {name.removeprefix(prefix): files.tensor(name) for name in names}
     try:
-        return renamed(module, mapping, {n.removeprefix(prefix): files.tensor(n) for n in names})
+        found = renamed(module, mapping, tensors)
     except WeightsError as error:
         raise mismatch(error.message) from error
+    scales = {name.removeprefix(prefix): one for name, one in coded.items()}
+    if not scales:
+        return found, {}
+    codes = [name for name, tensor in found.items() if tensor.dtype in KINDS]
+    return found, followed(module, mapping, tensors, scales, codes)
 
 
 def _check_shapes(
@@ -234,9 +262,11 @@ def _markers(stored: Mapping[str, Location]) -> dict[str, Location]:
     return {name: at for name, at in stored.items() if name == "scaled_fp8"}
 
 
-def _original(name: str, tensor: Tensor, files: _Files) -> Found:
+def _original(
+    name: str, tensor: Tensor, files: _Files, coded: Coded | None, dtype: torch.dtype
+) -> Found:
     at = place_of(tensor, files.by_address)
-    return Found(tensor, at, f"{name}, mapped by diffusers")
+    return files.read(tensor, at, f"{name}, mapped by diffusers", coded, dtype)
 
 
 def _told(found: Mapping[str, Found], others: int) -> tuple[str, ...]:

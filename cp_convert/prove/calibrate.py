@@ -15,7 +15,8 @@ from torch.nn import functional
 
 from ..errors import UsageError
 from ..ir.program import Executable, Lowered
-from ..ir.quantize import FP8, dequantize, quantize
+from ..ir.quantize import STEP, dequantize, quantize, token_step
+from ..ir.source import Codes
 from ..ir.tensors import mapped
 from .device import Mover
 from .lockstep import PerRank, run
@@ -72,7 +73,7 @@ def largest_inputs(
 
 def losses(
     program: Lowered,
-    scales: Mapping[str, tuple[float, float]],
+    scales: Mapping[str, Codes],
     inputs: Inputs,
     device: torch.device = CPU,
 ) -> dict[str, float]:
@@ -80,7 +81,7 @@ def losses(
 
     Args:
         program: without quantizers.
-        scales: of the input and the weight, by the layer's name.
+        scales: what becomes of the operands, by the layer's name.
         inputs: by binding.
         device: where it is computed.
     """
@@ -96,7 +97,7 @@ def losses(
             held[node.name] = values[0]
         if node.name in nodes:
             x, weight = str(node.args[0]), moved.state[str(node.args[1])]
-            found[node.name] = _loss(held[x], weight, *scales[node.name])
+            found[node.name] = _loss(held[x], weight, scales[node.name])
             readers[x] -= 1
             if not readers[x]:
                 del held[x]
@@ -105,12 +106,21 @@ def losses(
     return found
 
 
-def _loss(x: Tensor, weight: Tensor, input_scale: float, weight_scale: float) -> float:
-    x, weight = x.float(), weight.float()
-    whole = functional.linear(x, weight)
-    off = functional.linear(_coded(x, input_scale), _coded(weight, weight_scale)) - whole
+def _loss(x: Tensor, weight: Tensor, own: Codes) -> float:
+    x, device = x.float(), x.device
+    whole = functional.linear(x, weight.float())
+    numbers = dequantize(own.codes.to(device), own.step, torch.float32)
+    if own.rows is not None:
+        numbers *= own.rows.to(device)[:, None]
+    off = functional.linear(_coded(x, own), numbers) - whole
     return float(off.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _coded(x: Tensor, scale: float) -> Tensor:
-    return dequantize(quantize(x, scale, FP8), scale, torch.float32)
+def _coded(x: Tensor, own: Codes) -> Tensor:
+    """What the codes of a layer's input stand for, in float32."""
+    dtype = own.codes.dtype
+    x = x if own.smooth is None else x * own.smooth.to(x.device)
+    if own.input_scale is not None:
+        return dequantize(quantize(x, own.input_scale, dtype), own.input_scale, torch.float32)
+    step = token_step(x.abs().amax(-1, keepdim=True), dtype)
+    return dequantize(quantize(x / step, STEP[dtype], dtype), STEP[dtype], torch.float32) * step

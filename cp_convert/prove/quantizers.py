@@ -58,8 +58,14 @@ class Unrounded(TorchDispatchMode):
         if func is QUANTIZE:
             return scaled(args[0], args[1])
         if func is QUANTIZE_DEQUANTIZE:
-            return from_codes(scaled(args[0], args[1]), args[1], args[0].dtype)
+            return from_codes(scaled(args[0], args[1]), args[1], _type_of(args))
         return func(*args, **(kwargs or {}))
+
+
+def _type_of(args: Any) -> torch.dtype:
+    """What ``cp::quantize_dequantize`` returns, given its arguments."""
+    to: torch.dtype = args[3] if len(args) > 3 and args[3] is not None else args[0].dtype
+    return to
 
 
 @contextmanager
@@ -95,7 +101,7 @@ class Nudged(TorchDispatchMode):
         if func is QUANTIZE:
             return self._codes(*args)
         if func is QUANTIZE_DEQUANTIZE:
-            return from_codes(self._codes(*args), args[1], args[0].dtype)
+            return from_codes(self._codes(*args[:3]), args[1], _type_of(args))
         return func(*args, **(kwargs or {}))
 
     def _codes(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

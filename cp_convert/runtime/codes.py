@@ -148,8 +148,11 @@ def _dequantize(write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype) -> 
     return write.op(aten._to_copy.default, number, dtype=dtype)
 
 
-def _both(write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype) -> fx.Node:
-    return _dequantize(write, _quantize(write, x, scale, dtype), scale, tensor_of(x).dtype)
+def _both(
+    write: _Codes, x: fx.Node, scale: float, dtype: torch.dtype, to: torch.dtype | None = None
+) -> fx.Node:
+    codes = _quantize(write, x, scale, dtype)
+    return _dequantize(write, codes, scale, to or tensor_of(x).dtype)
 
 
 _WRITERS: Final[dict[Any, Callable[..., fx.Node]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..bundle.manifest import Manifest
+from ..bundle.quantized import Linears
 
 
 def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -12,12 +13,7 @@ def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
         return []
     what = []
     if told.linears is not None:
-        layers = told.linears.layers
-        worst = max(layers, key=lambda one: one.loss)
-        what.append(
-            f"{len(layers)} linear layers in FP8, {len(told.linears.kept)} left as they are; the "
-            f"layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"
-        )
+        what.append(_linears(told.linears))
     if told.exchange is not None:
         what.append(f"{', '.join(told.exchange.operands)} of attention sent in 8 bits")
     if told.loss is not None and told.codes is not None:
@@ -28,3 +24,15 @@ def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
             f"{told.codes.codes} codes lie at a tie)"
         )
     return [("quantized", ", ".join(what))]
+
+
+def _linears(told: Linears) -> str:
+    alone = sum(one.reason.startswith("only its weight") for one in told.kept)
+    what = f"{len(told.layers)} linear layers in {told.codes.upper()}"
+    what += f", {len(told.kept) - alone} left as they are"
+    if alone:
+        what += f", {alone} that read codes and multiply in the precision"
+    if not told.layers:
+        return what
+    worst = max(told.layers, key=lambda one: one.loss)
+    return f"{what}; the layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"

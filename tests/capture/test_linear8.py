@@ -1,5 +1,6 @@
 """Which linear layers become products of codes, what they become, and what is refused."""
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
-from cp_convert.capture.linear8 import Measured, choose, quantized
+from cp_convert.capture.linear8 import ALONE, choose, stored_layers
+from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotConvert, UsageError
 from cp_convert.ir.program import Lowered, module_path
@@ -133,6 +135,40 @@ def test_it_computes_what_a_model_of_rounded_numbers_does() -> None:
     assert (plain - wanted).abs().max() > 1e-3
 
 
+def test_int8_has_a_scale_for_each_row() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    given = Measured(largest_inputs(program(), chosen, [flat]), torch.int8)
+    dense, found = quantized(program(), chosen, given)
+    assert set(found) == {node.name for node in chosen}
+    for node in chosen:
+        one, weight = found[node.name], program().state[str(node.args[1])]
+        assert one.codes.dtype == torch.int8
+        assert (one.codes.abs().amax(1) == 127).all()
+        numbers = one.codes.float() * one.weight_scale[:, None]  # type: ignore[index]
+        assert (numbers - weight).abs().max() <= 0.51 * one.step
+        assert torch.equal(dense.state[str(node.args[1])], one.codes)
+    ((got,),) = run(dense, flat, 1)
+    ((plain,),) = run(program(), flat, 1)
+    assert 1e-4 < (got - plain).norm() / plain.norm() < 0.02
+    assert all(0 < one < 0.03 for one in losses(program(), found, flat).values())
+
+
+def test_keep_reaches_layers_of_a_checkpoint() -> None:
+    chosen, _ = choose(program())
+    given = Measured(largest_inputs(program(), chosen, [flat_inputs(program(), inputs())]))
+    _, found = quantized(program(), chosen, given)
+    stored = {str(node.args[1]): found[node.name] for node in chosen}
+    first = str(chosen[0].args[1])
+    stored[first] = replace(stored[first], input_scale=None)
+    every, kept = stored_layers(program(), stored)
+    assert [n.name for n in every] == [n.name for n in chosen[1:]]
+    assert any(one.reason == f"{ALONE}: the checkpoint has no scale for its input" for one in kept)
+    every, kept = stored_layers(program(), stored, measured=True, keep=("*.1.q",))
+    assert [n.name for n in every] == [n.name for n in chosen if module_path(n) != "blocks.1.q"]
+    assert [one.module for one in kept if one.reason == f"{ALONE}: --keep"] == ["blocks.1.q"]
+
+
 def test_ranges_are_those_of_all_sets_of_inputs() -> None:
     chosen, _ = choose(program())
     flat = flat_inputs(program(), inputs())
@@ -153,4 +189,4 @@ def test_what_a_layer_loses_by_itself() -> None:
     lost = losses(program(), scales, flat)
     assert set(lost) == {node.name for node in chosen}
     assert all(0.01 < one < 0.06 for one in lost.values())
-    assert all(0 < s < 1 / LARGEST[FP8] for _, s in scales.values())
+    assert all(0 < one.step < 1 / LARGEST[FP8] for one in scales.values())

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save, save_file
 
 from cp_convert import cli
 from tests.conftest import MODEL_FILE
+from tests.model.comfy_files import as_json, quantized, write
 
 USAGE, MODEL = 2, 3
 Header = dict[str, Any]
@@ -271,6 +273,32 @@ def test_models_that_are_not_there(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refuses(capfd, tmp_path, "convert", path, "-s", "ulysses", "-w", 2, "-q", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("style", "name", "value"),
+    [
+        ("fp8_scaled", "scale_weight", torch.tensor(-1.0)),
+        ("comfy_quant", "input_scale", torch.tensor(torch.nan)),
+        ("comfy_quant", "comfy_quant", as_json({"format": "nvfp4"})),
+        ("metadata", "weight_scale", torch.ones(3)),
+    ],
+)
+def test_codes_whose_scales_are_wrong(
+    style: str,
+    name: str,
+    value: torch.Tensor,
+    capfd: pytest.CaptureFixture[str],
+    given: tuple[Path, bytes],
+    tmp_path: Path,
+) -> None:
+    state = {n: t.detach().bfloat16() for n, t in state_of(given[0]).items()}
+    layer = next(n for n, t in state.items() if t.dim() == 2).removesuffix(".weight")
+    tensors, metadata = quantized(state, [layer], style)
+    assert f"{layer}.{name}" in tensors
+    file = write(tmp_path / "x.safetensors", {**tensors, f"{layer}.{name}": value}, metadata)
+    args = [given[0], "-s", "ulysses", "-w", 2, "-q", "--weights", file, "-o", tmp_path / "out"]
+    assert layer in refuses(capfd, tmp_path, *args)
 
 
 def test_weights_of_another_model(

@@ -1,4 +1,4 @@
-"""FP8 checkpoints as ModelOpt exports them, written from their documented layout."""
+"""FP8 and INT8 checkpoints as ModelOpt exports them, written from their documented layout."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,21 @@ def tensors_of(module: nn.Module, layers: list[str]) -> dict[str, Tensor]:
         found[f"{layer}.weight"] = (weight / scale).to(FP8)
         found[f"{layer}.weight_scale"] = scale.clone()
         found[f"{layer}.input_scale"] = torch.tensor(0.012 + 0.0001 * number)
+    return found
+
+
+def smoothed(module: nn.Module, layers: list[str]) -> dict[str, Tensor]:
+    """The same in INT8 with SmoothQuant: scales of rows, and factors of the input's columns."""
+    found = {name: t.detach().bfloat16().contiguous() for name, t in module.state_dict().items()}
+    for number, layer in enumerate(layers):
+        weight = module.state_dict()[f"{layer}.weight"].float()
+        factors = torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
+        weight = weight / factors.float()
+        scale = weight.abs().amax(1) / 127
+        found[f"{layer}.weight"] = (weight / scale[:, None]).round().to(torch.int8)
+        found[f"{layer}.weight_scale"] = scale
+        found[f"{layer}.input_scale"] = torch.tensor(0.04 + 0.0001 * number)
+        found[f"{layer}.pre_quant_scale"] = factors
     return found
 
 

@@ -11,7 +11,7 @@ from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import Job
 from cp_convert.model.load import load, surroundings
-from tests.model.fp8_files import FILE, FP8, tensors_of, write
+from tests.model.fp8_files import FILE, FP8, smoothed, tensors_of, write
 
 MODEL = """
 import torch
@@ -97,6 +97,37 @@ def test_codes_stay_where_they_are_and_the_module_has_their_numbers(tmp_path: Pa
     assert source.parameters_outside["leave.weight"].dtype == torch.bfloat16
 
 
+SMOOTH = "W8A8_SQ_PER_CHANNEL"
+
+
+def test_int8_codes_with_factors_of_the_input(tmp_path: Path) -> None:
+    tensors = smoothed(module(), LAYERS)
+    write(tmp_path / "weights", tensors, SMOOTH)
+    source = loaded(tmp_path, compute_capabilities=("7.5", "8.6"), precision="fp16")
+    assert sorted(source.codes) == sorted(f"{layer}.weight" for layer in LAYERS)
+    held = dict(source.module.named_parameters())
+    for layer in LAYERS:
+        name, one = f"{layer}.weight", source.codes[f"{layer}.weight"]
+        scale, factors = (tensors[f"{layer}.{x}"] for x in ("weight_scale", "pre_quant_scale"))
+        assert one.input_scale == tensors[f"{layer}.input_scale"].item()
+        assert torch.equal(one.weight_scale, scale)  # type: ignore[arg-type]
+        assert torch.equal(one.smooth, factors.float())  # type: ignore[arg-type]
+        assert torch.equal(one.codes, tensors[name])
+        numbers = tensors[name].float() * scale[:, None] * factors.float()
+        assert torch.equal(held[name], numbers.half())
+        assert source.located[name].dtype == torch.int8
+        truth = module().state_dict()[name]
+        assert (held[name] - truth).abs().max() < 0.02 * truth.abs().max()
+
+
+def test_int8_codes_need_no_factors(tmp_path: Path) -> None:
+    tensors = smoothed(module(), LAYERS)
+    for layer in LAYERS:
+        del tensors[f"{layer}.pre_quant_scale"]
+    write(tmp_path / "weights", tensors, SMOOTH)
+    assert [one.smooth for one in loaded(tmp_path).codes.values()] == [None] * 4
+
+
 Damage = Callable[[dict[str, Tensor]], None]
 
 
@@ -142,6 +173,41 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
     assert caught.value.exit_code == 2
 
 
+def rows(value: float, count: int = 64) -> Tensor:
+    found = torch.ones(count)
+    found[5] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without("blocks.0.qkv.weight_scale"), "stored in INT8, and has no such scale"),
+        (without("blocks.1.out.input_scale"), "blocks.1.out.input_scale is missing.*half prec"),
+        (with_("blocks.0.out.input_scale", rows(1)), r"input_scale .* F32\[64\]"),
+        (with_("blocks.0.out.weight_scale", torch.tensor(1.0)), r"F32\[\]; there are 64 rows"),
+        (with_("blocks.0.out.weight_scale", rows(-1)), "weight_scale .* is -1.0"),
+        (with_("blocks.0.out.weight_scale", rows(torch.nan)), "weight_scale .* is nan"),
+        (with_("blocks.0.out.pre_quant_scale", rows(0)), "pre_quant_scale .* is 0.0"),
+        (with_("blocks.0.out.pre_quant_scale", rows(torch.inf)), "pre_quant_scale .* is inf"),
+        (with_("blocks.0.out.pre_quant_scale", rows(1, 32)), r"F32\[32\]; there are 64 columns"),
+        (with_("leave.pre_quant_scale", rows(1)), "as BF16 and not quantized to INT8"),
+        (with_("leave.weight_scale", rows(1)), "as BF16 and not quantized to INT8"),
+        (with_("blocks.7.out.input_scale", rows(1)), "blocks.7.out.weight is not there"),
+        (with_("blocks.0.out.weight", torch.ones(64, 32).char()), "32 columns|another shape"),
+        (with_("blocks.0.out.weight", torch.ones(64).char()), "there are 0 rows"),
+        (with_("leave.weight", torch.ones(16, 64).to(FP8)), "leave.weight .* is quantized"),
+    ],
+)
+def test_what_is_no_such_int8_checkpoint(damage: Damage, told: str, tmp_path: Path) -> None:
+    tensors = smoothed(module(), LAYERS)
+    damage(tensors)
+    write(tmp_path / "weights", tensors, SMOOTH)
+    with pytest.raises(WeightsError, match=told) as caught:
+        loaded(tmp_path)
+    assert caught.value.exit_code == 2
+
+
 def test_a_scale_that_stands_twice(tmp_path: Path) -> None:
     file = write(tmp_path / "weights", tensors_of(module(), LAYERS)) / FILE
     data = file.read_bytes()
@@ -156,10 +222,12 @@ def test_a_scale_that_stands_twice(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-@pytest.mark.parametrize("algorithm", ["NVFP4", "W8A8_SQ_PER_CHANNEL", "NVFP4_SVD"])
+@pytest.mark.parametrize("algorithm", ["NVFP4", "W4A8_AWQ", "NVFP4_SVD"])
 def test_other_algorithms_are_refused_by_name(algorithm: str, tmp_path: Path) -> None:
     write(tmp_path / "weights", tensors_of(module(), LAYERS), algorithm)
-    with pytest.raises(WeightsError, match=f"by ModelOpt to {algorithm}, of which .* takes FP8"):
+    with pytest.raises(
+        WeightsError, match=f"by ModelOpt to {algorithm}, of which .* takes FP8 and W8A8_SQ"
+    ):
         loaded(tmp_path)
 
 
@@ -181,7 +249,7 @@ def test_options_that_go_with_nothing(tmp_path: Path) -> None:
         ({"max_loss": 2.0, "exchange": "int8"}, "lies between 0 and 1"),
         ({"max_loss": 0.1, "exchange": "int8", "proof": "none"}, "measured by the proof"),
         ({"exchange": "int4"}, "not one of int8"),
-        ({"quantize": "fp4"}, "not one of fp8"),
+        ({"quantize": "fp4"}, "not one of fp8, int8"),
     ):
         with pytest.raises(UsageError, match=told):
             job(tmp_path, **options)

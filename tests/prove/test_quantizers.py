@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from cp_convert.backends import BACKENDS
-from cp_convert.capture import linear8
+from cp_convert.capture import linear8, products8
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.engine.build import prepare
@@ -19,7 +19,8 @@ from cp_convert.errors import ProofFailed
 from cp_convert.ir import ops
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered, copied, module_of
-from cp_convert.ir.quantize import DEQUANTIZE, FP8, QUANTIZE, dequantize, quantize
+from cp_convert.ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE, dequantize, quantize
+from cp_convert.ir.source import Codes
 from cp_convert.prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.prove.calibrate import largest_inputs
 from cp_convert.sharding.shard import shard
@@ -38,7 +39,7 @@ from tests.conftest import (
 )
 
 prepare(BACKENDS["tensorrt-rtx"])
-cp = torch.ops.cp
+cp, aten = torch.ops.cp, torch.ops.aten
 BOTH = cp.quantize_dequantize.default
 SLOW = pytest.mark.slow
 
@@ -205,7 +206,7 @@ def programs() -> tuple[Lowered, Lowered]:
     chosen, _ = linear8.choose(plain)
     assert len(chosen) == 2
     largest = largest_inputs(plain, chosen, [flat_inputs(plain, tiny_inputs())])
-    return plain, linear8.quantized(plain, chosen, linear8.Measured(largest))[0]
+    return plain, products8.quantized(plain, chosen, products8.Measured(largest))[0]
 
 
 @cache
@@ -272,6 +273,176 @@ def activations_left_alone(graph: fx.Graph) -> None:
 def test_faults_in_fp8_layers_are_caught(sabotage: Sabotage, told: str) -> None:
     with pytest.raises(ProofFailed, match=told):
         proven(sabotaged(in_fp8("ulysses", 2), sabotage))
+
+
+def with_weights_alone() -> Stages:
+    """The same layers with weights that are codes, and nothing else that is."""
+    plain, _ = programs()
+    chosen, _ = linear8.choose(plain)
+    alone = {}
+    for number, node in enumerate(chosen):
+        weight = plain.state[str(node.args[1])].detach()
+        scale = (1 + 0.1 * number) * float(weight.abs().max()) / 448
+        alone[str(node.args[1])] = Codes(quantize(weight, scale, FP8), scale, None)
+    found, kept = linear8.stored_layers(plain, alone)
+    assert found == []
+    assert sum(one.reason.startswith(linear8.ALONE) for one in kept) == 2
+    dense, scales = products8.quantized(plain, [], products8.Stored(alone), alone)
+    assert scales == {}
+    axis = axis_of(2)
+    split, by = shard(dense, axis), strategy("ulysses", 2)
+    control, _ = rewrite(split, CONTROL, "control", axis, table())
+    done, outcomes = rewrite(split, by, "ulysses", axis, table())
+    sites = [(o.site, o.node) for o in outcomes]
+    return Stages(dense, control, done, done, sites, axis, dense, plain)
+
+
+def test_weights_that_are_codes_round_nothing_more() -> None:
+    stages = with_weights_alone()
+    proof = proven(replace(stages, lowered=lower(stages.lowered)))
+    assert proof.codes is not None
+    assert proof.codes.codes == 0
+    assert max(e.max for e in (*proof.algebra, *proof.codes.ranks)) < 1e-5
+    assert proof.codes.loss.max > 1e-3  # what the checkpoint's weights have lost
+
+
+def dequantized_by_the_other(graph: fx.Graph) -> None:
+    first, second = of(graph, DEQUANTIZE)[:2]
+    first.args = (first.args[0], second.args[1], first.args[2])
+
+
+def not_dequantized(graph: fx.Graph) -> None:
+    node = of(graph, DEQUANTIZE)[0]
+    node.args = (node.args[0], 1.0, node.args[2])
+
+
+@pytest.mark.parametrize(
+    "sabotage", [scaled_by(DEQUANTIZE, 1.01), dequantized_by_the_other, not_dequantized]
+)
+def test_faults_in_weights_that_are_codes_are_caught(sabotage: Sabotage) -> None:
+    with pytest.raises(ProofFailed, match="all ranks together went astray"):
+        proven(sabotaged(with_weights_alone(), sabotage))
+
+
+# --- scales of rows and of tokens, outside of the product -----------------------------------------
+
+KINDS = {
+    "fp8 by tokens": (FP8, {"by_token": True}),
+    "int8": (torch.int8, {"input_scale": 0.08}),
+    "int8, smoothed": (torch.int8, {"input_scale": 0.12, "smooth": True}),
+}
+
+
+def stages_by_rows(kind: str) -> Stages:
+    """Two layers with a scale for each row of their weights."""
+    plain, _ = programs()
+    chosen, _ = linear8.choose(plain)
+    dtype, told = KINDS[kind]
+    stored = {}
+    for node in chosen:
+        name = str(node.args[1])
+        weight = plain.state[name].detach()
+        rows = weight.abs().amax(1) / LARGEST[dtype]
+        options = {"input_scale": None, **told}
+        if "smooth" in options:
+            options["smooth"] = torch.linspace(0.5, 2, weight.shape[1])
+            rows = rows * 2
+            weight = weight / options["smooth"]
+        stored[name] = Codes(quantize(weight / rows[:, None], 1.0, dtype), rows, **options)
+    found, _ = linear8.stored_layers(plain, stored)
+    assert found == chosen
+    dense, by_name = products8.quantized(plain, chosen, products8.Stored(stored), stored)
+    assert {name: one.step for name, one in by_name.items()} == {
+        node.name: stored[str(node.args[1])].step for node in chosen
+    }
+    axis = axis_of(2)
+    split, by = shard(dense, axis), strategy("ulysses", 2)
+    control, _ = rewrite(split, CONTROL, "control", axis, table())
+    done, outcomes = rewrite(split, by, "ulysses", axis, table())
+    sites = [(o.site, o.node) for o in outcomes]
+    return Stages(dense, control, done, done, sites, axis, dense, plain)
+
+
+@cache
+def by_rows(kind: str) -> Stages:
+    """The same, once."""
+    return stages_by_rows(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_rows_and_tokens_are_proven(kind: str) -> None:
+    stages = by_rows(kind)
+    both = of(stages.rewritten.graph_module.graph, BOTH)
+    assert [n.meta["val"].shape[1] for n in both] == [12, 12]  # sharded as the tokens are
+    proof = proven(replace(stages, lowered=lower(stages.lowered)))
+    assert proof.codes is not None
+    assert proof.control is not None
+    assert max(e.max for e in proof.algebra) < 1e-5
+    assert proof.control.max > 1e-2
+    assert max(e.max for e in proof.codes.ranks) <= proof.codes.bound.max
+    assert 1e-3 < proof.codes.loss.max < 0.3
+    networks = networks_of(lower(stages.lowered), 2)
+    found = prove_networks(
+        networks, flat_inputs(stages.lowered, tiny_inputs()), proof, stages.lowered
+    )
+    assert max(e.max for e in found.algebra) < 1e-5
+
+
+def factors(graph: fx.Graph) -> list[fx.Node]:
+    """What products are multiplied with: by rows first, then by tokens."""
+    return [
+        node
+        for node in of(graph, aten.mul.Tensor)
+        if isinstance(node.args[0], fx.Node) and "linear" in node.args[0].name
+    ]
+
+
+def rows_are_dropped(graph: fx.Graph) -> None:
+    node = factors(graph)[0]
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+
+
+def rows_of_another_order(graph: fx.Graph) -> None:
+    node = factors(graph)[0]
+    with graph.inserting_before(node):
+        rolled = graph.call_function(torch.ops.aten.roll.default, (node.args[1], [1], [0]))
+    node.args = (node.args[0], rolled)
+
+
+def tokens_of_another(graph: fx.Graph) -> None:
+    """Every product is measured by the largest number of the token before."""
+    node = next(n for n in of(graph, aten.mul.Tensor) if "mul" in str(n.args[0]))
+    with graph.inserting_before(node):
+        rolled = graph.call_function(torch.ops.aten.roll.default, (node.args[1], [1], [1]))
+    node.args = (node.args[0], rolled)
+
+
+def smoothing_is_dropped(graph: fx.Graph) -> None:
+    both = of(graph, BOTH)[0]
+    (x,) = both.all_input_nodes
+    both.args = (x.args[0], *both.args[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "sabotage", "told"),
+    [
+        ("fp8 by tokens", rows_are_dropped, "all ranks together went astray"),
+        ("fp8 by tokens", rows_of_another_order, "all ranks together went astray"),
+        ("fp8 by tokens", tokens_of_another, "all ranks together went astray"),
+        ("fp8 by tokens", scaled_by(BOTH, 1.01), "round to other codes"),
+        ("fp8 by tokens", activations_left_alone, "round to other codes"),
+        ("int8", rows_are_dropped, "all ranks together went astray"),
+        ("int8", rows_of_another_order, "all ranks together went astray"),
+        ("int8", scaled_by(DEQUANTIZE, 1.01), "all ranks together went astray"),
+        ("int8", scaled_by(BOTH, 1.05), "round to other codes"),
+        ("int8, smoothed", smoothing_is_dropped, "all ranks together went astray"),
+    ],
+)
+def test_faults_in_scales_of_rows_and_tokens_are_caught(
+    kind: str, sabotage: Sabotage, told: str
+) -> None:
+    with pytest.raises(ProofFailed, match=told):
+        proven(sabotaged(by_rows(kind), sabotage))
 
 
 def test_codes_of_another_model_are_caught() -> None:

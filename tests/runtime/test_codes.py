@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cp_convert.capture.decompose import decompose
-from cp_convert.capture.linear8 import Measured, choose, quantized
+from cp_convert.capture.linear8 import choose
+from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.capture.trace import trace
 from cp_convert.ir.program import Lowered
 from cp_convert.ir.quantize import QUANTIZERS

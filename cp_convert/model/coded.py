@@ -1,0 +1,160 @@
+"""A weight that is stored as codes, and its scales, read and checked by name.
+
+In: where files hold tensors. Out: what a code of 1 stands for. The formats that name these scales
+differently stand beside: :mod:`.modelopt` and :mod:`.comfy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..errors import WeightsError
+from ..ir.quantize import FP8, dequantize
+from ..ir.source import Codes
+from ..ir.tensors import Location, bytes_of, opened, tensor_at
+from .quantized import FLOATS, UNQUANTIZED
+
+WEIGHT: Final = ".weight"
+KINDS: Final = {FP8: "FP8", torch.int8: "INT8"}
+"""What codes are called."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """How a stored weight is to be read.
+
+    Attributes:
+        weight_scale: what a code of 1 stands for; of each row, float32 ``[N]``, or of all.
+        input_scale: the same for the codes of the layer's input; ``None`` where the checkpoint
+            tells none.
+        by_token: whether each token of the input has a scale of its own then; if not, only the
+            weight is quantized.
+        smooth: what columns of the input are multiplied with before, float32 ``[K]``.
+        dtype: of the codes.
+    """
+
+    weight_scale: float | Tensor
+    input_scale: float | None
+    by_token: bool = False
+    smooth: Tensor | None = None
+    dtype: torch.dtype = FP8
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether the input becomes codes, too."""
+        return self.by_token or self.input_scale is not None
+
+    def numbers(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """What ``codes`` ``[N, K]`` stand for, in ``dtype``: the weight of the plain layer."""
+        if self.smooth is None and not isinstance(self.weight_scale, Tensor):
+            return dequantize(codes, self.weight_scale, dtype)
+        found = codes.float()
+        found *= torch.as_tensor(self.weight_scale).reshape(-1, 1)
+        return (found if self.smooth is None else found.mul_(self.smooth)).to(dtype)
+
+    def of(self, codes: Tensor) -> Codes:
+        """The same with its codes."""
+        return Codes(codes, self.weight_scale, self.input_scale, self.by_token, self.smooth)
+
+
+def scale_at(name: str, at: Location) -> float:
+    """One positive number.
+
+    Args:
+        name: of the stored tensor, for messages.
+        at: where it is.
+
+    Raises:
+        WeightsError: it is of another shape or type, or not positive, or not finite.
+    """
+    if at.shape not in ((), (1,), (1, 1)) or at.kind not in FLOATS:
+        raise WeightsError(
+            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; a scale for the whole tensor "
+            "is one number.",
+            where=str(at.file),
+            hint="scales by rows, channels or blocks are not understood here; " + UNQUANTIZED,
+        )
+    return float(_positive(name, at))
+
+
+def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
+    """One positive number for each of ``count`` rows, or columns: float32 ``[count]``.
+
+    Args:
+        name: of the stored tensor, for messages.
+        at: where it is, ``[count]`` or ``[count, 1]``.
+        count: how many there must be.
+        what: has them, in the plural.
+
+    Raises:
+        WeightsError: it is of another shape or type, or one is not positive, or not finite.
+    """
+    if at.shape not in ((count,), (count, 1)) or at.kind not in FLOATS:
+        raise WeightsError(
+            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; there are {count} {what}, and "
+            "each has one scale.",
+            where=str(at.file),
+            hint="the checkpoint is broken, or of another format; " + UNQUANTIZED,
+        )
+    return _positive(name, at).reshape(count).clone()
+
+
+def _positive(name: str, at: Location) -> Tensor:
+    value = numbers_at(at)
+    bad = value[~((value > 0) & value.isfinite())]
+    if bad.numel():
+        raise WeightsError(
+            f"{name} of {at.file.name} is {float(bad[0])}; a scale is a positive number.",
+            where=str(at.file),
+            hint="the checkpoint is broken; fetch or export it again.",
+        )
+    return value
+
+
+def numbers_at(at: Location) -> Tensor:
+    """A stored tensor's numbers in float32, in the stored shape.
+
+    Raises:
+        WeightsError: the file was changed meanwhile.
+    """
+    at.check_unchanged()
+    return tensor_at(at, bytes_of(at.file)).to(torch.float32)
+
+
+def metadata_of(stored: Mapping[str, Location]) -> dict[str, tuple[str, Location]]:
+    """What the headers of the files say beside their tensors, and a tensor of the file."""
+    found: dict[str, tuple[str, Location]] = {}
+    for at in {at.file: at for at in stored.values()}.values():
+        with opened(at.file) as file:
+            told = file.metadata() or {}
+        found |= {name: (text, at) for name, text in told.items()}
+    return found
+
+
+def not_quantized(
+    scale: str, weight: str, stored: Mapping[str, Location], kind: str = "FP8"
+) -> WeightsError:
+    """The complaint about a scale, or what speaks of one, whose weight is no such codes."""
+    at = stored.get(weight)
+    what = "is not there" if at is None else f"is stored as {at.kind} and not quantized to {kind}"
+    return WeightsError(
+        f"{scale} is a scale, and {weight} {what}.",
+        where=str(next(stored[n] for n in (scale, weight, *stored) if n in stored).file),
+        hint="the checkpoint is mixed up, or of another format; " + UNQUANTIZED,
+    )
+
+
+def missing(
+    scale: str, weight: str, at: Location, why: str = "", hint: str = "", kind: str = "FP8"
+) -> WeightsError:
+    """The complaint about codes without a scale."""
+    return WeightsError(
+        f"{scale} is missing: {weight} is stored in {kind}, and has no such scale{why}.",
+        where=str(at.file),
+        hint=hint + UNQUANTIZED,
+    )

@@ -1,0 +1,104 @@
+"""Which format a quantized checkpoint is in, what it can be converted for, and what is told of it.
+
+In: what the files hold by name. Out: the model's tensors, and which of them are codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from ..errors import UsageError
+from ..ir.quantize import FP8
+from ..ir.tensors import Location
+from ..job import Job, without_fp8
+from . import comfy, modelopt, rowwise
+from .coded import KINDS, Coded
+from .names import inside
+from .quantized import check_maker
+
+FLOAT8: Final = "float8"
+"""The cast that takes codes for what they stand for, in the job's precision."""
+
+
+def without_scales(
+    stored: Mapping[str, Location], folder: Path
+) -> tuple[dict[str, Location], dict[str, Coded]]:
+    """The tensors that are the model's, and those among them that are codes.
+
+    Raises:
+        WeightsError: a scale is missing, none, or belongs to no codes; or another format.
+    """
+    check_maker({name: stored[name] for name in inside(stored)[1]})
+    for taken in (rowwise.of_torchao, comfy.without_scales):
+        if (found := taken(stored)) is not None:
+            return found
+    if not modelopt.is_said(folder) and (found := rowwise.of_bfl(stored)) is not None:
+        return found
+    return modelopt.without_scales(stored, folder)
+
+
+def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
+    """Refuse what a quantized checkpoint was never proven with, or cannot be built for.
+
+    Raises:
+        UsageError: other axes, quantizing twice, or a GPU that has no FP8.
+    """
+    if not coded or (FLOAT8 in job.allow_cast and kind_of(coded) == FP8):
+        return
+    if job.mesh.others:
+        raise UsageError(
+            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
+            "the sequence's were never proven together.",
+            hint="a checkpoint that is not quantized, or no --cfg and --tp.",
+        )
+    if job.quantize is not None and all(one.is_multiplied for one in coded.values()):
+        raise UsageError(
+            f"--quantize {job.quantize}: {job.weights} is quantized already.",
+            hint="leave one of the two out.",
+        )
+    own = KINDS[kind_of(coded)]
+    if job.quantize is not None and job.quantize.upper() != own:
+        raise UsageError(
+            f"--quantize {job.quantize}: the weights of {job.weights} are {own} codes.",
+            hint=f"--quantize {own.lower()} gives their inputs scales.",
+        )
+    if own == "FP8" and (old := without_fp8(job.compute_capabilities)):
+        raise UsageError(
+            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
+            "is multiplied from 8.9 on.",
+            hint="leave these targets out, name the checkpoint that is not quantized, or take the "
+            "numbers in the job's precision (--allow-cast float8).",
+        )
+
+
+def kind_of(coded: Mapping[str, Coded]) -> torch.dtype:
+    """The type of a checkpoint's codes; no format has several."""
+    return next(iter(coded.values())).dtype
+
+
+def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
+    """What a person should know of the codes, and the manifest keeps."""
+    if not coded:
+        return ()
+    own = KINDS[kind_of(coded)]
+    if FLOAT8 in job.allow_cast and own == "FP8":
+        cast = (
+            f"{len(coded)} weights in FP8 multiplied by their scales once, and computed with in "
+            "the job's precision (--allow-cast float8)"
+        )
+        return (cast,)
+    alone = sum(not one.is_multiplied for one in coded.values())
+    if not alone:
+        return ()
+    what = f"{alone} weights in {own} without a scale for the layer's input"
+    if job.quantize is not None:
+        return (f"{what}: it is taken from the example inputs, as --quantize does",)
+    half = (
+        f"{what}: they stay codes, and the layers multiply in the job's precision; --quantize "
+        f"{own.lower()} takes the scale from the example inputs"
+    )
+    return (half,)

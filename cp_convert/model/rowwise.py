@@ -1,0 +1,184 @@
+"""Checkpoints whose weights are codes with a scale for each row, and none for the input.
+
+In: what the files hold by name. Out: the same without scales, and the scales by layer. Layouts, of
+a layer ``x``; each token of the input is coded by its own largest number (BFL's "fp8r" and
+torchao's ``Float8Tensor``, ``PerRow``)::
+
+    x.weight          F8_E4M3 [N, K]     codes              x._weight_qdata, or x.weight:qdata
+    x.weight_scale    F32 [N] or [N, 1]  of each row        x._weight_scale, or x.weight:scale
+
+torchao says in the file's metadata what each tensor is, ``tensor_names`` among them; without
+``act_quant_kwargs`` the weight alone is quantized, and a block of the whole weight has one scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..errors import WeightsError
+from ..ir.quantize import FP8
+from ..ir.tensors import Location
+from .coded import (
+    WEIGHT,
+    Coded,
+    metadata_of,
+    missing,
+    not_quantized,
+    scale_at,
+    scales_at,
+)
+from .header import parsed
+from .quantized import UNQUANTIZED
+
+_SCALE: Final = ".weight_scale"
+_NAMES: Final = "tensor_names"
+_TENSOR: Final = "Tensor"
+
+
+def of_bfl(
+    stored: Mapping[str, Location],
+) -> tuple[dict[str, Location], dict[str, Coded]] | None:
+    """The tensors that are the model's, and those among them that are codes by rows ("fp8r").
+
+    Returns:
+        ``None`` where no scale is one of rows, or one is of inputs.
+
+    Raises:
+        WeightsError: a scale is missing, none, or belongs to no codes.
+    """
+    scales = [name for name in stored if name.endswith(_SCALE)]
+    codes = [
+        n
+        for n, at in stored.items()
+        if at.dtype == FP8 and len(at.shape) == 2 and n.endswith(WEIGHT)
+    ]
+    by_rows = [name for name in scales if len(stored[name].shape) and stored[name].shape[0] > 1]
+    if not codes or not by_rows or any(name.endswith(".input_scale") for name in stored):
+        return None
+    for name in scales:
+        if (weight := name.removesuffix("_scale")) not in codes:
+            raise not_quantized(name, weight, stored)
+    coded = {}
+    for name in codes:
+        if f"{name}_scale" not in stored:
+            raise missing(f"{name}_scale", name, stored[name])
+        rows = stored[name].shape[0]
+        of_rows = scales_at(f"{name}_scale", stored[f"{name}_scale"], rows, "rows")
+        coded[name] = Coded(of_rows, None, by_token=True)
+    return {name: at for name, at in stored.items() if name not in scales}, coded
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What torchao's metadata says of one tensor.
+
+    Attributes:
+        name: of the model's tensor.
+        data: how it is quantized.
+        at: a tensor of the file that says so.
+    """
+
+    name: str
+    data: Mapping[str, Any]
+    at: Location
+
+
+def of_torchao(
+    stored: Mapping[str, Location],
+) -> tuple[dict[str, Location], dict[str, Coded]] | None:
+    """The same of files that torchao's tensors were saved in.
+
+    Returns:
+        ``None`` for other files.
+
+    Raises:
+        WeightsError: a piece is missing, or none that is described; or another kind of tensor.
+    """
+    metadata = metadata_of(stored)
+    if _NAMES not in metadata:
+        return None
+    rest, coded = dict(stored), dict[str, Coded]()
+    for name in _json(_NAMES, *metadata[_NAMES]):
+        if name not in metadata:
+            raise _refused(str(name), "not described", metadata[_NAMES][1])
+        text, at = metadata[name]
+        told = _json(name, text, at)
+        kind = told.get("_type") if isinstance(told, dict) else told
+        if kind == _TENSOR:
+            continue
+        if kind != "Float8Tensor" or not isinstance(told.get("_data"), dict):
+            raise _refused(name, str(kind), at)
+        one = _Told(name, told["_data"], at)
+        codes, scale = _pieces(one, rest)
+        coded[name] = _coded(one, codes, scale)
+        rest[name] = codes[1]
+        del rest[codes[0]], rest[scale[0]]
+    return rest, coded
+
+
+Piece = tuple[str, Location]
+
+
+def _pieces(told: _Told, stored: Mapping[str, Location]) -> tuple[Piece, Piece]:
+    """Where the codes and the scales are."""
+    module, _, leaf = told.name.rpartition(".")
+    found = []
+    for piece in ("qdata", "scale"):
+        names = (f"{module}._{leaf}_{piece}", f"{told.name}:{piece}")
+        name = next((name for name in names if name in stored), None)
+        if name is None:
+            raise missing(names[0], told.name, told.at)
+        found.append((name, stored[name]))
+    return found[0], found[1]
+
+
+def _coded(told: _Told, codes: Piece, scale: Piece) -> Coded:
+    at, data = codes[1], told.data
+    if at.dtype != FP8 or len(at.shape) != 2:
+        raise _refused(codes[0], f"{at.kind}{list(at.shape)}", at)
+    rows, columns = at.shape
+    block, by_token = data.get("block_size"), _by_token(told)
+    if block == [rows, columns]:
+        if by_token:
+            raise _refused(told.name, "FP8 by one scale, and its input by tokens", told.at)
+        return Coded(scale_at(*scale), None)
+    if block != [1, columns]:
+        raise _refused(told.name, f"FP8 in blocks of {block}", told.at)
+    return Coded(scales_at(*scale, rows, "rows"), None, by_token=by_token)
+
+
+def _by_token(told: _Told) -> bool:
+    """Whether the input becomes codes, by tokens; there is no other way that is taken."""
+    given = told.data.get("act_quant_kwargs")
+    if given is None:
+        return False
+    own = given.get("_data", {}) if isinstance(given, dict) else {}
+    granularity = own.get("granularity") or {}
+    dtype = (own.get("float8_dtype") or {}).get("_data")
+    is_row = granularity.get("_type") == "PerRow" and granularity.get("_data", {}) in (
+        {},
+        {"dim": -1},
+    )
+    bounds = [own.get(f"hp_value_{end}") for end in ("lb", "ub")]
+    if not is_row or dtype != "float8_e4m3fn" or bounds != [None, None]:
+        what = f"FP8 with an input quantized {granularity.get('_type')}, {dtype}, within {bounds}"
+        raise _refused(told.name, what, told.at)
+    return True
+
+
+def _json(name: object, text: str, at: Location) -> Any:
+    try:
+        return parsed(text.encode())
+    except ValueError as error:
+        raise _refused(str(name), f"no JSON that can be read ({error})", at) from error
+
+
+def _refused(name: str, what: str, at: Location) -> WeightsError:
+    return WeightsError(
+        f"{name} of {at.file.name} is said to be {what}, of which cp-convert takes torchao's "
+        "Float8Tensor by rows.",
+        where=str(at.file),
+        hint="quantize it with PerRow granularity; " + UNQUANTIZED,
+    )
