@@ -77,6 +77,8 @@ class Asked:
         out: directory of the bundle.
         cfg: how many groups of ranks share the guidance branches of a batch.
         tp: how many ranks share every weight.
+        open_axes: those of ``cfg`` and ``tp`` that ``auto`` may make larger: guidance where the
+            batch is even and that is faster, weights where nothing fits otherwise.
         combine: name of an input of the engines, the scale of guidance, by which they combine two
             branches; ``None``: they return every branch.
         unbatched: arguments of forward that have one row whatever the batch is.
@@ -135,6 +137,7 @@ class Asked:
     out: Path
     cfg: int = 1
     tp: int = 1
+    open_axes: tuple[str, ...] = ()
     combine: str | None = None
     unbatched: tuple[str, ...] = ()
     ulysses: int | None = None

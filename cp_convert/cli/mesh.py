@@ -25,7 +25,11 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="How the ranks are arranged: cfg=N groups share a batch's guidance branches, tp=N "
         "every weight, and cp=N the sequence, by --strategy; cp is what is left of --world.",
     ),
-    click.option("--cfg", type=int, help="Short for --mesh cfg=N.  [default: 1]"),
+    click.option(
+        "--cfg", type=int,
+        help="Short for --mesh cfg=N.  [default: 1; with -s auto 2 where "
+        "the batch is even and that is faster]",
+    ),
     click.option(
         "--combine", metavar="INPUT",
         help="With --cfg 2: the engines return uncond + s * (cond - uncond), s being a new input "
@@ -36,18 +40,26 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="With --cfg: this argument has one row whatever the batch is, and keeps it; "
         "repeatable.",
     ),
-    click.option("--tp", type=int, help="Short for --mesh tp=N.  [default: 1]"),
+    click.option(
+        "--tp", type=int,
+        help="Short for --mesh tp=N.  [default: 1; with -s auto as many as memory asks for]",
+    ),
 )  # fmt: skip
 
 
 def taken(given: dict[str, Any]) -> None:
     """Put ``cfg``, ``tp`` and, where the mesh says it whole, ``world`` into the options' place.
 
+    ``open_axes`` are those that nobody named.
+
     Raises:
         UsageError: they contradict each other.
     """
     text = given.pop("mesh")
     sizes = {} if text is None else Mesh.sizes(text)
+    known = {name for name in (GUIDANCE, TENSOR) if given[name] is not None} | sizes.keys()
+    is_open = SEQUENCE not in sizes
+    given["open_axes"] = tuple(n for n in (GUIDANCE, TENSOR) if is_open and n not in known)
     for name in (GUIDANCE, TENSOR):
         if name in sizes and given[name] is not None:
             raise UsageError(

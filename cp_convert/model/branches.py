@@ -74,17 +74,25 @@ def branched(
 
 
 def _rows(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
-    """The batch: how many rows forward's first tensor of two dimensions or more has."""
-    parameters = inspect.signature(module.forward).parameters
-    # A list of tensors is a batch by itself (Z-Image): its tensors have none.
-    given = [inputs[name] for name in parameters if name in inputs and name not in others]
-    found = [value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 1]
-    if not found:
+    rows = rows_of(inputs, module, others)
+    if not rows:
         raise UsageError(
             "--cfg: no argument is a tensor of two dimensions or more, so there is no batch.",
             hint="leave --cfg out.",
         )
-    return int(found[0])
+    return rows
+
+
+def rows_of(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
+    """The batch: how many rows forward's first tensor of two dimensions or more has; 0: no such.
+
+    ``others`` are arguments without a batch.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    # A list of tensors is a batch by itself (Z-Image): its tensors have none.
+    given = [inputs[name] for name in parameters if name in inputs and name not in others]
+    found = [value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 1]
+    return int(found[0]) if found else 0
 
 
 def _widened(
