@@ -13,8 +13,8 @@ from typing import Any
 
 from .advise.choosing import Choice, Terms, cheapest, shared_by
 from .advise.hardware import read as read_hardware
-from .ir.program import Lowered
-from .ir.records import Loaded
+from .ir.records import Captured, Loaded
+from .ir.shares import Declared
 from .ir.source import Branches
 from .job import AUTO, Job
 from .mesh import GUIDANCE, TENSOR, Mesh
@@ -26,13 +26,13 @@ from .sharding.shard import shard
 
 
 def arranged(
-    loaded: Loaded, dense: Lowered, table: Mapping[Any, Any], clock: Clock
+    loaded: Loaded, captured: Captured, table: Mapping[Any, Any], clock: Clock
 ) -> tuple[Loaded, Arranged]:
     """Split guidance branches, weights and the sequence, by the job's mesh or by the best one.
 
     Args:
         loaded: the model and what was asked for.
-        dense: its program.
+        captured: its program.
         table: see :func:`cp_convert.strategies.rewrite.rewrite`.
         clock: times the stages, and is told what ``auto`` takes.
 
@@ -42,25 +42,27 @@ def arranged(
     Raises:
         CannotShard: an axis has nothing to split, or nothing that can be chosen fits.
     """
-    job, own = loaded.job, loaded.source.groups.values()
+    job, own, dense = loaded.job, loaded.source.groups.values(), captured.dense
+    plan = loaded.source.declared(captured.signature.parameters)
     if job.strategy == AUTO:
         with clock.stage("choose"):
-            terms = _terms(loaded, table)
+            terms = _terms(loaded, table, plan)
             choice = cheapest(dense, _rounds(loaded, groups=terms.groups), terms, tuple(own))
         clock.progress.note(choice.why(terms.hardware))
         return _decided(loaded, choice), choice.arranged
     mesh, axis = job.mesh, job.mesh.sequence(own)
     with clock.stage("split") if mesh.others else nullcontext():
-        guided, divided = along_others(dense, mesh)
+        guided, divided = along_others(dense, mesh, plan)
     with clock.stage("shard"):
         sharded = shard(divided.program, axis)
     return loaded, Arranged(mesh, axis, guided, divided, sharded)
 
 
-def _terms(loaded: Loaded, table: Mapping[Any, Any]) -> Terms:
+def _terms(loaded: Loaded, table: Mapping[Any, Any], plan: Mapping[str, Declared]) -> Terms:
     job, backend = loaded.job, loaded.backend
     groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
-    return Terms(read_hardware(job.hardware), loaded.source.bytes, table, groups, job.eight)
+    hardware = read_hardware(job.hardware)
+    return Terms(hardware, loaded.source.bytes, table, groups, job.eight, plan)
 
 
 def _rounds(loaded: Loaded, *, groups: bool) -> Iterator[list[Mesh]]:

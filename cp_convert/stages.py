@@ -164,7 +164,7 @@ def prove_program(begun: Begun, clock: Clock, placing: Placing | None = None) ->
     Raises:
         ConvertError: the strategy or the mesh does not fit, or the proof failed.
     """
-    loaded, one = arranged(begun.loaded, begun.captured.dense, begun.table, clock)
+    loaded, one = arranged(begun.loaded, begun.captured, begun.table, clock)
     begun = replace(begun, loaded=loaded)
     rewritten = _rewritten(begun, one, clock)
     if placing is not None:

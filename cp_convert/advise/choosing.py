@@ -7,12 +7,13 @@ more of them, is looked at only where nothing before it fits (docs/adr/0020).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import CannotConvert, CannotShard
 from ..ir.attention import Outcome
 from ..ir.program import Lowered
+from ..ir.shares import Declared
 from ..mesh import GUIDANCE, TENSOR, Axis, Mesh
 from ..sharding.others import Arranged, arrange
 from ..strategies import STRATEGIES, choose
@@ -32,6 +33,7 @@ class Terms:
         table: see :func:`cp_convert.strategies.rewrite.rewrite`.
         groups: whether a strategy or a mesh may name groups of ranks, which some releases ignore.
         eight: which of q, k, v and o travel in 8 bits.
+        plan: see :func:`cp_convert.sharding.tensor_parallel.tensor_parallel`.
     """
 
     hardware: Hardware
@@ -39,6 +41,7 @@ class Terms:
     table: Mapping[Any, Any]
     groups: bool = True
     eight: str = ""
+    plan: Mapping[str, Declared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def _on(
 ) -> Iterator[Choice]:
     """All strategies that are possible on one mesh; why others are not goes into ``refused``."""
     try:
-        arranged = arrange(program, mesh, own)
+        arranged = arrange(program, mesh, terms.plan, own)
     except CannotConvert as error:
         refused.append(error)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as change
 
 from msgspec.structs import replace
 
@@ -48,11 +49,12 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
         ConvertError: the model cannot be loaded, traced or decomposed.
     """
     clock = Clock(progress)
-    source, traced = _traced(job, clock)
+    source, traced = _traced(change(job, open_axes=(GUIDANCE, TENSOR)), clock)
     with clock.stage("decompose"):
         table = decompositions()
         dense = decompose(traced, table)
-    terms = Terms(hardware, source.bytes, table, eight=job.eight)
+    plan = source.declared(traced.parameters)
+    terms = Terms(hardware, source.bytes, table, eight=job.eight, plan=plan)
     planning = _Planning(job, source, dense, estimate(dense, hardware), terms)
     options, sites = [planning.one_gpu], list[Outcome]()
     worlds = worlds_up_to(job.world)
@@ -162,7 +164,7 @@ class _Planning:
             return []
         mesh = Mesh.of(chosen.world, fitting[0], _COMPARED)
         try:
-            arranged = arrange(self.dense, mesh)
+            arranged = arrange(self.dense, mesh, self.terms.plan)
         except CannotConvert:
             return []
         known = dict(candidates(arranged.axis.size))
@@ -173,7 +175,7 @@ class _Planning:
     def _on(self, mesh: Mesh) -> tuple[list[Option], Sequence[Outcome]]:
         """All strategies on one mesh, and the attentions there."""
         try:
-            arranged = arrange(self.dense, mesh)
+            arranged = arrange(self.dense, mesh, self.terms.plan)
         except CannotConvert as error:
             every = candidates(mesh.sequence().size)
             return [

@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..job import PLANS
 from ..mesh import AXES, GUIDANCE, SEQUENCE, TENSOR, Mesh
-from .options import Decorator
+from .options import Decorator, Word
 
 
 def option(command: Any) -> Any:
@@ -43,6 +44,12 @@ _OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--tp", type=int,
         help="Short for --mesh tp=N.  [default: 1; with -s auto as many as memory asks for]",
+    ),
+    click.option(
+        "--tp-plan", type=Word(PLANS),
+        help="With --tp: share what the model's own plan names (its _tp_plan, or the model file's "
+        "tp_plan), or all that can be (auto).  [default: the model file's tp_plan if it has one, "
+        "else auto]",
     ),
 )  # fmt: skip
 

@@ -6,12 +6,13 @@ the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..ir.program import Lowered
 from ..ir.sharded import Guided, Sharded
-from ..ir.shares import Divided
+from ..ir.shares import Declared, Divided
 from ..mesh import GUIDANCE, TENSOR, Axis, Mesh
 from .branches import split_branches
 from .shard import shard
@@ -37,22 +38,37 @@ class Arranged:
     sharded: Sharded
 
 
-def along_others(program: Lowered, mesh: Mesh) -> tuple[Guided, Divided]:
+def along_others(
+    program: Lowered, mesh: Mesh, plan: Mapping[str, Declared] = MappingProxyType({})
+) -> tuple[Guided, Divided]:
     """Guidance's branches, then weights, each by its own axis of ``mesh``.
+
+    ``plan`` is that of :func:`.tensor_parallel.tensor_parallel`.
 
     Raises:
         CannotShard: an axis has nothing to split.
     """
     guided = split_branches(program, mesh.axis(GUIDANCE))
-    return guided, tensor_parallel(guided.program, mesh.axis(TENSOR))
+    return guided, tensor_parallel(guided.program, mesh.axis(TENSOR), plan)
 
 
-def arrange(program: Lowered, mesh: Mesh, own: Iterable[Axis] = ()) -> Arranged:
-    """All axes of ``mesh``; ``own`` are those in which the model communicates by itself.
+def arrange(
+    program: Lowered,
+    mesh: Mesh,
+    plan: Mapping[str, Declared] = MappingProxyType({}),
+    own: Iterable[Axis] = (),
+) -> Arranged:
+    """All axes of ``mesh``.
+
+    Args:
+        program: the dense program.
+        mesh: how the ranks stand.
+        plan: see :func:`.tensor_parallel.tensor_parallel`.
+        own: axes in which the model communicates by itself.
 
     Raises:
         CannotShard: an axis has nothing to split.
     """
     axis = mesh.sequence(own)
-    guided, divided = along_others(program, mesh)
+    guided, divided = along_others(program, mesh, plan)
     return Arranged(mesh, axis, guided, divided, shard(divided.program, axis))

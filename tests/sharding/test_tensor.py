@@ -17,6 +17,7 @@ from cp_convert.ir.program import Lowered
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.shares import Divided, Shared
 from cp_convert.mesh import TENSOR, Mesh
+from cp_convert.model.tp_plan import declared
 from cp_convert.prove import Stages, measure, prove
 from cp_convert.sharding.others import along_others
 from cp_convert.sharding.shard import shard
@@ -368,7 +369,10 @@ def test_planted_faults_are_found(sabotage: Sabotage) -> None:
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
 def test_what_is_found_contains_what_diffusers_plans(name: str) -> None:
-    """Every matrix and bias of ``_tp_plan``, along the same dimension, in the same blocks."""
+    """Every matrix and bias of ``_tp_plan``, along the same dimension, in the same blocks.
+
+    As a plan, it is read as diffusers reads it, and nothing else is shared then.
+    """
     from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 
     namespace: dict[str, Any] = {}
@@ -388,3 +392,13 @@ def test_what_is_found_contains_what_diffusers_plans(name: str) -> None:
             continue
         assert found[parameter].dim == dim
         assert [s.length for s in found[parameter].layout.segments] == blocks, parameter
+    plan = declared(module._tp_plan, module)
+    weights = {name: spec for name, spec in planned.items() if name.endswith(".weight")}
+    assert {name: (one.dim, list(one.blocks)) for name, one in plan.items()} == weights
+    by_node = {node: plan[name] for node, name in program.parameters.items() if name in plan}
+    _, strict = along_others(decompose(program, table()), Mesh.of(2, tp=2), by_node)
+    shared = {program.parameters[node]: share for node, share in strict.shares.items()}
+    assert {name for name, share in shared.items() if name in plan} == weights.keys() & read
+    assert all(found[name] == share for name, share in shared.items())
+    others = {n for n in shared if n.endswith("weight") and "norm" not in n} - weights.keys()
+    assert not others
