@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from cp_convert.ir.ops import COLLECTIVES
 from cp_convert.ir.program import Lowered
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.shares import Divided, Shared
-from cp_convert.mesh import TENSOR, Mesh
+from cp_convert.mesh import AXES, TENSOR, Mesh
 from cp_convert.model.tp_plan import declared
 from cp_convert.prove import Stages, measure, prove
 from cp_convert.sharding.others import along_others
@@ -134,8 +135,9 @@ def proven(
     mesh: Mesh,
     name: str = "ulysses",
     sabotage: Sabotage | None = None,
+    late: Sabotage | None = None,
 ) -> tuple[Proof, Divided, Lowered]:
-    """What the proof says of ``module`` on this mesh, after ``sabotage``."""
+    """What the proof says of ``module`` on this mesh, after ``sabotage``, or ``late`` at the end."""
     truth = measure(module, given)
     program, _ = trace(module, given, {})
     dense = decompose(program, table())
@@ -147,6 +149,7 @@ def proven(
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, strategy(name, axis.size), name, axis, table())
     sites = [(o.site, o.node) for o in outcomes]
+    done = done if late is None else late(done, mesh)
     stages = Stages(dense, control, done, done, sites, axis, others=mesh.others)
     return prove(truth, given, stages), divided, done
 
@@ -362,6 +365,23 @@ def not_reduced(program: Lowered, mesh: Mesh) -> Lowered:
 def test_planted_faults_are_found(sabotage: Sabotage) -> None:
     with pytest.raises(ProofFailed, match="astray"):
         proven(block(Packed()), inputs(), Mesh.of(4, tp=2), sabotage=sabotage)
+
+
+@pytest.mark.parametrize(("axis", "other"), permutations(AXES, 2))
+def test_a_group_of_another_axis_is_found_on_a_mesh_of_three(axis: str, other: str) -> None:
+    """All axes have two ranks, so that every shape is right."""
+
+    def mistaken(program: Lowered, mesh: Mesh) -> Lowered:
+        def edit(graph: fx.Graph) -> None:
+            own = mesh.axis(axis).flat
+            found = [n for n in graph.nodes if n.target in COLLECTIVES and n.args[-2] == own]
+            found[-1].args = (*found[-1].args[:-2], mesh.axis(other).flat, 2)
+
+        return _edited(program, edit)
+
+    given = {name: torch.cat([x, x.flip(-1)]) for name, x in inputs().items()}
+    with pytest.raises(ProofFailed, match="astray"):
+        proven(block(Packed()), given, Mesh.of(8, cfg=2, tp=2), late=mistaken)
 
 
 # ---------------------------------------------------------------- against diffusers' own plans
