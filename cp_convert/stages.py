@@ -39,6 +39,7 @@ from .ir.records import (
 )
 from .ir.source import Source
 from .job import AUTO, FUSED, RESIDUAL, Job
+from .model.branches import blamed_on_rows
 from .progress import Clock
 from .prove import (
     Stages,
@@ -193,9 +194,10 @@ def measured(loaded: Loaded, clock: Clock) -> Truth | None:
     with clock.stage("measure"):
         device = check_device(job.proof_device)
         rounded = RESIDUAL not in job.float32
-        return measure(
-            source.module, source.inputs, device, rounded=rounded, branches=source.branches
-        )
+        with blamed_on_rows(source.branches):
+            return measure(
+                source.module, source.inputs, device, rounded=rounded, branches=source.branches
+            )
 
 
 def _measured_further(

@@ -137,7 +137,7 @@ def proven(
     sabotage: Sabotage | None = None,
     late: Sabotage | None = None,
 ) -> tuple[Proof, Divided, Lowered]:
-    """What the proof says of ``module`` on this mesh, after ``sabotage``, or ``late`` at the end."""
+    """What the proof says of ``module`` here, after ``sabotage``, or ``late`` at the end."""
     truth = measure(module, given)
     program, _ = trace(module, given, {})
     dense = decompose(program, table())
