@@ -379,6 +379,15 @@ def test_the_page_is_self_contained_and_draws_every_option() -> None:
     assert "NaN" not in text
 
 
+def test_what_does_not_fit_is_marked() -> None:
+    found = of_plain_dit()
+    assert "too much" not in page(found)
+    last = msgspec.structs.replace(found.options[-1], fits=False)
+    text = page(msgspec.structs.replace(found, options=[*found.options[:-1], last]))
+    assert text.count(" (too much)</text>") == text.count("<b>too much</b>") == 1
+    assert last.title in text
+
+
 def test_names_are_escaped() -> None:
     found = msgspec.structs.replace(of_plain_dit(), model="<b>&")
     assert "<b>&" not in page(found)
@@ -431,8 +440,14 @@ def test_the_command(cp_convert: Run, tmp_path: Path) -> None:  # noqa: F811
     assert "ulysses" in shown.out
     assert "one GPU" in shown.out
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
+    assert re.search(r"^ +GPUs +cfg +cp +tp +strategy +sent +memory", shown.out, re.MULTILINE)
+    assert re.search(r"^ +2 +2 +ulysses ", shown.out, re.MULTILINE)
     told = json.loads(cp_convert("plan", model, "--world", 2, "--json").out)
     assert told["status"] == "ok"
+    last = told["options"][-1]
+    assert (last["mesh"], last["tp"], last["memory"]) == (
+        "tp=2", 2, last["weights"] + last["activations"],
+    )  # fmt: skip
     assert re.search("Take (one GPU|ulysses|allgather-kv|ring)", told["recommendation"])
     assert cp_convert("plan", model, "--hardware", "h300").code == 2
 
