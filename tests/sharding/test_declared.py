@@ -1,6 +1,7 @@
 """A model's own plan of weights: what it names is shared and nothing else; what is wrong in it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cp_convert.model.load import load
 from cp_convert.model.tp_plan import declared
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
+from cp_convert.recall import values_key
 from tests.conftest import table
 from tests.sharding.test_tensor import Apart, Packed, block, inputs
 
@@ -124,6 +126,12 @@ def test_a_files_plan_is_taken_and_a_class_where_it_is_asked_for(
         names(plain, "model")
     with pytest.raises(UsageError, match="--tp-plan model: it is for --tp"):
         names(own, "model", tp=1)
+
+
+def test_the_plan_is_in_the_jobs_key(model_file: Callable[..., Path]) -> None:
+    job = Job(model_file(PLANNED), "ulysses", 2, Path(), tp=2)
+    source = load(job)
+    assert values_key(job, source) not in (None, values_key(job, replace(source, tp_plan={})))
 
 
 def test_a_bundle_says_whose_plan_it_was(model_file: Callable[..., Path], tmp_path: Path) -> None:
