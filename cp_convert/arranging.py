@@ -48,7 +48,7 @@ def arranged(
         with clock.stage("choose"):
             terms = _terms(loaded, table, plan)
             choice = cheapest(dense, _rounds(loaded, groups=terms.groups), terms, tuple(own))
-        clock.progress.note(choice.why(terms.hardware))
+        clock.progress.note(choice.why(terms.hardware, job.tp))
         return _decided(loaded, choice), choice.arranged
     mesh, axis = job.mesh, job.mesh.sequence(own)
     with clock.stage("split") if mesh.others else nullcontext():

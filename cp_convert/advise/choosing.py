@@ -72,11 +72,11 @@ class Choice:
     seconds: float
     memory: int
 
-    def why(self, hardware: Hardware) -> str:
-        """One sentence: what is taken, how fast it is, and whether it fits."""
+    def why(self, hardware: Hardware, tp: int = 1) -> str:
+        """One sentence: what is taken, how fast it is, that it fits; ``tp`` is what was asked."""
         mesh, free = self.arranged.mesh, hardware.memory_gb - self.memory / 1e9
         name = title(self.strategy, self.ulysses, mesh)
-        alone = ", which nothing without tp does" if mesh.size(TENSOR) > 1 else ""
+        alone = ", which nothing without tp does" if mesh.size(TENSOR) > tp else ""
         return (
             f"auto takes {name} on {hardware.title}: an estimated {told(self.seconds)} a forward, "
             f"fits with {free:.3g} GB free{alone}"

@@ -272,6 +272,16 @@ def test_sharing_weights_saves_them_and_costs_reductions() -> None:
     assert [o.title for o in asked.options if o.tp > 1] == ["tp 2"]
 
 
+class Heard(Progress):
+    """Keeps what a person is told."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def test_tp_as_far_as_memory_asks(model_file: Write, tmp_path: Path) -> None:
     """The same in a plan and for ``--strategy auto``."""
     model = model_file()
@@ -287,7 +297,9 @@ def test_tp_as_far_as_memory_asks(model_file: Write, tmp_path: Path) -> None:
     wanted = replace(
         job(model, 2), strategy="auto", hardware=str(own), out=tmp_path / "out", open_axes=("tp",)
     )
-    assert convert(wanted, select("auto", ()), Progress()).axes == {"cp": 1, "tp": 2}
+    notes: list[str] = []
+    assert convert(wanted, select("auto", ()), Heard(notes)).axes == {"cp": 1, "tp": 2}
+    assert any(re.match("auto takes tp 2 on .*, which nothing without tp does", n) for n in notes)
 
 
 # --- recommendations ------------------------------------------------------------------------------
