@@ -78,7 +78,8 @@ def _rows(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str])
     rows = rows_of(inputs, module, others)
     if not rows:
         raise UsageError(
-            "--cfg: no argument is a tensor of two dimensions or more, so there is no batch.",
+            "--cfg: no argument is a tensor of two dimensions or more, so there is no batch; a "
+            "list of tensors is none.",
             hint="leave --cfg out.",
         )
     return rows
