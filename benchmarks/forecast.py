@@ -128,7 +128,9 @@ def published() -> Iterable[str]:
 def speedup(told: Forecast, strategy: str, world: int, ulysses: int | None) -> float:
     """Of one option of a forecast."""
     (option,) = (
-        o for o in told.options if (o.strategy, o.world, o.ulysses) == (strategy, world, ulysses)
+        o
+        for o in told.options
+        if (o.strategy, o.world, o.ulysses, o.tp) == (strategy, world, ulysses, 1)
     )
     return option.speedup
 

@@ -1,11 +1,12 @@
 """Every transformer class of diffusers x meshes: proven, refused, or failed.
 
-    python -m benchmarks.meshes [--meshes cfg=2,cfg=2+cp=2] [CLASS ...]
+    python -m benchmarks.meshes [--meshes cfg=2,tp=2+cp=2] [CLASS ...]
 
-The classes are those of :mod:`.zoo`, float32, the plan inferred. The example has one row, which is
-repeated for every guidance branch as ``--cfg`` does. Proven is the program, all ranks in lockstep
-against the dense model, with the controls of every axis; no engine is built. Each run is a process
-of its own. Results are kept by class and mesh, so that a run replaces its own row only.
+The classes are those of :mod:`.zoo`, float32, the plan inferred, Ulysses where ranks share the
+sequence. The example has one row, which is repeated for every guidance branch as ``--cfg`` does.
+Proven is the program, all ranks in lockstep against the dense model, with the controls of every
+axis; no engine is built. A process measures and traces a class once for all meshes with as many
+branches. Results are kept by class and mesh, so that a run replaces its own cells only.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import argparse
 import json
 import multiprocessing
 import re
-from collections import Counter
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 300
-MESHES = "cfg=2"
+from .meshes_page import page
+
+TIMEOUT = 600
+MESHES = "cfg=2,cfg=2+cp=2,tp=2,tp=2+cp=2"
 UNBATCHED = {"CosmosTransformer3DModel": ("padding_mask",)}
 """Arguments that have one row whatever the batch is, by class."""
 
@@ -38,125 +41,119 @@ def main() -> None:
     options = parser.parse_args()
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
     for name in options.classes or classes():
-        for mesh in options.meshes.split(","):
-            result = in_process(name, mesh)
-            known.setdefault(name, {})[mesh] = result
+        for meshes in _alike(options.meshes.split(",")):
+            found = in_process(name, meshes)
+            known.setdefault(name, {}).update(found)
             options.results.write_text(json.dumps(known, indent=1, sort_keys=True))
-            print(name, mesh, json.dumps(result)[:300], flush=True)
-    options.out.write_text(page(known))
+            for mesh, result in found.items():
+                print(name, mesh, json.dumps(result)[:300], flush=True)
+    options.out.write_text(page(known, len(classes())))
 
 
-def in_process(name: str, mesh: str) -> dict[str, Any]:
-    """One run in a process of its own, forked from one that has imported everything."""
+def _alike(meshes: Iterable[str]) -> list[list[str]]:
+    """The meshes in groups with as many branches."""
+    groups: dict[int, list[str]] = {}
+    for mesh in meshes:
+        groups.setdefault(_sizes(mesh)["cfg"], []).append(mesh)
+    return list(groups.values())
+
+
+def _sizes(mesh: str) -> dict[str, int]:
+    from cp_convert.mesh import AXES, Mesh
+
+    return dict.fromkeys(AXES, 1) | Mesh.sizes(mesh.replace("+", ","))
+
+
+def in_process(name: str, meshes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Results by mesh, of a process of its own, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.zoo", "diffusers", "cp_convert.stages"])
     reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(writer, name, mesh))
+    process = context.Process(target=_answer, args=(writer, name, meshes))
     process.start()
     writer.close()
+    found: dict[str, dict[str, Any]] = {}
+    failed, end = f"took longer than {TIMEOUT} s", time.monotonic() + TIMEOUT
     try:
-        found: dict[str, Any] = (
-            reader.recv() if reader.poll(TIMEOUT) else {"failed": f"took longer than {TIMEOUT} s"}
-        )
+        while len(found) < len(meshes) and reader.poll(max(0.0, end - time.monotonic())):
+            mesh, result = reader.recv()
+            found[mesh] = result
     except EOFError:
         process.join()
-        found = {"failed": f"ended with exit code {process.exitcode}"}
+        failed = f"ended with exit code {process.exitcode}"
     process.kill()
-    return found
+    return {mesh: found.get(mesh, {"failed": failed}) for mesh in meshes}
 
 
-def _answer(writer: Any, name: str, mesh: str) -> None:
-    writer.send(one(name, mesh))
+def _answer(writer: Any, name: str, meshes: Sequence[str]) -> None:
+    for found in every(name, meshes):
+        writer.send(found)
 
 
-def one(name: str, mesh: str) -> dict[str, Any]:
-    """What became of the class ``name`` on ``mesh``."""
+def every(name: str, meshes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What became of the class ``name`` on ``meshes`` with as many branches, one by one."""
     import torch
 
-    from cp_convert.errors import CannotConvert, ConvertError, UsageError
+    from cp_convert.errors import ConvertError
 
     torch.set_num_threads(1)
     try:
-        return {"proven": _proven(name, mesh)}
-    except (CannotConvert, UsageError) as error:
-        return {"refused": _told(error)}
+        begun = _begun(name, _sizes(meshes[0])["cfg"])
     except ConvertError as error:
-        return {"failed": _told(error)}
+        yield from ((mesh, _stopped(error)) for mesh in meshes)
+        return
+    for mesh in meshes:
+        try:
+            yield mesh, {"proven": _proven(begun, mesh)}
+        except ConvertError as error:
+            yield mesh, _stopped(error)
 
 
-def _proven(name: str, mesh: str) -> dict[str, Any]:
+def _begun(name: str, cfg: int) -> Any:
     from benchmarks.models import Run, _loaded
     from cp_convert import stages
     from cp_convert.cache.store import Cache
-    from cp_convert.mesh import Mesh
     from cp_convert.model.branches import branched
     from cp_convert.progress import Clock, Progress
 
-    sizes = Mesh.sizes(mesh.replace("+", ","))
-    cfg, tp = sizes.get("cfg", 1), sizes.get("tp", 1)
-    world = cfg * tp * sizes.get("cp", 1)
-    loaded = _loaded(Run(name, "inferred", world), "ulysses", Path())
+    loaded = _loaded(Run(name, "inferred", cfg), "ulysses", Path())
     inputs, branches = branched(
         loaded.source.inputs, loaded.source.module, cfg,
         kept=UNBATCHED.get(name, ()), frozen=loaded.source.freeze,
     )  # fmt: skip
     source = replace(loaded.source, inputs=inputs, branches=branches)
-    job = replace(loaded.job, cfg=cfg, tp=tp, proof="program")
-    clock = Clock(Progress())
-    begun = stages.begin(replace(loaded, job=job, source=source), None, Cache(None), clock)
-    ready = stages.prove_program(begun, clock)
-    rewritten, proof = ready.rewritten, ready.proof
+    job = replace(loaded.job, cfg=cfg, proof="program")
+    asked = replace(loaded, job=job, source=source)
+    return stages.begin(asked, None, Cache(None), Clock(Progress()))
+
+
+def _proven(begun: Any, mesh: str) -> dict[str, Any]:
+    from cp_convert import stages
+    from cp_convert.progress import Clock, Progress
+
+    loaded, sizes = begun.loaded, _sizes(mesh)
+    world = sizes["cfg"] * sizes["cp"] * sizes["tp"]
+    job = replace(loaded.job, world=world, cfg=sizes["cfg"], tp=sizes["tp"])
+    asked = replace(begun, loaded=replace(loaded, job=job))
+    ready = stages.prove_program(asked, Clock(Progress()))
+    proof, guided, divided = ready.proof, ready.rewritten.guided, ready.rewritten.divided
     assert proof is not None
-    moves = Counter(m.kind for m in rewritten.guided.moves)
     return {
         "error": max(error.max for error in proof.algebra),
         "controls": {axis: error.max for axis, error in proof.controls.items()},
-        "inputs": list(rewritten.guided.inputs),
-        "gathers": moves["gather"],
+        "gathers": sum(move.kind == "gather" for move in guided.moves),
+        "held": 1 - divided.spared / loaded.source.bytes,
+        "whole": [kept.reason for kept in divided.kept],
     }
 
 
-def _told(error: Any) -> str:
+def _stopped(error: Any) -> dict[str, str]:
+    from cp_convert.errors import CannotConvert, UsageError
+
+    kind = "refused" if isinstance(error, CannotConvert | UsageError) else "failed"
     where = f" [{error.where}]" if error.where else ""
     text = re.sub(r" at 0x\w+|/\S*site-packages/", "", f"{error}{where}")  # this machine's
-    return " ".join(text.split())[:400]
-
-
-def page(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results as a page of the documentation."""
-    from benchmarks.zoo import classes
-
-    meshes = list(dict.fromkeys(mesh for row in results.values() for mesh in row))
-    parts = []
-    for mesh in meshes:
-        rows = {name: row[mesh] for name, row in sorted(results.items()) if mesh in row}
-        kinds = Counter(next(iter(result)) for result in rows.values())
-        said = ", ".join(f"{kinds[kind]} {kind}" for kind in ("proven", "refused", "failed"))
-        said = f"{len(rows)} of {len(classes())} classes: {said}"
-        table = "\n".join(_row(name, result) for name, result in rows.items())
-        parts.append(f"## {mesh.replace('+', ', ')}\n\n**{said}.**\n\n{_HEAD}\n{table}\n")
-    return _PAGE + "\n".join(parts)
-
-
-_HEAD = "| class | proof | without the others' branches | gathers |\n|---|---|---|---|"
-_PAGE = """# Which models share guidance branches
-
-Generated by `python -m benchmarks.meshes`; do not edit by hand. The classes of
-[models.md](models.md), small, float32, random weights. The example has one row, which `--cfg`
-repeats for every branch. *Proven*: the program, all ranks in lockstep, against the dense model,
-with its largest relative error; beside it what is lost when every rank keeps its own branch, and
-how often something is gathered along `cfg` (the output: 1).
-
-"""
-
-
-def _row(name: str, result: Mapping[str, Any]) -> str:
-    kind, told = next(iter(result.items()))
-    if kind != "proven":
-        text = str(told).replace("|", "\\|")
-        return f"| {name} | {kind}: {text[:240]} | | |"
-    control = ", ".join(f"{error:.0e}" for error in told["controls"].values())
-    return f"| {name} | proven, {told['error']:.0e} | {control} | {told['gathers']} |"
+    return {kind: " ".join(text.split())[:400]}
 
 
 if __name__ == "__main__":

@@ -77,6 +77,10 @@ class Asked:
         out: directory of the bundle.
         cfg: how many groups of ranks share the guidance branches of a batch.
         tp: how many ranks share every weight.
+        open_axes: those of ``cfg`` and ``tp`` that ``auto`` may make larger: guidance where the
+            batch is even and that is faster, weights where nothing fits otherwise.
+        tp_plan: ``model`` takes the model's own plan of weights, ``auto`` shares all that can be;
+            ``None`` takes the model file's if it has one.
         combine: name of an input of the engines, the scale of guidance, by which they combine two
             branches; ``None``: they return every branch.
         unbatched: arguments of forward that have one row whatever the batch is.
@@ -135,6 +139,8 @@ class Asked:
     out: Path
     cfg: int = 1
     tp: int = 1
+    open_axes: tuple[str, ...] = ()
+    tp_plan: str | None = None
     combine: str | None = None
     unbatched: tuple[str, ...] = ()
     ulysses: int | None = None

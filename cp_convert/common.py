@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # late: it imports TensorRT, which a recalled job does withou
 
 _LATER: Final = frozenset(
     {
-        "strategy", "world", "ulysses", "hardware", "exchange", "layout", "program", "max_loss",
-        "rtol", "unsafe_groups", "out", "force", "cache", "jobs", "memory", "command",
+        "strategy", "world", "open_axes", "ulysses", "hardware", "exchange", "layout", "program",
+        "max_loss", "rtol", "unsafe_groups", "out", "force", "cache", "jobs", "memory", "command",
     }
 )  # fmt: skip
 """Options that decide nothing before the strategy."""

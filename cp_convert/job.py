@@ -28,7 +28,7 @@ from .asked import WEIGHTS_MODES as WEIGHTS_MODES
 from .asked import Asked
 from .asked import Variant as Variant
 from .errors import UsageError
-from .mesh import SEQUENCE
+from .mesh import SEQUENCE, TENSOR
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ class Job(Asked):
         _one_of("proof-device", self.proof_device, DEVICES)
         if self.exchange is not None:
             _one_of("exchange", self.exchange, tuple(EXCHANGES))
-        if self.plan is not None:
-            _one_of("plan", self.plan, PLANS)
+        for option, named in (("plan", self.plan), ("tp-plan", self.tp_plan)):
+            if named is not None:
+                _one_of(option, named, PLANS)
         if self.world < 1:
             raise UsageError(
                 f"--world {self.world}: a world has at least one rank.",
@@ -90,6 +91,11 @@ class Job(Asked):
         if self.unbatched and self.cfg == 1:
             raise UsageError(
                 "--unbatched is for --cfg, which repeats one row of the others.",
+                hint="leave it out.",
+            )
+        if self.tp_plan is not None and self.tp == 1 and TENSOR not in self.open_axes:
+            raise UsageError(
+                f"--tp-plan {self.tp_plan}: it is for --tp, which has ranks share weights.",
                 hint="leave it out.",
             )
         if self.combine is not None and (self.cfg != 2 or not self.combine.isidentifier()):

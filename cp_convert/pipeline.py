@@ -20,6 +20,7 @@ from .capture.capture import traced
 from .common import Common
 from .ir.records import Loaded
 from .job import FUSED, Job
+from .mesh import TENSOR
 from .model.load import load, surroundings
 from .progress import Clock, Progress
 from .prove import check_device
@@ -152,8 +153,9 @@ def _loaded(
             job = replace(job, precision=source.precision)
             check_space(job.out, bytes_needed(job, source))
             outside, located = source.parameters_outside, source.located
+            waits = job.tp > 1 or TENSOR in job.open_axes
             placing = Placing(
-                outside, located, folder, copy=job.copy_weights, cache=cache, waits=job.tp > 1
+                outside, located, folder, copy=job.copy_weights, cache=cache, waits=waits
             )
             if is_new:
                 common.job = job

@@ -38,7 +38,7 @@ from .ir.shares import Share, Shares
 from .ir.source import Source
 from .ir.tensors import numbers
 from .job import AUTO, EXTERNAL_FROM, Job
-from .mesh import TENSOR
+from .mesh import GUIDANCE, TENSOR, Mesh
 
 _MANIFEST: Final = "manifest.json"
 _ENGINES: Final = "engines.json"
@@ -75,6 +75,7 @@ def values_key(job: Job, source: Source) -> str | None:
         return None
     try:
         known = [sorted(source.freeze), source.external, source.sha256, _scales(source)]
+        known += [sorted(source.tp_plan.items())]
         return key_of([*known, *_values(source)])
     except CannotLower:  # numbers that cannot be read
         return None
@@ -166,7 +167,7 @@ def recall(
         if found is None:
             return None
         files[engine] = found / ENGINE
-    placing.share(_shares(known, job))
+    placing.share(_shares(known))
     views = [_recalled(one, placing) for one in all_variants(known)]
     for told, one in zip(all_variants(known), views, strict=True):
         if [_content(w) for w in one.weights] != [_content(w) for w in told.weights]:
@@ -193,8 +194,10 @@ def _recalled(known: m.Manifest, placing: Placing) -> m.Manifest:
     )
 
 
-def _shares(known: m.Manifest, job: Job) -> Shares:
-    axis, told = job.mesh.axis(TENSOR), () if known.tensor is None else known.tensor.weights
+def _shares(known: m.Manifest) -> Shares:
+    sizes = {name: known.axes.get(name, 1) for name in (GUIDANCE, TENSOR)}  # auto may have chosen
+    axis = Mesh.of(known.world, **sizes).axis(TENSOR)
+    told = () if known.tensor is None else known.tensor.weights
     return Shares({w.name: Share(w.dim, Layout.even(w.segments, axis.size)) for w in told}, axis)
 
 

@@ -7,12 +7,10 @@ A loaded model comes in, a manifest goes out, and the engines stand in its folde
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .advise.hardware import read as read_hardware
-from .advise.planning import cheapest
+from .arranging import arranged
 from .bundle.external import Placing
 from .bundle.folder import engine_name
 from .cache.fingerprint import program_key
@@ -41,6 +39,7 @@ from .ir.records import (
 )
 from .ir.source import Source
 from .job import AUTO, FUSED, RESIDUAL, Job
+from .model.branches import blamed_on_rows
 from .progress import Clock
 from .prove import (
     Stages,
@@ -54,9 +53,7 @@ from .prove import (
     prove_networks,
 )
 from .quantizing import quantized
-from .releases import release_of
-from .sharding.others import along_others
-from .sharding.shard import shard
+from .sharding.others import Arranged
 from .strategies import CONTROL, choose
 from .strategies.rewrite import rewrite
 from .strategies.rounded import rounded
@@ -168,7 +165,9 @@ def prove_program(begun: Begun, clock: Clock, placing: Placing | None = None) ->
     Raises:
         ConvertError: the strategy or the mesh does not fit, or the proof failed.
     """
-    rewritten = _rewritten(begun, clock)
+    loaded, one = arranged(begun.loaded, begun.captured, begun.table, clock)
+    begun = replace(begun, loaded=loaded)
+    rewritten = _rewritten(begun, one, clock)
     if placing is not None:
         placing.share(rewritten.divided.named(begun.captured.signature.parameters))
     emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
@@ -195,9 +194,10 @@ def measured(loaded: Loaded, clock: Clock) -> Truth | None:
     with clock.stage("measure"):
         device = check_device(job.proof_device)
         rounded = RESIDUAL not in job.float32
-        return measure(
-            source.module, source.inputs, device, rounded=rounded, branches=source.branches
-        )
+        with blamed_on_rows(source.branches):
+            return measure(
+                source.module, source.inputs, device, rounded=rounded, branches=source.branches
+            )
 
 
 def _measured_further(
@@ -217,31 +217,17 @@ def _measured_further(
         return measure_program(truth, program, source.all_inputs, device)
 
 
-def _rewritten(begun: Begun, clock: Clock) -> Rewritten:
-    job, source, table = begun.loaded.job, begun.loaded.source, begun.table
-    axis = job.mesh.sequence(source.groups.values())
-    mesh, dense = job.mesh, begun.captured.dense
-    with clock.stage("split") if mesh.others else nullcontext():
-        guided, divided = along_others(dense, mesh)
-    with clock.stage("shard"):
-        sharded = shard(divided.program, axis)
-    if job.strategy == AUTO:
-        with clock.stage("choose"):
-            hardware = read_hardware(job.hardware)
-            backend = begun.loaded.backend
-            groups = job.unsafe_groups or release_of(backend.name, backend.version).groups
-            held = source.bytes - divided.spared
-            name, factor = cheapest(
-                sharded, axis, hardware, held, table, groups=groups, eight=job.eight
-            )
-            job = replace(job, strategy=name, ulysses=factor)
+def _rewritten(begun: Begun, arranged: Arranged, clock: Clock) -> Rewritten:
+    job, table, one = begun.loaded.job, begun.table, arranged
     with clock.stage("rewrite"):
         strategy = choose(job.strategy, job.ulysses)
-        program, outcomes = rewrite(sharded, strategy, job.strategy, axis, table, eight=job.eight)
+        program, outcomes = rewrite(
+            one.sharded, strategy, job.strategy, one.axis, table, eight=job.eight
+        )
     sites = [outcome.site for outcome in outcomes if outcome.site.keys_sharded]
-    sent = strategy.travels(sites[0], axis) if sites else ""
+    sent = strategy.travels(sites[0], one.axis) if sites else ""
     eight = "".join(name for name in sent if name in job.eight)
-    return Rewritten(job, axis, guided, divided, sharded, program, outcomes, eight)
+    return Rewritten(job, one.axis, one.guided, one.divided, one.sharded, program, outcomes, eight)
 
 
 def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Clock) -> Emitted:

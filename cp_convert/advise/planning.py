@@ -1,39 +1,43 @@
-"""load -> trace -> decompose, then shard, rewrite and estimate every option; nothing is built."""
+"""load -> trace -> decompose, then arrange, rewrite and estimate every option; nothing is built."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace as change
 
 from msgspec.structs import replace
 
 from ..capture.decompose import decompose
 from ..capture.trace import trace
-from ..errors import CannotConvert, CannotShard
+from ..errors import CannotConvert
 from ..ir.attention import Outcome
 from ..ir.program import Lowered, Program
-from ..ir.sharded import Sharded
 from ..ir.source import Source
 from ..job import Job
-from ..mesh import GUIDANCE, Axis, Mesh, worlds_up_to
+from ..mesh import GUIDANCE, TENSOR, Mesh, worlds_up_to
+from ..model.branches import rows_of
 from ..model.cast import DTYPES
 from ..model.load import load, surroundings
 from ..progress import Clock, Progress
-from ..sharding.branches import split_branches
-from ..sharding.shard import shard
-from ..strategies import STRATEGIES, choose
-from ..strategies.rewrite import rewrite
+from ..sharding.others import Arranged, arrange
+from ..strategies import choose
 from ..trt.libraries import decompositions
+from .choosing import Terms, Tried, candidates, shared_by, try_all, try_one
 from .estimate import Work, estimate
-from .forecast import Forecast, Option, recommend
+from .forecast import Forecast, Option, best, recommend
 from .hardware import Hardware
+
+_COMPARED = 2
+"""How many ranks share weights in the option that says what that would cost."""
 
 
 def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> Forecast:
     """Every strategy at every world up to the job's; parameters are never allocated.
 
-    Where the job has guidance branches, also with ranks of its own for each.
+    Where the model has guidance branches, also with ranks of its own for each; and weights are
+    shared as far as memory asks for it, or as the job says. At the largest world one more option
+    shares them, to be compared with.
 
     Args:
         job: the model, precision and largest world; its strategy does not matter.
@@ -45,33 +49,32 @@ def forecast(job: Job, hardware: Hardware, name: str, progress: Progress) -> For
         ConvertError: the model cannot be loaded, traced or decomposed.
     """
     clock = Clock(progress)
-    source, traced = _traced(job, clock)
+    source, traced = _traced(change(job, open_axes=(GUIDANCE, TENSOR)), clock)
     with clock.stage("decompose"):
         table = decompositions()
         dense = decompose(traced, table)
-    alone = estimate(dense, hardware)
-    options = [_option(Option(strategy="one GPU", world=1), alone, alone, source, hardware, 0)]
-    attentions = tokens = 0
+    plan = source.declared(traced.parameters)
+    terms = Terms(hardware, source.bytes, table, eight=job.eight, plan=plan)
+    planning = _Planning(job, source, dense, estimate(dense, hardware), terms)
+    options, sites = [planning.one_gpu], list[Outcome]()
     worlds = worlds_up_to(job.world)
     with clock.stage("estimate", total=len(worlds)):
         for world in worlds:
-            found, sites = _at(world, dense, alone, source, hardware, job, table)
+            found, here = planning.at(world)
             options += found
-            sharded = [outcome.site for outcome in sites if outcome.site.keys_sharded]
-            if sharded:
-                attentions = len(sharded)
-                tokens = max(site.global_keys for site in sharded)
+            sites = [outcome for outcome in here if outcome.site.keys_sharded] or sites
             progress.step("estimate")
+        options += planning.to_compare(options)
     return Forecast(
         model=job.name,
         precision=source.precision,
         parameters=source.parameters,
-        attentions=attentions,
-        tokens=tokens,
+        attentions=len(sites),
+        tokens=max((outcome.site.global_keys for outcome in sites), default=0),
         hardware_name=name,
         hardware=hardware,
         options=options,
-        recommendation=recommend(options),
+        recommendation=recommend(options, hardware.memory_gb),
     )
 
 
@@ -91,152 +94,140 @@ def _traced(job: Job, clock: Clock) -> tuple[Source, Program]:
     return source, program
 
 
-def candidates(world: int) -> Iterator[tuple[str, int | None]]:
-    """The strategies that are worth a look, with USP's factors that are no other strategy."""
-    # Where nobody shares the sequence every strategy is none.
-    yield from ((name, None) for name in (STRATEGIES if world > 1 else ["ulysses"]))
-    for ulysses in range(2, world):
-        if world % ulysses == 0:
-            yield "usp", ulysses
-
-
 @dataclass(frozen=True)
-class _Tried:
-    """One strategy on a sharded program: its work, or why it cannot be done."""
+class _Planning:
+    """A model, and what its options depend on.
 
-    name: str
-    ulysses: int | None
-    work: Work | None = None
-    outcomes: tuple[Outcome, ...] = ()
-    refused: str | None = None
-
-
-def _try_all(
-    split: Sharded, axis: Axis, hardware: Hardware, table: Mapping[Any, Any], eight: str
-) -> Iterator[_Tried]:
-    for name, ulysses in candidates(axis.size):
-        try:
-            strategy = choose(name, ulysses)
-            done, outcomes = rewrite(split, strategy, name, axis, table, eight=eight)
-        except CannotConvert as error:
-            yield _Tried(name, ulysses, refused=error.message)
-            continue
-        yield _Tried(name, ulysses, estimate(done, hardware), outcomes)
-
-
-def _at(
-    world: int,
-    dense: Lowered,
-    alone: Work,
-    source: Source,
-    hardware: Hardware,
-    job: Job,
-    table: Mapping[Any, Any],
-) -> tuple[list[Option], tuple[Outcome, ...]]:
-    """All strategies on all meshes of one world, and the attentions where all share a sequence."""
-    options, sites = _on(Mesh.of(world), dense, alone, source, hardware, table, job.eight)
-    if job.cfg > 1 and world % job.cfg == 0:
-        mesh = Mesh.of(world, job.cfg)
-        guided, _ = _on(mesh, dense, alone, source, hardware, table, job.eight)
-        options += guided
-    return options, sites
-
-
-def _on(
-    mesh: Mesh,
-    dense: Lowered,
-    alone: Work,
-    source: Source,
-    hardware: Hardware,
-    table: Mapping[Any, Any],
-    eight: str,
-) -> tuple[list[Option], tuple[Outcome, ...]]:
-    """All strategies on one mesh, and the attentions there."""
-    axis, plain = mesh.sequence(), Option(strategy="", world=mesh.world, cfg=mesh.size(GUIDANCE))
-    try:
-        split = shard(split_branches(dense, mesh.axis(GUIDANCE)).program, axis)
-    except CannotConvert as error:
-        return [
-            replace(plain, strategy=name, ulysses=factor, refused=error.message)
-            for name, factor in candidates(axis.size)
-        ], ()
-    options: list[Option] = []
-    sites: tuple[Outcome, ...] = ()
-    for tried in _try_all(split, axis, hardware, table, eight):
-        option = replace(plain, strategy=tried.name, ulysses=tried.ulysses, refused=tried.refused)
-        if tried.work is None:
-            options.append(option)
-            continue
-        sites, strategy = tried.outcomes, choose(tried.name, tried.ulysses)
-        held = [strategy.cost(o.site, axis).key_values for o in sites if o.site.keys_sharded]
-        key_values = max(held, default=0) * DTYPES[source.precision].itemsize
-        options.append(_option(option, tried.work, alone, source, hardware, key_values))
-    return options, sites
-
-
-def cheapest(
-    split: Sharded,
-    axis: Axis,
-    hardware: Hardware,
-    weights: int,
-    table: Mapping[Any, Any],
-    *,
-    groups: bool = True,
-    eight: str = "",
-) -> tuple[str, int | None]:
-    """The strategy, and USP's factor, with the shortest estimated forward among those that fit.
-
-    Args:
-        split: the sharded program.
-        axis: the ranks that share the sequence.
-        hardware: what it will run on.
-        weights: bytes of them that a rank holds.
-        table: see :func:`cp_convert.strategies.rewrite.rewrite`.
-        groups: whether a strategy may name groups of ranks, which some releases ignore.
-        eight: which of q, k, v and o travel in 8 bits.
-
-    Raises:
-        CannotShard: no strategy can split every attention, or none that can fits into memory.
+    Attributes:
+        job: what was asked for.
+        source, dense: the model and its program.
+        alone: what one GPU would have to do.
+        terms: the rest.
     """
-    every = _try_all(split, axis, hardware, table, eight)
-    tried = [one for one in every if groups or not one.ulysses]
-    found = [
-        (one.work.seconds, one.work, one.name, one.ulysses) for one in tried if one.work is not None
-    ]
-    if not found:
-        reasons = " ".join(one.refused for one in tried if one.refused)
-        raise CannotShard("no strategy can split this model.", hint=reasons)
-    fitting = [one for one in found if _fits(weights, one[1], hardware)]
-    if not fitting:
-        needed = min(weights + work.activations for _, work, *_ in found)
-        raise CannotShard(
-            f"no strategy fits into the {hardware.memory_gb:.0f} GB of {hardware.title}: the least "
-            f"needs about {needed / 1e9:.1f} GB a rank.",
-            hint="a larger --world, other --hardware, or name the --strategy to convert anyway.",
+
+    job: Job
+    source: Source
+    dense: Lowered
+    alone: Work
+    terms: Terms
+
+    @property
+    def one_gpu(self) -> Option:
+        """The model as it is."""
+        return self._estimated(Option(strategy="one GPU", world=1), self.alone, self.source.bytes)
+
+    @property
+    def branches(self) -> int:
+        """How many the batch is taken to have: as asked, or two where its rows are even."""
+        rows = rows_of(self.source.inputs, self.source.module, self.source.freeze)
+        is_even = rows > 0 and rows % 2 == 0 and not self.terms.eight
+        return max(self.job.cfg, 2 if is_even else 1)
+
+    def at(self, world: int) -> tuple[list[Option], Sequence[Outcome]]:
+        """All strategies on the meshes of one world that are worth a look.
+
+        Returns:
+            the options, and the attentions where most ranks share the sequence.
+        """
+        options: list[Option] = []
+        sites: Sequence[Outcome] = ()
+        for tp in self._shares(world, options):
+            for cfg in dict.fromkeys((1, self.branches)):
+                if world % (cfg * tp):
+                    continue
+                found, here = self._on(Mesh.of(world, cfg, tp))
+                is_asked = cfg in (1, self.job.cfg)
+                options += [o for o in found if is_asked or o.refused is None]
+                sites = sites or here
+        return options, sites
+
+    def _shares(self, world: int, options: list[Option]) -> Iterator[int]:
+        """How many ranks share weights: more of them while none of ``options`` is possible."""
+        yield 1
+        asked = [self.job.tp] * (world % self.job.tp == 0)
+        wanted = asked if self.job.tp > 1 else shared_by(Mesh.line(world))
+        for tp in wanted:
+            if self.terms.eight:  # codes and other axes do not go together
+                return
+            if self.job.tp == 1 and best(options) is not None:
+                return
+            yield tp
+
+    def to_compare(self, options: Sequence[Option]) -> list[Option]:
+        """What sharing weights would cost and save beside the best option, if that does not."""
+        there = [o for o in options if o.world == self.job.world > 1]
+        chosen = best(there)
+        if chosen is None or self.terms.eight or any(o.tp > 1 for o in there):
+            return []
+        fitting = [cfg for cfg in (chosen.cfg, 1) if chosen.world % (cfg * _COMPARED) == 0]
+        if not fitting:
+            return []
+        mesh = Mesh.of(chosen.world, fitting[0], _COMPARED)
+        try:
+            arranged = arrange(self.dense, mesh, self.terms.plan)
+        except CannotConvert:
+            return []
+        known = dict(candidates(arranged.axis.size))
+        name = chosen.strategy if chosen.strategy in known else "ulysses"
+        tried = try_one(arranged, self.terms, name, known[name])
+        return [self._option(arranged, tried)] if tried.work is not None else []
+
+    def _on(self, mesh: Mesh) -> tuple[list[Option], Sequence[Outcome]]:
+        """All strategies on one mesh, and the attentions there."""
+        try:
+            arranged = arrange(self.dense, mesh, self.terms.plan)
+        except CannotConvert as error:
+            every = candidates(mesh.sequence().size)
+            return [
+                replace(_plain(mesh), strategy=name, ulysses=factor, refused=error.message)
+                for name, factor in every
+            ], ()
+        tried = list(try_all(arranged, self.terms))
+        sites = next((one.outcomes for one in reversed(tried) if one.outcomes), ())
+        return [self._option(arranged, one) for one in tried], sites
+
+    def _option(self, arranged: Arranged, tried: Tried) -> Option:
+        option = replace(
+            _plain(arranged.mesh),
+            strategy=tried.name,
+            ulysses=tried.ulysses,
+            refused=tried.refused,
         )
-    _, _, name, ulysses = min(fitting, key=lambda one: (one[0], one[2]))
-    return name, ulysses
+        if tried.work is None:
+            return option
+        strategy, axis = choose(tried.name, tried.ulysses), arranged.axis
+        held = [
+            strategy.cost(o.site, axis).key_values for o in tried.outcomes if o.site.keys_sharded
+        ]
+        key_values = max(held, default=0) * DTYPES[self.source.precision].itemsize
+        weights = self.source.bytes - arranged.divided.spared
+        return replace(self._estimated(option, tried.work, weights), key_values=key_values)
+
+    def _estimated(self, option: Option, work: Work, weights: int) -> Option:
+        speedup = self.alone.seconds / work.seconds if work.seconds else 0.0
+        memory = weights + work.activations
+        return replace(
+            option,
+            collectives=work.collectives,
+            bytes_sent=work.sent,
+            weights=weights,
+            activations=work.activations,
+            memory=memory,
+            compute=work.compute,
+            communication=work.communication,
+            exposed=work.exposed,
+            speedup=speedup,
+            efficiency=speedup / option.world,
+            fits=memory <= self.terms.hardware.memory_gb * 1e9,
+        )
 
 
-def _fits(weights: int, work: Work, hardware: Hardware) -> bool:
-    return weights + work.activations <= hardware.memory_gb * 1e9
-
-
-def _option(
-    option: Option, work: Work, alone: Work, source: Source, hardware: Hardware, key_values: int
-) -> Option:
-    speedup = alone.seconds / work.seconds if work.seconds else 0.0
-    return replace(
-        option,
-        collectives=work.collectives,
-        bytes_sent=work.sent,
-        weights=source.bytes,
-        activations=work.activations,
-        key_values=key_values,
-        compute=work.compute,
-        communication=work.communication,
-        exposed=work.exposed,
-        speedup=speedup,
-        efficiency=speedup / option.world,
-        fits=_fits(source.bytes, work, hardware),
+def _plain(mesh: Mesh) -> Option:
+    """An option of which only the ranks' places are known."""
+    return Option(
+        strategy="",
+        world=mesh.world,
+        cfg=mesh.size(GUIDANCE),
+        tp=mesh.size(TENSOR),
+        mesh=mesh.words,
     )

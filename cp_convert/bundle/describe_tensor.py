@@ -27,4 +27,5 @@ def tensor_entry(made: Made) -> m.Tensor | None:
             m.WholeAttention(module=one.module, source=one.source, reason=one.reason)
             for one in divided.kept
         ],
+        plan="model" if made.loaded.source.tp_plan else "inferred",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from .call import Count, Positive, Struct
 
 
@@ -29,10 +31,12 @@ class Tensor(Struct, frozen=True):
     """How the ranks of the axis ``tp`` share the model.
 
     ``bytes`` are those of the ``weights``, whole, in the bundle's precision; of all parameters
-    together there are ``of_bytes``.
+    together there are ``of_bytes``. ``plan`` says who chose them: the program alone
+    (``inferred``), or a plan of the model's (``model``).
     """
 
     bytes: Count
     of_bytes: Count
     weights: list[SharedWeight]
     whole: list[WholeAttention]
+    plan: Literal["inferred", "model"] = "inferred"

@@ -137,11 +137,18 @@ def _check_operators(graph: torch.fx.Graph) -> None:
             or str(node.target) in _UNWRAPPED
         ):
             raise CannotTrace(
-                f"forward uses {node.target}, which is no plain tensor operator.",
+                f"forward uses {_named(node.target)}, which is no plain tensor operator.",
                 where=f"{module_path(node)} ({source_line(node)})",
                 hint="choose another attention backend in the model, or write it with "
                 "scaled_dot_product_attention.",
             )
+
+
+def _named(target: Any) -> str:
+    """What a person would have written to get this operator."""
+    if str(getattr(target, "__module__", "")).startswith("torch._functorch"):
+        return "torch.func.vmap, as FlexAttention's masks do"
+    return str(target)
 
 
 def _check_shapes(graph: torch.fx.Graph) -> None:

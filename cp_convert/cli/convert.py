@@ -239,6 +239,7 @@ def _job(asked: dict[str, Any]) -> Job:
     found = options.found(model, _commands())
     mesh.taken(rest)
     rest |= _chosen(found.path, rest)
+    rest["open_axes"] = rest["open_axes"] if rest["strategy"] == AUTO else ()
     read_hardware(rest["hardware"])  # what is not there is told before anything is done
     rest["ulysses"] = mesh.factor(rest["ulysses"], ring, mesh.sequence(rest))
     rest |= {name: rest[name] or () for name in ("batches", "texts")}

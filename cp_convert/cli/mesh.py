@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from ..errors import UsageError
+from ..job import PLANS
 from ..mesh import AXES, GUIDANCE, SEQUENCE, TENSOR, Mesh
-from .options import Decorator
+from .options import Decorator, Word
 
 
 def option(command: Any) -> Any:
@@ -25,7 +26,11 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="How the ranks are arranged: cfg=N groups share a batch's guidance branches, tp=N "
         "every weight, and cp=N the sequence, by --strategy; cp is what is left of --world.",
     ),
-    click.option("--cfg", type=int, help="Short for --mesh cfg=N.  [default: 1]"),
+    click.option(
+        "--cfg", type=int,
+        help="Short for --mesh cfg=N.  [default: 1; with -s auto 2 where "
+        "the batch is even and that is faster]",
+    ),
     click.option(
         "--combine", metavar="INPUT",
         help="With --cfg 2: the engines return uncond + s * (cond - uncond), s being a new input "
@@ -36,18 +41,32 @@ _OPTIONS: tuple[Decorator, ...] = (
         help="With --cfg: this argument has one row whatever the batch is, and keeps it; "
         "repeatable.",
     ),
-    click.option("--tp", type=int, help="Short for --mesh tp=N.  [default: 1]"),
+    click.option(
+        "--tp", type=int,
+        help="Short for --mesh tp=N.  [default: 1; with -s auto as many as memory asks for]",
+    ),
+    click.option(
+        "--tp-plan", type=Word(PLANS),
+        help="With --tp: share what the model's own plan names (its _tp_plan, or the model file's "
+        "tp_plan), or all that can be (auto).  [default: the model file's tp_plan if it has one, "
+        "else auto]",
+    ),
 )  # fmt: skip
 
 
 def taken(given: dict[str, Any]) -> None:
     """Put ``cfg``, ``tp`` and, where the mesh says it whole, ``world`` into the options' place.
 
+    ``open_axes`` are those that nobody named.
+
     Raises:
         UsageError: they contradict each other.
     """
     text = given.pop("mesh")
     sizes = {} if text is None else Mesh.sizes(text)
+    known = {name for name in (GUIDANCE, TENSOR) if given[name] is not None} | sizes.keys()
+    is_open = SEQUENCE not in sizes
+    given["open_axes"] = tuple(n for n in (GUIDANCE, TENSOR) if is_open and n not in known)
     for name in (GUIDANCE, TENSOR):
         if name in sizes and given[name] is not None:
             raise UsageError(

@@ -18,7 +18,12 @@ from . import options
 @click.option("-w", "--world", type=int, default=8, show_default=True, help="The largest world.")
 @click.option(
     "--cfg", type=int, default=1, show_default=True,
-    help="How many guidance branches a batch has: meshes that give each its own ranks as well.",
+    help="How many guidance branches a batch has: meshes that give each its own ranks as well. An "
+    "even batch is taken to have two.",
+)  # fmt: skip
+@click.option(
+    "--tp", type=int, default=1, show_default="as far as memory asks, and once to compare",
+    help="Meshes whose ranks share every weight, this many of them, as well.",
 )  # fmt: skip
 @click.option(
     "--unbatched", multiple=True, metavar="ARGUMENT",
@@ -49,7 +54,7 @@ def command(
     verbose: int,
     **rest: Any,
 ) -> None:
-    """Compare the strategies for MODEL at worlds 2, 4, ... up to --world; nothing is built.
+    """Compare meshes and strategies for MODEL at worlds 2, 4, ... up to --world; nothing is built.
 
     Collectives and bytes are those of the very programs that convert would build; times and
     activations are estimated, kernel by kernel, by curves that `cp-convert calibrate` measured or

@@ -89,6 +89,23 @@ class Shared(Mapping[str, tuple[Tensor, ...]]):
 
 
 @dataclass(frozen=True)
+class Declared:
+    """What a model's own plan says of one matrix.
+
+    Attributes:
+        module: whose ``weight`` it is.
+        line: of the plan.
+        dim: which dimension of ``[out, in]`` ranks share.
+        blocks: the lengths of what is shared by itself; one where the matrix is not packed.
+    """
+
+    module: str
+    line: str
+    dim: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Kept:
     """An attention or a matrix that stays whole on every rank, and why.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..job import Variant
 from ..mesh import Axis
+from .shares import Declared
 from .tensors import Location
 
 
@@ -114,6 +115,8 @@ class Source:
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
         branches: how guidance branches stand in ``inputs``.
+        tp_plan: by name, the weights that ranks share where the model's plan says so; empty: all
+            that can be.
         variant: which of the model's shapes the inputs have.
         others: the same model with the inputs of further variants; the parameters are the same.
     """
@@ -134,6 +137,7 @@ class Source:
     told: tuple[str, ...] = ()
     precision: str = "fp32"
     branches: Branches = field(default_factory=Branches)
+    tp_plan: Mapping[str, Declared] = field(default_factory=dict)
     variant: Variant = field(default_factory=Variant)
     others: tuple[Source, ...] = ()
 
@@ -141,6 +145,10 @@ class Source:
     def all_inputs(self) -> dict[str, Any]:
         """The program's inputs: those of forward, and what was added to them."""
         return {**self.inputs, **self.branches.added}
+
+    def declared(self, names: Mapping[str, str]) -> dict[str, Declared]:
+        """The ``tp_plan`` by placeholders, of which ``names`` says which weights they are."""
+        return {node: self.tp_plan[name] for node, name in names.items() if name in self.tp_plan}
 
     @property
     def parameters_outside(self) -> dict[str, Tensor]:

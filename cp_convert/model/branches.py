@@ -8,14 +8,15 @@ Guidance: Ho and Salimans, *Classifier-Free Diffusion Guidance*, arXiv:2207.1259
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import UsageError
+from ..errors import CannotTrace, UsageError
 from ..ir.source import Branches
 from ..words import near
 
@@ -74,17 +75,26 @@ def branched(
 
 
 def _rows(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
-    """The batch: how many rows forward's first tensor of two dimensions or more has."""
+    rows = rows_of(inputs, module, others)
+    if not rows:
+        raise UsageError(
+            "--cfg: no argument is a tensor of two dimensions or more, so there is no batch; a "
+            "list of tensors is none.",
+            hint="leave --cfg out.",
+        )
+    return rows
+
+
+def rows_of(inputs: Mapping[str, Any], module: nn.Module, others: Collection[str]) -> int:
+    """The batch: how many rows forward's first tensor of two dimensions or more has; 0: no such.
+
+    ``others`` are arguments without a batch.
+    """
     parameters = inspect.signature(module.forward).parameters
     # A list of tensors is a batch by itself (Z-Image): its tensors have none.
     given = [inputs[name] for name in parameters if name in inputs and name not in others]
     found = [value.shape[0] for value in given if isinstance(value, Tensor) and value.dim() > 1]
-    if not found:
-        raise UsageError(
-            "--cfg: no argument is a tensor of two dimensions or more, so there is no batch.",
-            hint="leave --cfg out.",
-        )
-    return int(found[0])
+    return int(found[0]) if found else 0
 
 
 def _widened(
@@ -120,6 +130,23 @@ def _shuffled(row: Tensor, generator: torch.Generator) -> Tensor:
         return row
     order = torch.randperm(row.numel(), generator=generator)
     return row.flatten()[order.to(row.device)].view(row.shape)
+
+
+@contextmanager
+def blamed_on_rows(branches: Branches) -> Iterator[None]:
+    """Where forward fails with a row that was repeated, say so: with one row it may not."""
+    try:
+        yield
+    except CannotTrace as error:
+        if not branches.widened:
+            raise
+        raise CannotTrace(
+            f"forward was given the example's one row {branches.rows} times, once a branch, and "
+            f"failed: {error.message}",
+            where=error.where,
+            hint="--unbatched ARGUMENT for what has one row whatever the batch is; an example with "
+            "all branches, where lists go with the batch; or no --cfg.",
+        ) from error
 
 
 def combined(outputs: Iterable[Tensor], branches: Branches) -> list[Tensor]:

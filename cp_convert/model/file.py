@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 from unittest.mock import patch
 
 from torch import nn
@@ -38,6 +38,7 @@ class Given:
         keep_float32: arguments that are not cast.
         peers: rank 1, 2, ... of a model whose ranks hold different parameters.
         groups: the process groups in which the model itself communicates.
+        tp_plan: which weights ranks share, when it says so.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class Given:
     keep_float32: tuple[str, ...]
     peers: tuple[nn.Module, ...] = ()
     groups: Mapping[str, Axis] = field(default_factory=dict)
+    tp_plan: Mapping[str, Any] = field(default_factory=dict)
 
 
 def from_file(
@@ -83,11 +85,12 @@ def from_file(
     return Given(
         module=modules[0],
         examples=tuple(examples),
-        plan=_plan(python, path),
+        plan=_plan(python, path, "cp_plan", _CP_PLAN),
         freeze=names_from(python, "freeze", inputs, path),
         keep_float32=names_from(python, "keep_float32", inputs, path),
         peers=tuple(modules[1:]),
         groups=groups,
+        tp_plan=_plan(python, path, "tp_plan", _TP_PLAN),
     )
 
 
@@ -103,14 +106,23 @@ def _takes_rank(python: ModuleType) -> bool:
     return callable(function) and "rank" in inspect.signature(function).parameters
 
 
-def _plan(python: ModuleType, path: Path) -> Mapping[str, Any]:
-    plan = getattr(python, "cp_plan", None) or {}
+_CP_PLAN: Final = (
+    'cp_plan = {"blocks.0": {"x": ContextParallelInput(split_dim=1)}, "proj_out": '
+    "ContextParallelOutput(gather_dim=1)}; without it the plan is found."
+)
+_TP_PLAN: Final = (
+    'tp_plan = {"blocks.*.attn.to_q": "colwise", "blocks.*.attn.to_out.0": "rowwise"}; without it '
+    "all that can be shared is."
+)
+
+
+def _plan(python: ModuleType, path: Path, name: str, example: str) -> Mapping[str, Any]:
+    plan = getattr(python, name, None) or {}
     if not isinstance(plan, Mapping):
         raise ModelFileError(
-            f"cp_plan is a {type(plan).__name__}, not a dict by module names.",
+            f"{name} is a {type(plan).__name__}, not a dict by module names.",
             where=str(path),
-            hint='cp_plan = {"blocks.0": {"x": ContextParallelInput(split_dim=1)}, "proj_out": '
-            "ContextParallelOutput(gather_dim=1)}; without it the plan is found.",
+            hint=example,
         )
     return plan
 

@@ -118,6 +118,8 @@ def _reason(error: BaseException) -> str:
             "forward decides by the value of a tensor, which a program of fixed shapes cannot "
             f"({_first_lines(str(error), 1)})."
         )
+    if ".numpy() is not supported" in str(error):
+        return "forward takes a tensor's numbers to NumPy, where a trace cannot follow."
     return f"{type(error).__name__}: {_first_lines(str(error))}"
 
 

@@ -29,6 +29,7 @@ from .meta import stand_in, unallocated
 from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
+from .tp_plan import taken
 from .variants import check_alone, check_apart, with_variants
 from .weights import Filled, check_finite, load_weights
 
@@ -84,6 +85,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         groups=given.groups,
         precision=precision,
         branches=branches,
+        tp_plan=taken(given.tp_plan, given.module, job),
     )
     return with_variants(source, examples)
 

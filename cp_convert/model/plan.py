@@ -68,7 +68,7 @@ def normalise(plan: Mapping[str, Any], module_names: Sequence[str]) -> tuple[Cut
     cuts = [
         cut
         for pattern, value in plan.items()
-        for module in _resolve(pattern, module_names)
+        for module in modules_of(pattern, module_names)
         for cut in _cuts(module, value, f"cp_plan[{pattern!r}]")
     ]
     _check_once(cuts)
@@ -91,17 +91,20 @@ def _check_once(cuts: Sequence[Cut]) -> None:
             )
 
 
-def _resolve(pattern: Any, module_names: Sequence[str]) -> list[str]:
+def modules_of(pattern: Any, module_names: Sequence[str], plan: str = "cp_plan") -> list[str]:
+    """The modules that a key of ``plan`` names.
+
+    Raises:
+        CannotShard: there is none, and none in a deeper model of the class.
+    """
     if not isinstance(pattern, str):
-        raise CannotShard(
-            f"the plan has the key {pattern!r}, which is no module name.", where="cp_plan"
-        )
+        raise CannotShard(f"the plan has the key {pattern!r}, which is no module name.", where=plan)
     wanted = pattern.split(".")
     found = [n for n in module_names if _matches(n.split("."), wanted)]
     if not found and not _is_deeper(wanted, module_names):
         raise CannotShard(
             f"the plan names a module {pattern!r} that the model does not have.",
-            where=f"cp_plan[{pattern!r}]",
+            where=f"{plan}[{pattern!r}]",
             hint=f"{near(pattern, [n for n in module_names if n][:_SHOWN])} '*' stands for one "
             "index.",
         )

@@ -132,6 +132,12 @@ def _of_heads(node: fx.Node, rules: Rules, size: int) -> Region | str:
     return region if isinstance(region, str) or _weights(region) else "no weights make its heads"
 
 
+def reason_for(weight: fx.Node, dim: int, rules: Rules, size: int) -> str:
+    """Why a matrix that is in no region cannot be split along ``dim``."""
+    region = _checked(grown(weight, dim, rules), size)
+    return region if isinstance(region, str) else "what it is split with is split otherwise"
+
+
 def _weights(region: Region) -> bool:
     return any(n.op == "placeholder" for n in region.dims)
 

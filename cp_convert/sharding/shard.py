@@ -19,7 +19,7 @@ from torch import fx
 
 from ..errors import CannotShard
 from ..ir.ops import ATTENTION, MARK
-from ..ir.program import Lowered
+from ..ir.program import Lowered, copied, module_of
 from ..ir.sharded import Sharded
 from ..mesh import Axis
 from .propagation import Rules, Want, wants
@@ -36,7 +36,7 @@ def shard(program: Lowered, axis: Axis) -> Sharded:
         CannotShard: nothing can be sharded, or a marked length is too short.
     """
     if axis.size == 1:
-        return Sharded(program, {}, ())
+        return Sharded(_unmarked(program), {}, ())
     rules = rules_by_node(program)
     walk = Walk(program, axis, rules, _wanted(program, rules, axis))
     walk.run()
@@ -47,6 +47,21 @@ def shard(program: Lowered, axis: Axis) -> Sharded:
         walk.places,
         tuple(walk.moves),
     )
+
+
+def _unmarked(program: Lowered) -> Lowered:
+    """Without the plan's marks, where nobody shares the sequence; ``program`` stays as it is."""
+    graph = copied(program.graph_module.graph)
+    names: dict[str, str] = {}
+    for node in graph.find_nodes(op="call_function", target=MARK):
+        (value,) = node.all_input_nodes
+        names[node.name] = value.name
+        node.replace_all_uses_with(value)
+        graph.erase_node(node)
+    if not names:
+        return program
+    outputs = tuple(replace(b, node=names.get(b.node, b.node)) for b in program.outputs)
+    return replace(program, graph_module=module_of(program.graph_module, graph), outputs=outputs)
 
 
 def _wanted(program: Lowered, rules: Rules, axis: Axis) -> Mapping[fx.Node, Want]:

@@ -15,7 +15,9 @@ and packed comes out as columns, rows and segments.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,8 +25,9 @@ from torch import Tensor, fx
 
 from ..errors import CannotShard
 from ..ir.program import Lowered, shape
-from ..ir.shares import Divided, Share, Shared
+from ..ir.shares import Declared, Divided, Share, Shared
 from ..mesh import Axis
+from .declared import restricted
 from .propagation import Rules, Want
 from .regions import Found, regions
 from .rules import operands
@@ -35,17 +38,24 @@ from .walk import Value, Walk
 aten = torch.ops.aten
 
 
-def tensor_parallel(program: Lowered, axis: Axis) -> Divided:
+def tensor_parallel(
+    program: Lowered, axis: Axis, plan: Mapping[str, Declared] = MappingProxyType({})
+) -> Divided:
     """Share the weights of ``program`` among the ranks of ``axis``.
 
+    ``plan`` says of placeholders that they are to be shared, and no others; empty: all that can be.
+
     Raises:
-        CannotShard: nothing can be shared.
+        CannotShard: nothing can be shared, or not as the plan says.
     """
     assert not program.own or axis.size == 1, "own groups stand beside no other axis"
     if axis.size == 1:
         return Divided(program, axis, {}, (), ())
     rules = rules_by_node(program, tensor_rules_of)
-    found = regions(program.graph_module.graph, rules, axis.size)
+    graph = program.graph_module.graph
+    found = regions(graph, rules, axis.size)
+    if plan:
+        found = restricted(found, plan, graph, rules, axis.size)
     if not found.regions:
         raise _nothing(found, axis)
     walk = _TensorWalk(program, axis, found)

@@ -14,7 +14,7 @@ _COLOURS = {
     "one GPU": "#8a8f98", "ulysses": "#2f7ed8", "allgather-kv": "#e08a1e", "ring": "#3a9d5d",
     "stream-kv": "#c0504d", "usp": "#9b59b6",
 }  # fmt: skip
-_WIDTH, _LEFT, _BAR = 760, 150, 22
+_WIDTH, _LEFT, _BAR, _LETTER = 760, 150, 22, 7
 
 
 def page(found: Forecast) -> str:
@@ -28,7 +28,7 @@ def page(found: Forecast) -> str:
     )
     return _PAGE.format(
         style=STYLE,
-        title=escape(f"{found.model}: context parallelism"),
+        title=escape(f"{found.model}: meshes and strategies"),
         model=escape(found.model),
         facts=escape(_facts(found)),
         recommendation=escape(found.recommendation),
@@ -46,6 +46,7 @@ def page(found: Forecast) -> str:
             [(o.weights / 1e9, o.activations / 1e9) for o in largest],
             "GB",
             f"Memory of one rank; a GPU has {found.hardware.memory_gb:g} GB",
+            marks=["" if o.fits else " (too much)" for o in largest],
         ),
         sent=_bars(
             [o for o in largest if o.world > 1],
@@ -103,16 +104,18 @@ def _bars(
     values: Sequence[Sequence[float]],
     unit: str,
     title: str,
+    marks: Sequence[str] = (),
 ) -> str:
-    """Stacked horizontal bars; the second part is paler."""
+    """Stacked horizontal bars; the second part is paler; ``marks`` stand behind their numbers."""
     if not options:
         return ""
     top = max((sum(v) for v in values), default=0) or 1.0
-    scale = (_WIDTH - _LEFT - 110) / top
+    left = max(_LEFT, 16 + _LETTER * max(len(_name(one)) for one in options))
+    scale = (_WIDTH - left - 90 - _LETTER * max(map(len, marks), default=0)) / top
     rows = []
     for i, (option, numbers) in enumerate(zip(options, values, strict=True)):
-        y, x = 8 + i * (_BAR + 10), float(_LEFT)
-        rows.append(f'<text x="{_LEFT - 8}" y="{y + 16}" text-anchor="end">{_name(option)}</text>')
+        y, x = 8 + i * (_BAR + 10), float(left)
+        rows.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{_name(option)}</text>')
         for part, (name, number) in enumerate(zip(parts, numbers, strict=True)):
             width = number * scale
             rows.append(
@@ -121,7 +124,8 @@ def _bars(
                 f"<title>{_name(option)}: {name} {_number(number)} {unit}</title></rect>"
             )
             x += width
-        rows.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{_number(sum(numbers))} {unit}</text>')
+        total = f"{_number(sum(numbers))} {unit}{marks[i] if marks else ''}"
+        rows.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{total}</text>')
     height = 16 + len(options) * (_BAR + 10)
     key = f" (solid: {parts[0]}, pale: {parts[1]})" if len(parts) > 1 else ""
     return (
@@ -206,14 +210,14 @@ def _number(value: float) -> str:
 
 
 def _row(option: Option) -> str:
-    head = f"<td>{option.world}</td><th scope='row'>{escape(option.title)}</th>"
+    head = f"<td>{option.world}</td><td>{option.mesh.replace(',', ' ')}</td>"
+    head += f"<th scope='row'>{escape(option.sharing)}</th>"
     if option.refused is not None:
         return f"<tr>{head}<td colspan='9' class='pale'>not possible</td></tr>"
     cells = (
         str(option.collectives) if option.world > 1 else "",
         f"{option.bytes_sent / 1e6:,.0f} MB" if option.world > 1 else "",
-        f"{(option.weights + option.activations) / 1e9:.2f} GB"
-        + ("" if option.fits else " <b>too much</b>"),
+        f"{option.memory / 1e9:.2f} GB" + ("" if option.fits else " <b>too much</b>"),
         f"{option.key_values / 1e6:,.1f} MB" if option.key_values else "",
         f"{_number(option.compute * 1e3)} ms",
         f"{_number(option.communication * 1e3)} ms" if option.world > 1 else "",
@@ -258,8 +262,8 @@ _PAGE = """<!doctype html>
 {sent}
 {memory}
 <h2>All options</h2>
-<div class="wide"><table><thead><tr><th>GPUs</th><th>strategy</th><th>collectives</th><th>sent</th>
-<th>memory</th><th>K, V</th><th>compute</th><th>communication</th><th>exposed</th>
+<div class="wide"><table><thead><tr><th>GPUs</th><th>mesh</th><th>strategy</th><th>collectives</th>
+<th>sent</th><th>memory</th><th>K, V</th><th>compute</th><th>communication</th><th>exposed</th>
 <th>forward</th><th>speed-up</th>
 </tr></thead><tbody>{rows}</tbody></table></div>
 {refused}

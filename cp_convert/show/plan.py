@@ -6,6 +6,7 @@ import msgspec
 from rich.markup import escape
 
 from ..advise.forecast import Forecast, Option
+from ..mesh import AXES
 from .screen import Screen
 from .words import count, plural, short, size, table_of
 
@@ -22,14 +23,10 @@ def planned(screen: Screen, found: Forecast) -> None:
         soft_wrap=True,
     )
     table = table_of(
-        "", "GPUs", "strategy", "coll.", "sent", "memory", "compute", "comm.", "hidden",
-        "forward", "faster",
-        right=(
-            "GPUs", "coll.", "sent", "memory", "compute", "comm.", "hidden", "forward",
-            "faster",
-        ),
+        "", "GPUs", *AXES, "strategy", "sent", "memory", "compute", "comm.", "forward", "faster",
+        right=("GPUs", *AXES, "sent", "memory", "compute", "comm.", "forward", "faster"),
     )  # fmt: skip
-    table.columns[1].no_wrap = True
+    table.columns[4].no_wrap = True
     table.box, table.padding, table.collapse_padding = None, (0, 1), True
     for option in found.options:
         table.add_row(*_option_row(option))
@@ -39,29 +36,26 @@ def planned(screen: Screen, found: Forecast) -> None:
     ):
         screen.out.print(f"  {escape(line)}", soft_wrap=True)
     screen.out.print(
-        "Collectives, bytes sent and memory (weights and activations) are one rank's; times "
-        "and activations are estimated; hidden is the share of communication that runs beside "
-        "work.",
+        "Bytes sent and memory (weights and activations) are one rank's; ! is more than a GPU has. "
+        "Times and activations are estimated; what of the communication runs beside work takes no "
+        "time of a forward.",
         soft_wrap=True,
     )
     screen.out.print(f"[bold]{escape(found.recommendation)}[/]", soft_wrap=True)
 
 
 def _option_row(option: Option) -> list[str]:
-    if option.refused is not None:
-        return [str(option.world), option.title, "not possible"]
-    memory = option.weights + option.activations
     is_one = option.world == 1
-    hidden = 1 - option.exposed / option.communication if option.communication else 0.0
+    axes = [str(size) if size > 1 else "" for size in (option.cfg, option.cp, option.tp)]
+    place = [str(option.world), *axes, option.sharing]
+    if option.refused is not None:
+        return [*place, "not possible"]
     return [
-        str(option.world),
-        option.title,
-        "" if is_one else str(option.collectives),
+        *place,
         "" if is_one else size(option.bytes_sent),
-        size(memory) + ("" if option.fits else " !"),
+        size(option.memory) + ("" if option.fits else " !"),
         short(option.compute),
         "" if is_one else short(option.communication),
-        "" if is_one else f"{hidden:.0%}",
         short(option.seconds),
         f"{option.speedup:.2f} x",
     ]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from cp_convert.advise import hardware, planning
+from cp_convert.advise import choosing, hardware
 from cp_convert.advise.estimate import estimate
 from cp_convert.advise.forecast import Forecast, Option, best, recommend
 from cp_convert.advise.kernels import kernels_of
@@ -27,6 +27,7 @@ from cp_convert.advise.planning import forecast
 from cp_convert.backends import select
 from cp_convert.errors import CannotShard, UsageError
 from cp_convert.job import Job
+from cp_convert.mesh import Mesh
 from cp_convert.model.load import load
 from cp_convert.model.meta import stand_in, unallocated
 from cp_convert.model.preset import path_of
@@ -154,7 +155,7 @@ def test_every_strategy_at_every_world() -> None:
         (1, "one GPU"),
         (2, "allgather-kv"), (2, "ring"), (2, "stream-kv"), (2, "ulysses"),
         (4, "allgather-kv"), (4, "ring"), (4, "stream-kv"), (4, "ulysses"),
-        (4, "usp 2x2"),
+        (4, "usp 2x2"), (4, "allgather-kv x tp 2"),
     ]  # fmt: skip
     assert (found.attentions, found.tokens) == (3, 512)
     assert all(o.efficiency == pytest.approx(o.speedup / o.world) for o in found.options)
@@ -216,16 +217,89 @@ def test_auto_takes_what_plan_recommends(name: str, bandwidth: float, tmp_path: 
     assert manifest.strategy == ("ulysses" if bandwidth < 1 else "allgather-kv")
 
 
+TWO_ROWS = ("randn(1, 16, 8)", "randn(2, 16, 8)")
+
+
 def test_meshes_with_guidance_are_compared(model_file: Write) -> None:
     found = forecast(job(model_file(), cfg=2), H200, "h200", Progress())
     by_title = {(o.world, o.title): o for o in found.options}
     assert {(2, "ulysses"), (2, "cfg 2"), (4, "ulysses"), (4, "cfg 2 x ulysses")} <= set(by_title)
     assert by_title[2, "cfg 2"].collectives == 1
+    assert by_title[4, "cfg 2 x ulysses"].mesh == "cfg=2,cp=2"
     apart, together = by_title[4, "cfg 2 x ulysses"], by_title[4, "ulysses"]
     assert 0 < apart.bytes_sent < together.bytes_sent
     assert apart.compute < 1.01 * together.compute
     alone = forecast(job(model_file(), 2), H200, "h200", Progress())
     assert all(o.cfg == 1 for o in alone.options)
+
+
+def test_an_even_batch_is_taken_for_two_branches(model_file: Write) -> None:
+    model = model_file(TWO_ROWS)
+    found = forecast(job(model, 2), H200, "h200", Progress())
+    assert "cfg 2" in [o.title for o in found.options]
+    eight = forecast(job(model, 2, exchange="int8"), H200, "h200", Progress())
+    assert all(o.cfg == o.tp == 1 for o in eight.options)
+
+
+def test_auto_takes_guidance_where_that_is_faster(model_file: Write, tmp_path: Path) -> None:
+    """Like a strategy: the bundle takes and returns what it would without; also when recalled."""
+    auto = replace(
+        job(model_file(TWO_ROWS), 2), strategy="auto", out=tmp_path / "out", proof="program",
+        open_axes=("cfg", "tp"), cache=tmp_path / "cache", precision="fp32",
+    )  # fmt: skip
+    made = convert(auto, select("auto", ()), Progress())
+    assert made.axes == {"cfg": 2, "cp": 1}
+    assert made.guidance is not None
+    assert (made.guidance.branches, made.guidance.rows, made.guidance.pairs) == (2, 1, False)
+    assert set(made.proof.controls) == {"cfg"}
+    again = convert(replace(auto, force=True), select("auto", ()), Progress())
+    assert again.proof.recalled
+    assert again.axes == made.axes
+    held = convert(replace(auto, force=True, open_axes=("tp",)), select("auto", ()), Progress())
+    assert held.axes == {"cp": 2}
+
+
+def test_sharing_weights_saves_them_and_costs_reductions() -> None:
+    """Where all fits, one option is there to be compared with."""
+    found = of_plain_dit()
+    (split,) = (o for o in found.options if o.tp > 1)
+    alone = next(o for o in found.options if (o.world, o.strategy) == (4, split.strategy))
+    assert (split.world, split.tp, split.cp, split.mesh) == (4, 2, 2, "cp=2,tp=2")
+    assert alone.weights / 2 < split.weights < 0.6 * alone.weights
+    assert split.memory == split.weights + split.activations
+    assert split.collectives > alone.collectives
+    asked = forecast(job(EXAMPLES / "plain_dit.py", 2, tp=2), H200, "h200", Progress())
+    assert [o.title for o in asked.options if o.tp > 1] == ["tp 2"]
+
+
+class Heard(Progress):
+    """Keeps what a person is told."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_tp_as_far_as_memory_asks(model_file: Write, tmp_path: Path) -> None:
+    """The same in a plan and for ``--strategy auto``."""
+    model = model_file()
+    of_two = [o for o in forecast(job(model, 2), H200, "", Progress()).options if o.world == 2]
+    (split,) = (o for o in of_two if o.tp == 2)
+    least = min(o.memory for o in of_two if o.tp == 1)
+    assert split.memory < least
+    told = msgspec.structs.replace(H200, memory_gb=(split.memory + least) / 2e9)
+    found = forecast(job(model, 2), told, "small", Progress())
+    assert "which nothing without tp does" in found.recommendation
+    own = tmp_path / "own.toml"
+    own.write_text(to_toml(told))
+    wanted = replace(
+        job(model, 2), strategy="auto", hardware=str(own), out=tmp_path / "out", open_axes=("tp",)
+    )
+    notes: list[str] = []
+    assert convert(wanted, select("auto", ()), Heard(notes)).axes == {"cp": 1, "tp": 2}
+    assert any(re.match("auto takes tp 2 on .*, which nothing without tp does", n) for n in notes)
 
 
 # --- recommendations ------------------------------------------------------------------------------
@@ -239,18 +313,55 @@ def option(strategy: str, world: int, seconds: float, **more: object) -> Option:
     )  # type: ignore[arg-type]  # fmt: skip
 
 
+GB = 1_000_000_000
+
+
 def test_the_fastest_that_fits_is_recommended() -> None:
     one = option("one GPU", 1, 8)
-    options = [one, option("ring", 4, 3), option("ulysses", 4, 2, fits=False)]
+    options = [one, option("ring", 4, 3, memory=5 * GB), option("ulysses", 4, 2, fits=False)]
     assert best(options[1:]) == options[1]
-    assert recommend(options).startswith("Take ring for 4 ranks: an estimated 3.00 s a forward")
-    assert recommend([one]) == "One GPU takes about 8.00 s a forward."
-    small = recommend([one, option("ring", 4, 9)])
+    assert recommend(options, 80) == (
+        "Take ring for 4 ranks: an estimated 3.00 s a forward, 2.7 times as fast as one GPU, fits "
+        "with 75 GB free."
+    )
+    assert recommend([one], 80) == "One GPU takes about 8.00 s a forward."
+    small = recommend([one, option("ring", 4, 9)], 80)
     assert small.startswith("Take one GPU: 4 would take an estimated 9.00 s")
-    none = recommend([one, option("ring", 4, 1, refused="no sequence")])
+    none = recommend([one, option("ring", 4, 1, refused="no sequence")], 80)
     assert none == "Nothing is possible with 4 ranks: no sequence."
     wasteful = [one, option("ulysses", 2, 4), option("ulysses", 8, 3)]
-    assert "uses its GPUs better (100% against 33%)" in recommend(wasteful)
+    assert "uses its GPUs better (100% against 33%)" in recommend(wasteful, 80)
+
+
+def test_guidance_goes_first_and_tp_says_what_it_would_cost() -> None:
+    options = [
+        option("one GPU", 1, 8),
+        option("ulysses", 8, 2, memory=30 * GB, mesh="cp=8"),
+        option("ulysses", 8, 1.5, cfg=2, memory=29 * GB, mesh="cfg=2,cp=4"),
+        option("ulysses", 8, 1.8, cfg=2, tp=2, memory=16 * GB, mesh="cfg=2,cp=2,tp=2"),
+    ]
+    assert recommend(options, 80) == (
+        "Take cfg 2 x ulysses for 8 ranks (--mesh cfg=2,cp=4): an estimated 1.50 s a forward, 5.3 "
+        "times as fast as one GPU, fits with 51 GB free; ulysses would take 2.00 s; tp 2 would "
+        "cost 300 ms and save 13 GB a rank."
+    )
+
+
+def test_weights_are_shared_where_nothing_else_fits_and_not_where_that_is_faster() -> None:
+    without, split = option("ulysses", 4, 3), option("ulysses", 4, 2, tp=2, mesh="cp=2,tp=2")
+    assert best([without, split]) == without
+    alone, without = (
+        msgspec.structs.replace(one, fits=False) for one in (option("one GPU", 1, 8), without)
+    )
+    told = recommend([alone, without, split], 80)
+    assert told.startswith("Take ulysses x tp 2 for 4 ranks (--mesh cp=2,tp=2): an estimated 2.00")
+    assert "4.0 times as fast as one GPU would be, fits" in told
+    assert told.endswith("free, which nothing without tp does.")
+    large = msgspec.structs.replace(split, fits=False, memory=90 * GB)
+    assert recommend([alone, large], 80) == (
+        "Nothing is possible with 4 ranks: the least, ulysses x tp 2, holds 90 GB a rank, and a "
+        "GPU has 80 GB."
+    )
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -278,6 +389,15 @@ def test_the_page_is_self_contained_and_draws_every_option() -> None:
     assert found.recommendation in text
     assert found.hardware.source in text
     assert "NaN" not in text
+
+
+def test_what_does_not_fit_is_marked() -> None:
+    found = of_plain_dit()
+    assert "too much" not in page(found)
+    last = msgspec.structs.replace(found.options[-1], fits=False)
+    text = page(msgspec.structs.replace(found, options=[*found.options[:-1], last]))
+    assert text.count(" (too much)</text>") == text.count("<b>too much</b>") == 1
+    assert last.title in text
 
 
 def test_names_are_escaped() -> None:
@@ -332,8 +452,14 @@ def test_the_command(cp_convert: Run, tmp_path: Path) -> None:  # noqa: F811
     assert "ulysses" in shown.out
     assert "one GPU" in shown.out
     assert (tmp_path / "plan.html").read_text().startswith("<!doctype html>")
+    assert re.search(r"^ +GPUs +cfg +cp +tp +strategy +sent +memory", shown.out, re.MULTILINE)
+    assert re.search(r"^ +2 +2 +ulysses ", shown.out, re.MULTILINE)
     told = json.loads(cp_convert("plan", model, "--world", 2, "--json").out)
     assert told["status"] == "ok"
+    last = told["options"][-1]
+    assert (last["mesh"], last["tp"], last["memory"]) == (
+        "tp=2", 2, last["weights"] + last["activations"],
+    )  # fmt: skip
     assert re.search("Take (one GPU|ulysses|allgather-kv|ring)", told["recommendation"])
     assert cp_convert("plan", model, "--hardware", "h300").code == 2
 
@@ -351,11 +477,13 @@ def test_auto_refuses_what_fits_nowhere(tmp_path: Path) -> None:
 
 def test_auto_names_no_groups_where_a_release_ignores_them(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, slow = (SimpleNamespace(seconds=s, activations=1) for s in (1.0, 2.0))
-    tried = [planning._Tried("usp", 2, fast), planning._Tried("ring", None, slow)]  # type: ignore[arg-type]
-    monkeypatch.setattr(planning, "_try_all", lambda *_: iter(tried))
-    gpu: Any = SimpleNamespace(memory_gb=80, title="a GPU")
+    tried = [choosing.Tried("usp", 2, fast), choosing.Tried("ring", None, slow)]  # type: ignore[arg-type]
+    plain = SimpleNamespace(divided=SimpleNamespace(spared=0))
+    monkeypatch.setattr(choosing, "arrange", lambda *_: plain)
+    monkeypatch.setattr(choosing, "try_all", lambda *_: iter(tried))
     nothing: Any = None
     found = [
-        planning.cheapest(nothing, nothing, gpu, 0, {}, groups=groups) for groups in (True, False)
+        choosing.cheapest(nothing, [[Mesh.line(4)]], choosing.Terms(H200, 0, {}, groups))
+        for groups in (True, False)
     ]
-    assert found == [("usp", 2), ("ring", None)]
+    assert [(one.strategy, one.ulysses) for one in found] == [("usp", 2), ("ring", None)]

@@ -150,3 +150,24 @@ def test_a_data_dependent_branch_is_refused_with_its_line() -> None:
     with pytest.raises(CannotTrace) as caught:
         trace(Branch(), {"x": torch.ones(2)}, {})
     assert "test_trace.py" in (caught.value.where or "")
+
+
+class Mapped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: row + 1)(x)
+
+
+def test_a_vmap_is_refused_by_the_name_it_was_written_with() -> None:
+    with pytest.raises(CannotTrace, match=r"forward uses torch\.func\.vmap, as FlexAttention's"):
+        trace(Mapped(), {"x": torch.ones(2, 3)}, {})
+
+
+class Counted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float(x.long().numpy().max())
+
+
+def test_numpy_in_forward_is_refused_in_words() -> None:
+    with pytest.raises(CannotTrace, match="takes a tensor's numbers to NumPy") as caught:
+        trace(Counted(), {"x": torch.ones(2)}, {})
+    assert "test_trace.py" in (caught.value.where or "")

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cp_convert import cli
+from cp_convert.cli import mesh
 from tests.bundle.test_folder import written
 
 Run = Callable[..., "Result"]
@@ -319,3 +321,16 @@ def test_presets_are_listed_and_printed(cp_convert: Run, tmp_path: Path) -> None
     assert told["wan2.1-14b"]["config"]["num_layers"] == 40
     (tmp_path / "mine.toml").write_text(cp_convert("presets", "flux.1-dev").out)
     assert json.loads(cp_convert("presets", "--json", "flux.1-dev").out) == told["flux.1-dev"]
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [({}, ("cfg", "tp")), ({"tp": 1}, ("cfg",)), ({"cfg": 2, "tp": 2}, ()),
+     ({"mesh": "cfg=2"}, ("tp",)), ({"mesh": "cp=8"}, ())],
+)  # fmt: skip
+def test_auto_decides_the_axes_that_nobody_named(
+    given: dict[str, Any], left: tuple[str, ...]
+) -> None:
+    options = {"mesh": None, "cfg": None, "tp": None, "world": 8, **given}
+    mesh.taken(options)
+    assert options["open_axes"] == left

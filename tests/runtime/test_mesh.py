@@ -25,6 +25,7 @@ class Case:
     world: int
     combine: str | None = None
     mode: str = "embedded"
+    tp: int = 1
 
     def made(self, folder: Path) -> tuple[Path, Any]:
         """The bundle, with its inputs beside it, and what the dense model returns for them."""
@@ -33,7 +34,7 @@ class Case:
         model.write_text(MODELS[self.name])
         converted(
             model, folder / "out", self.strategy, self.world, cfg=2, combine=self.combine,
-            weights_mode=self.mode,
+            weights_mode=self.mode, tp=self.tp,
         )  # fmt: skip
         job = Job(model, "ring", 2, Path(), cfg=2, combine=self.combine, precision="fp32")
         with surroundings(job):
@@ -54,10 +55,12 @@ CASES = [
     Case("flux", "ulysses", 4, mode="external"),
     Case("wan", "ring", 4),
     Case("qwen", "allgather-kv", 4, "guidance_scale"),
+    Case("wan", "ulysses", 8, mode="external", tp=2),
 ]
+THREE_AXES = CASES[-1]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.world == world]
     made, expected = zip(
@@ -65,7 +68,8 @@ def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) 
     )
     for out, case in zip(made, cases, strict=True):
         manifest, _ = bundles.read(out)
-        assert manifest.axes == {"cfg": 2, "cp": world // 2}
+        tensor = {"tp": 2} if case.tp == 2 else {}
+        assert manifest.axes == {"cfg": 2, "cp": world // 2 // case.tp, **tensor}
         guidance = manifest.guidance
         assert guidance is not None
         assert (guidance.branches, guidance.rows, guidance.pairs) == (2, 1, True)
@@ -77,10 +81,18 @@ def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) 
             assert (one[0] - dense).abs().max() <= 1e-5 * dense.abs().max()
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("wan", "ulysses", 2, "guidance_scale"),
+        pytest.param(THREE_AXES, marks=pytest.mark.slow),
+    ],
+    ids=["cfg", "cfg, cp, tp"],
+)
 def test_run_compares_with_the_dense_model(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
+    case: Case, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    out, _ = Case("wan", "ulysses", 2, "guidance_scale").made(tmp_path / "made")
+    out, _ = case.made(tmp_path / "made")
     with pytest.raises(SystemExit) as stop:
         cli.main(["run", str(out), "--executor", "torch", "--devices", "cpu", "--json"])
     assert stop.value.code == 0

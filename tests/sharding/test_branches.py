@@ -16,14 +16,14 @@ from cp_convert.capture.trace import trace
 from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.engine.specialise import specialise
-from cp_convert.errors import CannotShard, ProofFailed, UsageError
+from cp_convert.errors import CannotShard, CannotTrace, ProofFailed, UsageError
 from cp_convert.ir import ops
 from cp_convert.ir.program import Lowered
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.sharded import Guided
 from cp_convert.ir.source import Branches
 from cp_convert.mesh import GUIDANCE, Mesh
-from cp_convert.model.branches import branched
+from cp_convert.model.branches import blamed_on_rows, branched
 from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Stages, measure, prove, prove_networks
 from cp_convert.sharding.branches import split_branches
@@ -291,3 +291,18 @@ def test_one_branch_is_repeated_and_not_copied() -> None:
     with pytest.raises(UsageError, match="no argument idz"):
         branched({"x": x}, Takes(), 3, kept=("idz",))
     assert replace(known, widened=False) == branched({"x": x}, Takes(), 3)[1]
+
+
+class OneRow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(1, 24, 8)
+
+
+def test_a_forward_that_takes_one_row_is_told_of_the_others() -> None:
+    given, known = branched({"x": torch.randn(1, 24, 8)}, OneRow(), 2)
+    told = r"one row 2 times, once a branch, and failed: RuntimeError: shape '\[1, 24, 8\]'"
+    with pytest.raises(CannotTrace, match=told) as caught, blamed_on_rows(known):
+        measure(OneRow(), given)
+    assert "test_branches.py" in (caught.value.where or "")
+    with pytest.raises(CannotTrace, match=r"^RuntimeError"), blamed_on_rows(NONE):
+        measure(OneRow(), given)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from cp_convert.ir.ops import COLLECTIVES
 from cp_convert.ir.program import Lowered
 from cp_convert.ir.proof import Proof
 from cp_convert.ir.shares import Divided, Shared
-from cp_convert.mesh import TENSOR, Mesh
+from cp_convert.mesh import AXES, TENSOR, Mesh
+from cp_convert.model.tp_plan import declared
 from cp_convert.prove import Stages, measure, prove
 from cp_convert.sharding.others import along_others
 from cp_convert.sharding.shard import shard
@@ -133,8 +135,9 @@ def proven(
     mesh: Mesh,
     name: str = "ulysses",
     sabotage: Sabotage | None = None,
+    late: Sabotage | None = None,
 ) -> tuple[Proof, Divided, Lowered]:
-    """What the proof says of ``module`` on this mesh, after ``sabotage``."""
+    """What the proof says of ``module`` here, after ``sabotage``, or ``late`` at the end."""
     truth = measure(module, given)
     program, _ = trace(module, given, {})
     dense = decompose(program, table())
@@ -146,6 +149,7 @@ def proven(
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, strategy(name, axis.size), name, axis, table())
     sites = [(o.site, o.node) for o in outcomes]
+    done = done if late is None else late(done, mesh)
     stages = Stages(dense, control, done, done, sites, axis, others=mesh.others)
     return prove(truth, given, stages), divided, done
 
@@ -363,12 +367,32 @@ def test_planted_faults_are_found(sabotage: Sabotage) -> None:
         proven(block(Packed()), inputs(), Mesh.of(4, tp=2), sabotage=sabotage)
 
 
+@pytest.mark.parametrize(("axis", "other"), permutations(AXES, 2))
+def test_a_group_of_another_axis_is_found_on_a_mesh_of_three(axis: str, other: str) -> None:
+    """All axes have two ranks, so that every shape is right."""
+
+    def mistaken(program: Lowered, mesh: Mesh) -> Lowered:
+        def edit(graph: fx.Graph) -> None:
+            own = mesh.axis(axis).flat
+            found = [n for n in graph.nodes if n.target in COLLECTIVES and n.args[-2] == own]
+            found[-1].args = (*found[-1].args[:-2], mesh.axis(other).flat, 2)
+
+        return _edited(program, edit)
+
+    given = {name: torch.cat([x, x.flip(-1)]) for name, x in inputs().items()}
+    with pytest.raises(ProofFailed, match="astray"):
+        proven(block(Packed()), given, Mesh.of(8, cfg=2, tp=2), late=mistaken)
+
+
 # ---------------------------------------------------------------- against diffusers' own plans
 
 
 @pytest.mark.parametrize("name", ["flux", "flux2", "qwen"])
 def test_what_is_found_contains_what_diffusers_plans(name: str) -> None:
-    """Every matrix and bias of ``_tp_plan``, along the same dimension, in the same blocks."""
+    """Every matrix and bias of ``_tp_plan``, along the same dimension, in the same blocks.
+
+    As a plan, it is read as diffusers reads it, and nothing else is shared then.
+    """
     from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
 
     namespace: dict[str, Any] = {}
@@ -388,3 +412,13 @@ def test_what_is_found_contains_what_diffusers_plans(name: str) -> None:
             continue
         assert found[parameter].dim == dim
         assert [s.length for s in found[parameter].layout.segments] == blocks, parameter
+    plan = declared(module._tp_plan, module)
+    weights = {name: spec for name, spec in planned.items() if name.endswith(".weight")}
+    assert {name: (one.dim, list(one.blocks)) for name, one in plan.items()} == weights
+    by_node = {node: plan[name] for node, name in program.parameters.items() if name in plan}
+    _, strict = along_others(decompose(program, table()), Mesh.of(2, tp=2), by_node)
+    shared = {program.parameters[node]: share for node, share in strict.shares.items()}
+    assert {name for name, share in shared.items() if name in plan} == weights.keys() & read
+    assert all(found[name] == share for name, share in shared.items())
+    others = {n for n in shared if n.endswith("weight") and "norm" not in n} - weights.keys()
+    assert not others
