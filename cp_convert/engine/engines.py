@@ -60,6 +60,12 @@ class Wanted:
             network=self.job.proof in ("auto", "network"),
         )
 
+    @property
+    def label(self) -> str:
+        """What they are called in front of their ranks."""
+        variant = "" if self.variant is None else f"{self.variant} "
+        return variant if self.piece is None else f"{variant}piece {self.piece} "
+
     def key(self, task: Task, program: str) -> str:
         """For the cache; ``program`` is the digest of the packed one."""
         told = (task.rank, task.backend, task.fused, task.targets, task.external, task.network)
@@ -74,19 +80,24 @@ def ranks_of(loaded: Loaded, emitted: Emitted) -> Sequence[int]:
 def build_pieces(
     loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, progress: Progress
 ) -> Built:
-    """Engines of all ranks, for one piece of the program after another.
+    """Engines of all ranks, for every piece of the program; pieces are built beside one another.
 
     Raises:
         BuildFailed: see :func:`build_all`.
     """
-    job, ranks, found = loaded.job, ranks_of(loaded, emitted), list[Built]()
-    for number, program in enumerate(emitted.programs):
+    job, ranks = loaded.job, ranks_of(loaded, emitted)
+
+    def of_piece(number: int) -> Built:
         piece = None if emitted.pieces is None else number
-        names, variant = emitted.names_in(program), loaded.source.variant.name
+        program, variant = emitted.programs[number], loaded.source.variant.name
+        names = emitted.names_in(program)
         wanted = Wanted(job, loaded.backend, loaded.tool, program, names, ranks, variant, piece)
         folder = loaded.folder / loaded.within / piece_folder(piece)
         folder.mkdir(parents=True, exist_ok=True)
-        found.append(build_all(wanted, pool, cache, folder, progress))
+        return build_all(wanted, pool, cache, folder, progress)
+
+    with pool.beside() as threads:
+        found = list(threads.map(of_piece, range(len(emitted.programs))))
     engines = tuple(one for built in found for one in _under_all_names(built, job.mesh.ranks))
     return Built(engines, {at: key for built in found for at, key in built.keys.items()})
 
@@ -130,8 +141,9 @@ def build_all(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: 
             progress.step("build")
     if tasks:
         packed.write(file)
-    label = "" if wanted.variant is None else f"{wanted.variant} "
-    building = pool.build(list(tasks.values()), packed.nbytes, packed.tensors, progress, label)
+    building = pool.build(
+        list(tasks.values()), packed.nbytes, packed.tensors, progress, wanted.label
+    )
     for engine, answer in building:
         with cache.store("engines", keys[engine.rank], {ENGINE: engine.sha256}) as kept:
             place(engine.path, kept / ENGINE)

@@ -229,7 +229,8 @@ def _done(site: Attention) -> str:
 
 
 def _io_table(manifest: Manifest) -> Table:
-    table = table_of("Bindings of every engine", "mode", "name", "dtype", "shape")
+    whole = "the whole" if manifest.pieces else "every engine"
+    table = table_of(f"Bindings of {whole}", "mode", "name", "dtype", "shape")
     for io in manifest.io:
         table.add_row(
             io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar"

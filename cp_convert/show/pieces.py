@@ -70,7 +70,8 @@ def pieces_line(manifest: Manifest) -> str | None:
     if not manifest.pieces:
         return None
     ends = ", ".join(piece.after for piece in manifest.pieces if piece.after is not None)
-    return f"{plural(len(manifest.pieces), 'engine')} a rank, cut after {ends}; {_skips(manifest)}"
+    count = plural(len(manifest.pieces), "engine")
+    return f"{count} a rank, cut after {ends}; a step cache {_skips(manifest)}"
 
 
 def steps_line(manifest: Manifest) -> str:
