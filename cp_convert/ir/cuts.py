@@ -115,7 +115,7 @@ def check_order(cuts: Sequence[Cut], graph: fx.Graph, free: Collection[fx.Node])
         )
 
 
-def check_narrow(cut: Cut, free: Collection[fx.Node]) -> None:
+def check_narrow(cut: Cut) -> None:
     """Refuse to cut where a stream runs beside the module that is named.
 
     Raises:

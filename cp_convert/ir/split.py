@@ -101,11 +101,10 @@ def split(program: Lowered, modules: Sequence[str]) -> Pieces:
     cuts = sorted((cut_of(graph, name, free) for name in modules), key=lambda cut: len(cut.before))
     check_order(cuts, graph, free)
     for cut in cuts:
-        check_narrow(cut, free)
-    place = {node: number for number, cut in reversed(list(enumerate(cuts))) for node in cut.before}
+        check_narrow(cut)
     work = [n for n in graph.nodes if n not in free and n.op != "placeholder"]
-    place = {node: place.get(node, len(cuts)) for node in work}
-    step, why_not = _step(cuts, place, graph)
+    place = {node: sum(node not in cut.before for cut in cuts) for node in work}
+    step, why_not = _step(cuts, place)
     whole = _Whole(program, place, free, len(cuts))
     pieces = []
     for number, after in enumerate([*(cut.module for cut in cuts), None]):
@@ -122,9 +121,7 @@ class _Entered:
     told: Step
 
 
-def _step(
-    cuts: Sequence[Cut], place: Mapping[fx.Node, int], graph: fx.Graph
-) -> tuple[_Entered | None, str | None]:
+def _step(cuts: Sequence[Cut], place: Mapping[fx.Node, int]) -> tuple[_Entered | None, str | None]:
     """What a cache over steps needs, or why there cannot be one."""
     if len(cuts) < 2:
         return None, "a first and a last piece leave nothing between them to skip"

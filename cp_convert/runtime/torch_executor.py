@@ -75,7 +75,7 @@ class TorchExecutor:
             Called, rank=rank, groups=names, device=self.device, compiled=compiled, graph=graph
         )
         self._called = {
-            name: Pieces(name, one, _modules(self.choice.manifests[name]), called, steps)
+            name: CalledPieces(name, one, _modules(self.choice.manifests[name]), called, steps)
             for name, one in stored.items()
         }
         shared, own = weights_of(self.choice.manifests, rank, programs=True)
@@ -115,7 +115,7 @@ class TorchExecutor:
         self.close()
 
 
-class Pieces:
+class CalledPieces:
     """One variant's program on one rank, in its pieces.
 
     Args:
