@@ -119,6 +119,8 @@ class Asked:
         exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
         quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
         keep: patterns of the paths of linear layers that are left in the precision.
+        split_after: paths of modules after which the program is cut; the model is then several
+            engines a rank, run one after another.
         calibration: safetensors files of inputs, whose range decides the scales beside the
             example's.
         max_loss: what quantization may cost of the output, relative, as a root mean square.
@@ -167,6 +169,7 @@ class Asked:
     exchange: str | None = None
     quantize: str | None = None
     keep: tuple[str, ...] = ()
+    split_after: tuple[str, ...] = ()
     calibration: tuple[Path, ...] = ()
     max_loss: float | None = None
     rtol: float | None = None

@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # late: it imports TensorRT, which a recalled job does withou
 _LATER: Final = frozenset(
     {
         "strategy", "world", "open_axes", "ulysses", "hardware", "exchange", "layout", "program",
-        "max_loss", "rtol", "unsafe_groups", "out", "force", "cache", "jobs", "memory", "command",
+        "max_loss", "rtol", "split_after", "unsafe_groups", "out", "force", "cache", "jobs",
+        "memory", "command",
     }
 )  # fmt: skip
 """Options that decide nothing before the strategy."""
@@ -42,7 +43,7 @@ class Common:
         keeps: whether another job follows that will want it.
         job: the first, whose model it is.
         source: the model.
-        values: see :class:`.ir.records.Loaded`.
+        values: the key of its numbers, see :class:`.ir.records.Loaded`.
         traces: its variants' programs, where they were traced and not measured.
         begun: its variants', where they came so far.
     """

@@ -64,6 +64,7 @@ class Job(Asked):
         for option, value in (("jobs", self.jobs), ("memory", self.memory)):
             if value is not None and value < 1:
                 raise UsageError(f"--{option} {value}: at least 1 is needed.")
+        _check_listed("split-after", self.split_after)
         self._check_quantize()
         self._check_errors()
         _check_model(self.model)

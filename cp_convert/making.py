@@ -67,7 +67,8 @@ def make(
             made = replace(made, program=_stored(made, placing, clock))
             told.append(describe(made, clock.seconds))
             own = made.built.keys
-            keys |= {e.file: own.get(e.rank, own.get(0, "")) for e in told[-1].engines}
+            for e in told[-1].engines:
+                keys[e.file] = own.get((e.piece, e.rank), own.get((e.piece, 0), ""))
             programs.append(program)
     return joined(told), keys, programs
 

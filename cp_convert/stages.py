@@ -12,20 +12,18 @@ from typing import Any
 
 from .arranging import arranged
 from .bundle.external import Placing
-from .bundle.folder import engine_name
 from .cache.fingerprint import program_key
 from .cache.store import Cache
 from .capture.capture import capture, traced
 from .capture.combine import combine
 from .capture.residual import float32_residual
 from .engine.build import prepare
-from .engine.engines import Wanted, build_all
+from .engine.engines import build_pieces, networks_of, ranks_of
 from .engine.fold_weights import fold_weights
 from .engine.lower import lower
 from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
-from .files import place
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
 from .ir.records import (
@@ -38,6 +36,7 @@ from .ir.records import (
     Traced,
 )
 from .ir.source import Source
+from .ir.split import split
 from .job import AUTO, FUSED, RESIDUAL, Job
 from .model.branches import blamed_on_rows
 from .progress import Clock
@@ -45,6 +44,7 @@ from .prove import (
     Stages,
     Truth,
     check_device,
+    check_pieces,
     flat_inputs,
     measure,
     measure_program,
@@ -238,9 +238,12 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
         lowered = lower(folded.program)
+        after = rewritten.job.split_after
+        pieces = split(lowered, after) if after else None
     apart = {} if captured.linears is None else captured.linears.weights
     codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
-    return Emitted(program, lowered, layout, folded.names, {**folded.constants, **codes})
+    constants = {**folded.constants, **codes}
+    return Emitted(program, lowered, layout, folded.names, constants, pieces)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -272,35 +275,19 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
         others = job.mesh.others
         stages = Stages(*programs, sites, axis, quantized, plain, others)
         device = check_device(job.proof_device)
+        if emitted.pieces is not None:
+            flat = flat_inputs(emitted.program, inputs)
+            check_pieces(emitted.pieces.programs, emitted.program, flat, job.world, device)
         return prove(
             begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
         )
 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
-    """Engines of all ranks; with the layout ``shared`` one, under all their names."""
-    world = loaded.job.mesh.ranks
-    ranks = world if emitted.layout == "per-rank" else range(1)
-    with clock.stage("build", total=len(ranks)):
-        wanted = Wanted(
-            loaded.job,
-            loaded.backend,
-            loaded.tool,
-            emitted.program,
-            emitted.names,
-            ranks,
-            loaded.source.variant.name,
-        )
-        folder = loaded.folder / loaded.within
-        folder.mkdir(parents=True, exist_ok=True)
-        built = build_all(wanted, pool, cache, folder, clock.progress)
-    engines, recalled = list(built.engines), list(built.recalled)
-    for rank in world[len(engines) :]:
-        twin = engines[0].path.with_name(engine_name(rank))
-        place(engines[0].path, twin)
-        engines.append(replace(engines[0], rank=rank, path=twin))
-        recalled.extend([rank] if recalled else [])
-    return replace(built, engines=tuple(engines), recalled=tuple(recalled))
+    """Engines of all ranks, for every piece of the program."""
+    count = len(ranks_of(loaded, emitted)) * len(emitted.programs)
+    with clock.stage("build", total=count):
+        return build_pieces(loaded, emitted, pool, cache, clock.progress)
 
 
 def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
@@ -310,14 +297,14 @@ def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
         return None
     program = emitted.program
     with clock.stage("replay"):
-        networks = [engine.network for engine in engines if engine.network is not None]
+        networks, *later = networks_of(engines, len(emitted.programs))
         inputs = flat_inputs(program, made.loaded.source.all_inputs)
         shared = {node: name for node, name in emitted.names.items() if node in program.own}
         whole = emitted.names.keys() - shared
         inputs |= {emitted.names[node]: program.state[node] for node in whole}
         own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        return prove_networks(networks, inputs, made.proof, program, device, own)
+        return prove_networks(networks, inputs, made.proof, program, device, own, later=later)
 
 
 def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:

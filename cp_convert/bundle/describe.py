@@ -24,9 +24,11 @@ from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_pieces import pieces_entry, step_entry
 from .describe_proof import proof_entry
 from .describe_quantized import quantization
 from .describe_tensor import tensor_entry
+from .folder import piece_folder
 
 REFERENCE: Final = "the dense model in float32 on the same inputs and weights"
 OWN_REFERENCE: Final = "the model's own ranks together in float32, before the sequence was sharded"
@@ -64,7 +66,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         plan=[_plan_entry(a) for a in signature.applied],
         sharding=[_sharding(move) for move in _moves(made)],
         attention=[_attention(outcome) for outcome in made.rewritten.outcomes],
-        collectives=_collectives(made.built.engines[0]),
+        collectives=_collectives(made.built.first),
         layout=made.emitted.layout,  # type: ignore[arg-type]
         weights_mode="external" if source.external else "embedded",
         weights=[weight_entry(w) for w in made.weights],
@@ -78,6 +80,8 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         variants=[],
         timings=dict(timings),
         command=job.command,
+        pieces=pieces_entry(made),
+        step=step_entry(made),
     )
 
 
@@ -92,7 +96,7 @@ def _forward(source: Source, signature: Signature) -> m.Forward:
 
 def _backend(made: Made) -> m.Backend:
     backend, job = made.loaded.backend, made.loaded.job
-    used = {one.instead for one in made.built.engines[0].collectives}
+    used = {one.instead for engine in made.built.first for one in engine.collectives}
     return m.Backend(
         name=backend.name,  # type: ignore[arg-type]
         version=backend.version,
@@ -111,15 +115,24 @@ def _targets(made: Made) -> list[str]:
 
 def _runs_on(made: Made) -> m.RunsOn:
     name, version = made.loaded.backend.name, made.loaded.backend.version
-    engine, world = made.built.engines[0], made.loaded.job.world
+    own, world = made.built.first, made.loaded.job.world
     devices = world > 1
-    groups = are_parts((one.group for one in engine.collectives), world)
+    groups = are_parts((one.group for engine in own for one in engine.collectives), world)
     return m.RunsOn(
         release=first_for(name, devices=devices, groups=groups),
         nccl=NCCL if devices else None,
-        compute_capabilities=list(engine.capabilities) or _backend(made).compute_capabilities,
+        compute_capabilities=_capabilities(own) or _backend(made).compute_capabilities,
         doubt=doubt(name, version, devices=devices, groups=groups),
     )
+
+
+def _capabilities(engines: Sequence[Engine]) -> list[str]:
+    """Of GPUs that run all of a rank's engines."""
+    first, *others = (engine.capabilities for engine in engines)
+    if any(one.endswith("+") for of_one in (first, *others) for one in of_one):
+        least = [of_one[0] for of_one in (first, *others) if of_one]
+        return [max(least, key=lambda one: tuple(map(int, one.rstrip("+").split("."))))]
+    return [one for one in first if all(one in other for other in others)]
 
 
 def _guidance(made: Made) -> m.Guidance | None:
@@ -164,11 +177,12 @@ def _request(job: Job, source: Source) -> m.Request:
 def _engine(engine: Engine, made: Made) -> m.Engine:
     return m.Engine(
         rank=engine.rank,
-        file=f"{made.loaded.within}{engine.path.name}",
+        file=f"{made.loaded.within}{piece_folder(engine.piece)}{engine.path.name}",
         bytes=engine.size,
         sha256=engine.sha256,
         activation_bytes=engine.activations,
-        recalled=engine.rank in made.built.recalled,
+        recalled=engine.recalled,
+        piece=engine.piece,
     )
 
 
@@ -297,9 +311,9 @@ def _attention(outcome: Outcome) -> m.Attention:
     )
 
 
-def _collectives(engine: Engine) -> list[m.Collective]:
+def _collectives(engines: Sequence[Engine]) -> list[m.Collective]:
     groups: dict[tuple[str, str], list[int]] = {}
-    for one in engine.collectives:
+    for one in (one for engine in engines for one in engine.collectives):
         groups.setdefault((one.operator, one.kind), []).append(
             bytes_sent(one.kind, one.payload, len(one.group))
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .manifest import Attention, Manifest, Proof, Weight
+from .manifest import Attention, Engine, Manifest, Proof, Weight
 from .variants import all_variants, names_of
 
 Facts = Mapping[str, str | None]
@@ -126,6 +126,7 @@ def _strategy(manifest: Manifest) -> Facts:
         "groups": repr(manifest.groups),
         "guidance": None if manifest.guidance is None else repr(manifest.guidance),
         "layout": manifest.layout,
+        "split after": _joined([p.after for p in manifest.pieces if p.after is not None]),
         "plan from": manifest.plan_source,
         **_numbered("plan", plan),
         **_numbered("sharding", moves),
@@ -182,13 +183,18 @@ def _proof(proof: Proof) -> Facts:
 
 def _sizes(manifest: Manifest) -> Facts:
     total = sum({(w.file, w.offset): w.bytes for w in manifest.weights}.values())
-    engines = {f"rank {e.rank}": f"{e.bytes} bytes" for e in manifest.engines}
+    engines = {_place(e): f"{e.bytes} bytes" for e in manifest.engines}
     needs = {
-        f"rank {e.rank} activations": f"{e.activation_bytes} bytes"
+        f"{_place(e)} activations": f"{e.activation_bytes} bytes"
         for e in manifest.engines
         if e.activation_bytes is not None
     }
     return {"weights": f"{total} bytes", **engines, **needs}
+
+
+def _place(engine: Engine) -> str:
+    piece = "" if engine.piece is None else f", piece {engine.piece}"
+    return f"rank {engine.rank}{piece}"
 
 
 def _files(manifest: Manifest) -> Facts:

@@ -59,6 +59,11 @@ def engine_name(rank: int) -> str:
     return f"rank{rank}.engine"
 
 
+def piece_folder(piece: int | None) -> str:
+    """The folder of a piece's engines, ending in a slash; none: that of the bundle."""
+    return "" if piece is None else f"piece{piece}/"
+
+
 def check_target(out: Path, *, force: bool) -> None:
     """Refuse, before any work is done, a target that could not be written in the end.
 
@@ -274,7 +279,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 def _variant_checks(manifest: Manifest, folder: Path) -> Iterator[Check]:
     ranks = [engine.rank for engine in manifest.engines]
-    expected = list(range(manifest.world))
+    expected = list(range(manifest.world)) * (len(manifest.pieces) or 1)
     problem = None if ranks == expected else f"lists ranks {ranks}, expected {expected}"
     name = manifest.request.variant
     yield Check("ranks" if name is None else f"ranks of {name}", problem)

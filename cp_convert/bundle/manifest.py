@@ -26,6 +26,9 @@ from .converted import Cast as Cast
 from .converted import Model as Model
 from .converted import Tool as Tool
 from .guidance import Guidance as Guidance
+from .pieces import Piece as Piece
+from .pieces import Step as Step
+from .pieces import Stream as Stream
 from .quantized import Error as Error
 from .quantized import Quantization as Quantization
 from .stored import BundleFile as BundleFile
@@ -152,6 +155,7 @@ class Engine(_Struct, frozen=True):
 
     ``activation_bytes`` is what TensorRT's builder says it needs; ``recalled`` says that the engine
     was not built in this conversion, but in an earlier one from the same program (the cache).
+    ``piece`` is the number of the one of the manifest's ``pieces`` that it is.
     """
 
     rank: Count
@@ -160,6 +164,7 @@ class Engine(_Struct, frozen=True):
     sha256: Sha256
     activation_bytes: Count | None
     recalled: bool
+    piece: Count | None = None
 
 
 class Program(_Struct, frozen=True):
@@ -237,6 +242,8 @@ class Variant(_Struct, frozen=True):
     unused: list[str]
     program: Program | None
     proof: Proof
+    pieces: list[Piece] = msgspec.field(default_factory=list)
+    step: Step | str | None = None
 
 
 class Manifest(_Struct, frozen=True):
@@ -251,6 +258,9 @@ class Manifest(_Struct, frozen=True):
     ``quantization`` is null where everything is computed and sent in the precision.
     ``lora`` are sets that were added later, see ``cp-convert lora``. ``variants`` are further
     shapes of the model; all that differs between them is here that of the first.
+    ``pieces`` is empty where every rank has one engine; else each has one of every piece, and
+    ``engines`` lists all ranks' of the first piece, then those of the next. ``step`` tells which
+    of them a cache over steps may skip, or why it can skip none; null where there are no pieces.
     """
 
     schema_version: Literal[7]
@@ -289,6 +299,8 @@ class Manifest(_Struct, frozen=True):
     variants: list[Variant]
     timings: dict[str, Seconds]
     command: str
+    pieces: list[Piece] = msgspec.field(default_factory=list)
+    step: Step | str | None = None
 
 
 def decode(data: bytes) -> Manifest:

@@ -125,6 +125,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "strategy names no groups.",
 )  # fmt: skip
 @click.option(
+    "--split-after", multiple=True, metavar="MODULE",
+    help="Cut the program after this module, such as transformer_blocks.0; repeatable. Every rank "
+    "gets one engine more, and a step cache may skip those between the first and the last.",
+)  # fmt: skip
+@click.option(
     "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
     help="Build for this GPU generation; repeatable, tensorrt-rtx only.",
 )  # fmt: skip

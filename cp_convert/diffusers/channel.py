@@ -26,6 +26,8 @@ from ..runtime.watch import Silence, watched
 
 Tensors = Mapping[str, Tensor]
 Variant = str | None
+Context = tuple[int, str | None]
+"""Of a step cache: which picture, by number, and which of its branches."""
 Run = Callable[[Variant, Tensors], dict[str, Tensor]]
 Told = Callable[[str], None]
 _CALL: Final = "call"
@@ -67,18 +69,20 @@ class Channel:
         if self.rank == 0:
             threading.Thread(target=self._present, daemon=True).start()
 
-    def led(self, variant: Variant, given: Tensors, run: Run) -> dict[str, Tensor]:
+    def led(
+        self, variant: Variant, context: Context, given: Tensors, run: Run
+    ) -> dict[str, Tensor]:
         """Rank 0: a forward on all ranks."""
         with self._one_at_a_time:
-            self._tell(_CALL, variant)
+            self._tell(_CALL, (variant, context))
             for tensor in given.values():
                 self._send(tensor)
             return run(variant, given)
 
     def heard(
         self, manifests: Mapping[Variant, Manifest], device: torch.device, told: Told
-    ) -> Iterator[tuple[Variant, Tensors]]:
-        """The others: variant and inputs of one call after another, until rank 0 is done.
+    ) -> Iterator[tuple[Variant, Context, Tensors]]:
+        """The others: variant, context and inputs of call after call, until rank 0 is done.
 
         Raises:
             RunFailed: rank 0 says that it failed.
@@ -92,8 +96,10 @@ class Channel:
                 return
             if kind == _CALL:
                 told("running a forward")
-                inputs = inputs_of(manifests[words])
-                yield words, {name: self._received(io, device) for name, io in inputs.items()}
+                variant, context = words
+                inputs = inputs_of(manifests[variant])
+                given = {name: self._received(io, device) for name, io in inputs.items()}
+                yield variant, context, given
 
     def settle(self, device: torch.device) -> None:
         """Wait for the forward, so that one that hangs is noticed here."""
@@ -118,10 +124,10 @@ class Channel:
                     if not self._over.is_set():
                         self._tell(_WAIT)
 
-    def _tell(self, kind: str, words: str | None = "") -> None:
+    def _tell(self, kind: str, words: Any = "") -> None:
         dist.broadcast_object_list([(kind, words)], group_src=0, group=self._control)
 
-    def _hear(self) -> tuple[str, str | None]:
+    def _hear(self) -> tuple[str, Any]:
         found: list[Any] = [None]
         dist.broadcast_object_list(found, group_src=0, group=self._control)
         kind, words = found[0]

@@ -39,11 +39,12 @@ def load_transformer(
     timeout: float | None = None,
     guidance: str | None = None,
     variant: str | None = None,
+    step_cache: float | None = None,
 ) -> Transformer:
     """Open this process's rank of a bundle as a model of diffusers; collective.
 
-    Under torchrun, srun or mpirun a process takes its rank and its GPU from there, and joins a
-    process group where none is initialised; it leaves that at :meth:`.Transformer.close`.
+    Under torchrun, srun or mpirun a process takes its rank and GPU from there, and joins a process
+    group where none is initialised; it leaves that at :meth:`.Transformer.close`.
 
     Args:
         bundle: its folder.
@@ -56,25 +57,29 @@ def load_transformer(
         check: whether ranks that all run the pipeline compare, at every call, what they are given.
         config: what pipelines read of the model's configuration, besides what the bundle keeps.
         timeout: seconds to wait for rank 0, or a forward; ``None``: 60, and 600 with ``compiled``.
-        guidance: ``pairs`` where a pipeline calls once a guidance branch (see :mod:`.pairs`).
-        variant: the only one to open; ``None``: all, of which every call takes its own by shapes.
+        guidance: ``pairs`` where a pipeline calls once a branch (see :mod:`.pairs`).
+        variant: the only one to open; ``None``: all, of which a call takes its own by shapes.
+        step_cache: threshold of a step cache, for a bundle in pieces (docs/step-cache.md).
 
     Raises:
-        ConvertError: the bundle cannot be opened here, or the ranks do not belong together.
+        ConvertError: it cannot be opened here, or ranks do not belong together.
     """
-    _check_executor(executor)
-    kind, (manifest, _) = model_class(), bundles.read(Path(bundle))
-    pairs, seconds = _is_pairs(guidance, manifest), timeout or (600.0 if compiled else 60.0)
+    kind, manifest = model_class(), bundles.read(Path(bundle))[0]
+    pairs, seconds = _is_pairs(executor, guidance, manifest), _patience(timeout, compiled)
     with ExitStack() as stack:
         where = _met(manifest, device, communicator, seconds, stack, variant)
         opened = stack.enter_context(runtime.open(
             bundle, executor=executor, device=str(where), communicator=communicator,
-            compiled=compiled, graph=graph, verify=verify, variant=variant,
+            compiled=compiled, graph=graph, verify=verify, variant=variant, step_cache=step_cache,
         ))  # fmt: skip
-        ranks = _ranks(opened, communicator, seconds, check=check)
-        ends = stack.pop_all()
+        ranks, ends = _ranks(opened, communicator, seconds, check=check), stack.pop_all()
         module = kind(opened, where, config=config or {}, ranks=ranks, ends=ends, pairs=pairs)
         return _ended(module, ranks)
+
+
+def _patience(timeout: float | None, compiled: bool) -> float:
+    """Seconds; what is compiled is compiled in the first forward."""
+    return timeout or (600.0 if compiled else 60.0)
 
 
 def _ranks(opened: runtime.Opened, communicator: Any, timeout: float, *, check: bool) -> Ranks:
@@ -97,8 +102,9 @@ def _check_executor(name: str) -> None:
         )
 
 
-def _is_pairs(guidance: str | None, manifest: Manifest) -> bool:
+def _is_pairs(executor: str, guidance: str | None, manifest: Manifest) -> bool:
     """Whether a call has one branch; what cannot be is refused before ranks wait for others."""
+    _check_executor(executor)
     if guidance not in (None, PAIRS):
         raise UsageError(f"guidance {guidance!r}: there is none.", hint=f"{PAIRS!r}, or None.")
     return guidance == PAIRS and bool(of_one_branch(manifest))

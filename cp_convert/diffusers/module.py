@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..model.cast import DTYPES
 from ..runtime.choice import fitting
 from ..runtime.opened import Opened, named
+from ..runtime.step_cache import StepCache
 from .config import Config
 from .given import Arguments
 from .pairs import Branches, of_one_branch
@@ -107,6 +108,8 @@ class Transformer(Refusing, nn.Module):
         return variant, self._arguments[variant].bound(arguments)
 
     def _run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._opened.steps is not None:
+            self._opened.steps.enter(*self._ranks.context)
         return owned(self._opened.executor.run(variant, given))
 
     def follow(self) -> int:
@@ -122,13 +125,29 @@ class Transformer(Refusing, nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """Of diffusers' step caches, which engines have not: nothing."""
-        yield
+        """Which of a pipeline's branches is called, for the step cache, if there is one."""
+        picture, before = self._ranks.context
+        # Branches of one call are one trajectory, whoever's turn it is when they are computed.
+        self._ranks.context = (picture, name if self._branches is None else None)
+        try:
+            yield
+        finally:
+            self._ranks.context = (self._ranks.context[0], before)
 
     @property
     def is_cache_enabled(self) -> bool:
-        """Whether a step cache is on: never."""
-        return False
+        """Whether a step cache is on."""
+        return self._opened.steps is not None
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Pipelines call it at their end: the next step is another picture's."""
+        picture, name = self._ranks.context
+        self._ranks.context = (picture + 1, name)
+
+    @property
+    def steps(self) -> StepCache | None:
+        """How many steps were computed and skipped, where a step cache is on."""
+        return self._opened.steps
 
     def unload_lora(self) -> None:
         """Nothing was loaded, and nothing is left to do."""

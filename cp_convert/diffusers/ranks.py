@@ -12,7 +12,7 @@ from ..bundle.manifest import Manifest
 from ..errors import ConvertError, RunFailed, UsageError
 from ..runtime.choice import check_same
 from ..runtime.join import digest_of_inputs
-from .channel import Channel, Run, Variant, explained, watched_follower
+from .channel import Channel, Context, Run, Variant, explained, watched_follower
 
 _CALLS: Final = "calls"
 _FOLLOWS: Final = "follows"
@@ -51,10 +51,14 @@ class Ranks:
         channel: to the others; ``None`` where there are none.
         check: whether ranks that run the pipeline by themselves compare what they are given.
         several: whether the bundle has several variants, of which they compare which it is.
+
+    Attributes:
+        context: of the next call; on ranks that follow, rank 0's.
     """
 
     def __init__(self, channel: Channel | None, *, check: bool, several: bool = False) -> None:
         self.channel, self.check, self.several = channel, check, several
+        self.context: Context = (0, None)
         self._led: bool | None = None
         self._closed = False
 
@@ -82,7 +86,8 @@ class Ranks:
             if self._led is None:
                 self._meet(_CALLS)
             if self._led:
-                return own.variant, self.channel.led(own.variant, own.given, run)
+                outputs = self.channel.led(own.variant, self.context, own.given, run)
+                return own.variant, outputs
             if self.check or self.several:
                 self._compare(own)
             own.check()
@@ -105,7 +110,8 @@ class Ranks:
             if not self._meet(_FOLLOWS):  # may take minutes: rank 0 loads the pipeline's parts
                 return 0
         with watched_follower(self.channel) as told, explained(self.channel.rank):
-            for variant, given in self.channel.heard(manifests, device, told):
+            for variant, context, given in self.channel.heard(manifests, device, told):
+                self.context = context
                 run(variant, given)
                 count += 1
                 self.channel.settle(device)

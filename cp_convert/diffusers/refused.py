@@ -22,6 +22,10 @@ _BUILT: Final = (
     "the engines are built and have no modules",
     "change the model before it is converted.",
 )
+_CACHE: Final = (
+    "a step cache is chosen when the bundle is opened",
+    "convert with --split-after, and load_transformer(..., step_cache=0.1).",
+)
 _MEMORY: Final = (
     "the engines and their weights stay where they were opened",
     "leave the transformer out of it; text encoders and the VAE may be moved one by one.",
@@ -36,9 +40,10 @@ REFUSED: Final = {
         _LORA,
     ),
     **dict.fromkeys(("enable_parallelism",), _PARALLEL),
+    **dict.fromkeys(("enable_cache",), _CACHE),
     **dict.fromkeys(
         (
-            "enable_cache", "set_attention_backend", "reset_attention_backend",
+            "set_attention_backend", "reset_attention_backend",
             "set_attn_processor", "fuse_qkv_projections", "unfuse_qkv_projections",
             "enable_gradient_checkpointing", "compile", "compile_repeated_blocks",
             "set_use_memory_efficient_attention_xformers", "save_pretrained", "dequantize",

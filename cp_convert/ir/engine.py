@@ -45,6 +45,8 @@ class Engine:
         activations: bytes that the builder says it needs.
         capabilities: compute capabilities that the engine itself records; ``8.0+``: and later.
         network: what the builder was given, if it was asked for.
+        piece: which piece of the program it is, where that is cut into several.
+        recalled: whether it was in the cache.
     """
 
     rank: int
@@ -56,3 +58,5 @@ class Engine:
     activations: int | None = None
     capabilities: tuple[str, ...] = ()
     network: Network | None = None
+    piece: int | None = None
+    recalled: bool = False

@@ -138,6 +138,12 @@ class Lowered:
     own: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
+def names_in(program: Lowered, names: Mapping[str, str]) -> dict[str, str]:
+    """Of ``names`` by placeholder, those of placeholders that ``program`` has."""
+    given = {node.name for node in program.graph_module.graph.find_nodes(op="placeholder")}
+    return {node: name for node, name in names.items() if node in given}
+
+
 def state_of(exported: torch.export.ExportedProgram) -> dict[str, Tensor]:
     """Parameters, buffers and lifted constants of an exported program, by placeholder name."""
     signature = exported.graph_signature

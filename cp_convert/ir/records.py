@@ -14,12 +14,13 @@ from ..mesh import Axis
 from .attention import Outcome
 from .engine import Engine
 from .linear8 import Linears
-from .program import Lowered, Program
+from .program import Lowered, Program, names_in
 from .proof import NetworkProof, Proof
 from .sharded import Guided, Sharded
 from .shares import Divided
 from .signature import Applied, Signature
 from .source import Source
+from .split import Pieces
 from .tensors import Weight
 
 
@@ -120,6 +121,7 @@ class Emitted:
         layout: ``shared`` where all ranks have one engine, else ``per-rank``.
         names: by placeholder, the binding of a weight that is an engine's input.
         constants: what forward computes from such weights alone, by binding.
+        pieces: the same program cut into several, each with an engine of its own.
     """
 
     rewritten: Lowered
@@ -127,6 +129,16 @@ class Emitted:
     layout: str
     names: Mapping[str, str]
     constants: Mapping[str, Tensor]
+    pieces: Pieces | None = None
+
+    @property
+    def programs(self) -> tuple[Lowered, ...]:
+        """Of which engines are built: all pieces, or the one whole."""
+        return (self.program,) if self.pieces is None else self.pieces.programs
+
+    def names_in(self, program: Lowered) -> dict[str, str]:
+        """Those bindings of weights that are inputs of one of :attr:`programs`."""
+        return names_in(program, self.names)
 
 
 @dataclass(frozen=True)
@@ -134,16 +146,19 @@ class Built:
     """Engines of all ranks.
 
     Attributes:
-        engines: by rank; networks share the model's weights.
-        recalled: ranks whose engines were in the cache.
-        keys: by rank, under which the cache has them.
+        engines: by rank, piece after piece; networks share the model's weights.
+        keys: by piece and rank, under which the cache has them.
         workarounds: those of the release, their reasons by lowering.
     """
 
     engines: tuple[Engine, ...]
-    recalled: tuple[int, ...]
-    keys: Mapping[int, str]
+    keys: Mapping[tuple[int | None, int], str]
     workarounds: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def first(self) -> tuple[Engine, ...]:
+        """Rank 0's engines, one for each piece."""
+        return tuple(one for one in self.engines if one.rank == 0)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def check_no_step_cache(module: nn.Module, name: str) -> None:
                 "forward computes depends on the step before, and an engine is one forward.",
                 where=name,
                 hint="switch it off in build_model(), with disable_cache() where diffusers' "
-                "enable_cache() switched it on; steps can still be skipped around the engine.",
+                "enable_cache() switched it on; --split-after makes engines that a step cache of "
+                "the bundle's may skip.",
             )
 
 

@@ -1,6 +1,7 @@
 """Proof that all ranks together compute what the model computes."""
 
 from ..ir.proof import Error, NetworkProof, Proof
+from .chain import check_pieces
 from .device import check_device
 from .measure import Truth, flat_inputs, measure, measure_program, measure_ranks
 from .network import prove_networks
@@ -14,6 +15,7 @@ __all__ = [
     "Stages",
     "Truth",
     "check_device",
+    "check_pieces",
     "flat_inputs",
     "measure",
     "measure_program",

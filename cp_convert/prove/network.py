@@ -21,7 +21,7 @@ from .errors import ROUNDING, deviation, worst
 from .lockstep import run
 from .measure import CPU
 from .quantizers import check_codes, unrounded
-from .replay import NOTHING, replay
+from .replay import NOTHING, replay_pieces
 
 
 def prove_networks(
@@ -31,6 +31,8 @@ def prove_networks(
     lowered: Executable,
     device: torch.device = CPU,
     own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
+    *,
+    later: Sequence[Sequence[Network]] = (),
 ) -> NetworkProof:
     """Replay all ranks' networks and compare them with the reference of ``proof``.
 
@@ -41,25 +43,26 @@ def prove_networks(
         lowered: the program that the networks were made from.
         device: where the layers are computed.
         own: inputs that differ from rank to rank, by binding name.
+        later: where the program is cut into pieces, the networks of all but the first.
 
     Raises:
         ProofFailed: an error beyond its bound, a layer that is not understood, or networks that
             are not of one program.
     """
     start, mover = time.perf_counter(), Mover(device)
-    networks, inputs = mover.networks(networks), mover.tree(dict(inputs))
+    pieces, inputs = list(map(mover.networks, (networks, *later))), mover.tree(dict(inputs))
     own = mover.tree(dict(own))
     lowered = mover.program(lowered)
     with unrounded(proof.codes is not None):
-        wide = replay(networks, inputs, own=own, widen=not proof.is_wide)
+        wide = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide)
         algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
         if not all(error.within(proof.algebra_bound) for error in algebra):
             _check_against_program(wide, inputs, proof, lowered)
     codes: tuple[Error, ...] = ()
     if proof.codes is not None:
-        outputs = replay(networks, inputs, own=own, widen=not proof.is_wide)
+        outputs = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide)
         codes = check_codes(proof.codes, outputs, "the networks")
-    outputs = replay(networks, inputs, own=own)
+    outputs = replay_pieces(pieces, inputs, own=own)
     ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(

@@ -25,12 +25,33 @@ from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 NOTHING: Final[Mapping[str, tuple[Tensor, ...]]] = {}
 
 
+def replay_pieces(
+    pieces: Sequence[Sequence[Network]],
+    inputs: Mapping[str, Tensor],
+    *,
+    own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
+    widen: bool = False,
+) -> list[list[Tensor]]:
+    """Run all ranks' networks of one piece after another, each on what earlier ones return.
+
+    See :func:`replay`, which is this for one piece; the outputs are the last one's.
+    """
+    between: dict[str, PerRank] = {}
+    outputs: list[list[Tensor]] = []
+    for networks in pieces:
+        outputs = replay(networks, inputs, own=own, widen=widen, between=between)
+        for number, binding in enumerate(networks[0].outputs):
+            between[binding.name] = merged([of_rank[number] for of_rank in outputs])
+    return outputs
+
+
 def replay(
     networks: Sequence[Network],
     inputs: Mapping[str, Tensor],
     *,
     own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
     widen: bool = False,
+    between: Mapping[str, PerRank] | None = None,
 ) -> list[list[Tensor]]:
     """Run every rank's network on the same full inputs.
 
@@ -39,6 +60,7 @@ def replay(
         inputs: by binding name.
         own: inputs that differ from rank to rank: weights of which every rank has its share.
         widen: compute in float32 wherever a network says float16 or bfloat16.
+        between: inputs that networks before have returned, which are taken as they are.
 
     Returns:
         Every rank's outputs, in the order of the networks' own.
@@ -49,8 +71,11 @@ def replay(
     world = len(networks)
     _check_alike(networks)
     order = _order(networks[0])
+    known = between or {}
     env: dict[str, PerRank] = {
-        b.name: PerRank(
+        b.name: known[b.name]
+        if b.name in known
+        else PerRank(
             tuple(
                 _in(one, b.dtype, widen)
                 for one in (own[b.name] if b.name in own else (inputs[b.name],))

@@ -14,12 +14,13 @@ _SENSELESS: Final = {
 """By an option: those that its new value leaves without sense, and whether they have a value."""
 
 
-def command_with(command: str, options: Mapping[str, str]) -> str:
+def command_with(command: str, options: Mapping[str, str | None]) -> str:
     """A ``cp-convert`` command in which these options have these values.
 
     Args:
         command: as the manifest has it, quoted for a shell.
-        options: long names and values; every other spelling in ``command`` is replaced.
+        options: long names and values; every other spelling in ``command`` is replaced. ``None``:
+            the option is left out.
     """
     dropped = dict.fromkeys(options, True)
     for name in options:
@@ -32,7 +33,8 @@ def command_with(command: str, options: Mapping[str, str]) -> str:
             kept.append(word)
         elif dropped[name] and not joined:
             next(words, None)
-    return shlex.join([*kept, *(word for pair in options.items() for word in pair)])
+    new = [(name, value) for name, value in options.items() if value is not None]
+    return shlex.join([*kept, *(word for pair in new for word in pair)])
 
 
 def _name(word: str) -> tuple[str, bool]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import bundle as bundles
 from ..bundle.manifest import Manifest
-from ..bundle.variants import variant_of
+from ..bundle.parts import TO_SKIP, why_no_step
+from ..bundle.variants import all_variants, variant_of
 from ..errors import BackendMissing, ConvertError, UsageError
 
 if TYPE_CHECKING:  # a bundle is checked before torch is imported
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # a bundle is checked before torch is imported
 
     from ..lora.choose import Asked
     from .choice import Choice
+    from .step_cache import StepCache
 
 EXECUTORS: Final = ("auto", "tensorrt", "torch")
 Told = Callable[[str], None]
@@ -29,12 +31,14 @@ class Executor(Protocol):
         manifest: of the bundle.
         rank: whose engine or program it is.
         choice: the variants that are open.
+        steps: what is remembered from call to call, where a step cache was asked for.
     """
 
     name: str
     manifest: Manifest
     rank: int
     choice: Choice
+    steps: StepCache | None
 
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """The model's outputs by name; all ranks must be called alike, with the same inputs."""
@@ -85,6 +89,7 @@ def open_rank(
     verify: bool = True,
     lora: Asked = None,
     variant: str | None = None,
+    step_cache: float | None = None,
     told: Told = lambda _: None,
 ) -> Executor:
     """Open the bundle at ``path`` for ``rank``; collective: every rank of the world does it.
@@ -102,19 +107,19 @@ def open_rank(
         verify: whether the program, and weights outside the engines, are compared with the
             manifest's SHA-256.
         lora: sets that are in effect from the beginning, see :meth:`Executor.use_lora`.
-        variant: the name of the only one that is opened; ``None``: all, of which every call takes
-            the one that its inputs have the shapes of.
+        variant: the only one to open; ``None``: all, of which a call takes its own by shapes.
+        step_cache: below which distance pieces are skipped, see :mod:`.step_cache`.
         told: is called with every step that was taken, so that a watcher sees progress.
 
     Raises:
         DamagedBundle: a file is missing or altered.
-        UsageError: there is no such rank or variant, or another world was started.
+        UsageError: there is no such rank or variant, another world, or nothing to skip.
         BackendMissing: the executor cannot run this bundle here.
-        RunFailed: ranks ask for different LoRA sets.
+        RunFailed: ranks ask for different LoRA sets or step caches.
     """
     opened = _opened(
-        path, rank, executor, device, communicator,
-        variant=variant, compiled=compiled, graph=graph, verify=verify, told=told,
+        path, rank, executor, device, communicator, variant=variant, compiled=compiled,
+        graph=graph, verify=verify, step_cache=step_cache, told=told,
     )  # fmt: skip
     try:
         opened.use_lora(lora)  # without any, too: ranks have to agree on that
@@ -135,6 +140,7 @@ def _opened(
     compiled: bool,
     graph: bool,
     verify: bool,
+    step_cache: float | None,
     told: Told,
 ) -> Executor:
     manifest, folder = bundles.read(path)
@@ -145,17 +151,36 @@ def _opened(
         )
     wanted = _wanted(manifest, variant, communicator)
     name, why_not = choose(wanted, executor, rank, device, communicator)
+    steps = _steps(wanted, step_cache, communicator)
     given = (manifest, folder, rank, device, communicator)
     if name == "tensorrt":
         from .tensorrt_executor import TensorRTExecutor  # late: torch
 
-        return TensorRTExecutor(*given, variant=variant, graph=graph, verify=verify, told=told)
+        return TensorRTExecutor(
+            *given, variant=variant, graph=graph, verify=verify, steps=steps, told=told
+        )
     _check_program(manifest, why_not)
     from .torch_executor import TorchExecutor  # late: torch
 
     return TorchExecutor(
-        *given, variant=variant, compiled=compiled, graph=graph, verify=verify, told=told
-    )
+        *given, variant=variant, compiled=compiled, graph=graph, verify=verify, steps=steps,
+        told=told,
+    )  # fmt: skip
+
+
+def _steps(manifest: Manifest, threshold: float | None, communicator: Any) -> StepCache | None:
+    """The step cache that is asked for; where a bundle has pieces, all ranks say whether any is."""
+    views = all_variants(manifest)
+    if not manifest.pieces:
+        if threshold is not None:
+            raise UsageError(f"step_cache: {why_no_step(manifest)}.", hint=TO_SKIP)
+        return None
+    from .groups import checked_world  # late: torch
+    from .step_cache import opened_cache  # late: torch
+
+    checked_world(manifest.world, communicator)
+    why_not = next(filter(None, map(why_no_step, views)), None)
+    return opened_cache(threshold, manifest.world, communicator, why_not)
 
 
 def _wanted(manifest: Manifest, variant: str | None, communicator: Any) -> Manifest:

@@ -39,12 +39,14 @@ class Opened:
         manifest: of the bundle.
         manifests: of the variants that are open, each alone, by name.
         rank: whose engine or program it is.
+        steps: what is remembered from call to call; ``None`` where no step cache was asked for.
     """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.manifest, self.rank = executor.manifest, executor.rank
         self.manifests = executor.choice.manifests
+        self.steps = executor.steps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's forward returns for these arguments; all ranks are called alike.
@@ -94,6 +96,7 @@ def open(  # noqa: A001  named as what it does
     verify: bool = True,
     lora: Asked = None,
     variant: str | None = None,
+    step_cache: float | None = None,
 ) -> Opened:
     """Open one rank of a bundle, to be called as the model was; every rank of its world does it.
 
@@ -111,6 +114,8 @@ def open(  # noqa: A001  named as what it does
         verify: whether files are compared with the manifest's SHA-256.
         lora: LoRA sets, see :meth:`Opened.use_lora`.
         variant: the only one to open; ``None``: all, of which every call takes its own by shapes.
+        step_cache: threshold below which a call skips the pieces between the first and the last;
+            ``opened.steps.reset()`` begins another picture.
 
     Raises:
         ConvertError: see :func:`.executors.open_rank`.
@@ -124,6 +129,7 @@ def open(  # noqa: A001  named as what it does
         open_rank(
             Path(bundle), rank, executor=executor, device=device, communicator=communicator,
             compiled=compiled, graph=graph, verify=verify, lora=lora, variant=variant,
+            step_cache=step_cache,
         )
     )  # fmt: skip
 

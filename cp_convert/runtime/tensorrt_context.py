@@ -1,4 +1,4 @@
-"""One variant's engine on one rank, with its execution context, as TensorRT has them."""
+"""One engine of a rank, with its execution context, as TensorRT has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..bundle.folder import file_problem
-from ..bundle.manifest import Manifest
+from ..bundle.parts import Part
 from ..errors import BackendMissing, DamagedBundle, RunFailed
 from .gpu import Gpu, capsule
 
@@ -25,7 +25,6 @@ class Rank:
     """What a context is made with.
 
     Attributes:
-        manifest: of the variant alone.
         number: of the rank.
         gpu: the rank's.
         trt: TensorRT's module.
@@ -33,7 +32,6 @@ class Rank:
         logger: what TensorRT said, in ``said``.
     """
 
-    manifest: Manifest
     number: int
     gpu: Gpu
     trt: Any
@@ -46,6 +44,7 @@ class Context:
 
     Args:
         rank: whose.
+        part: which of its engines.
         folder: the bundle's.
         user_managed: whether activations are computed in memory that :meth:`compute_in` is told.
         verify: whether the engine's file is compared with the manifest's SHA-256.
@@ -55,8 +54,10 @@ class Context:
         BackendMissing: TensorRT does not take it.
     """
 
-    def __init__(self, rank: Rank, folder: Path, *, user_managed: bool, verify: bool) -> None:
-        self._rank, self._gpu = rank, rank.gpu
+    def __init__(
+        self, rank: Rank, part: Part, folder: Path, *, user_managed: bool, verify: bool
+    ) -> None:
+        self._rank, self._gpu, self._part = rank, rank.gpu, part
         self._graph: Any = None
         self._given: dict[str, Tensor] = {}
         self._copies: dict[str, Tensor] = {}
@@ -75,12 +76,12 @@ class Context:
             )
         self._outputs = {
             io.name: self._gpu.empty(io.shape, getattr(torch, io.dtype))
-            for io in rank.manifest.io
+            for io in part.io
             if io.mode == "output"
         }
 
     def _deserialized(self, folder: Path, *, verify: bool) -> Any:
-        told = self._rank.manifest.engines[self._rank.number]
+        told = self._part.engine
         file = folder / told.file
         problem = file_problem(file, told, digest=verify)
         if problem is not None:
@@ -119,7 +120,7 @@ class Context:
 
         Those that the engine has no binding for are left out; a captured graph is captured again.
         """
-        own = {one.name for one in self._rank.manifest.weights}
+        own = self._part.weights
         found = {name: tensor for name, tensor in weights.items() if name in own}
         outputs = {} if self._bound else self._outputs
         for name, tensor in {**found, **outputs}.items():
@@ -153,11 +154,11 @@ class Context:
         """A forward; outputs are overwritten by the next.
 
         Args:
-            given: the inputs.
+            given: the inputs, perhaps among other values.
             graph: whether forwards after the first are replayed as a CUDA graph.
         """
-        for name, tensor in given.items():
-            self._give(name, tensor.to(self._gpu.device), in_place=not graph)
+        for name in self._part.inputs:
+            self._give(name, given[name].to(self._gpu.device), in_place=not graph)
         stream = self._gpu.stream()
         self._gpu.before()
         if self._graph is not None:

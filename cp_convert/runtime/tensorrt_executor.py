@@ -19,15 +19,19 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..backends import BACKENDS
-from ..bundle.manifest import Manifest, of_rank
+from ..bundle.manifest import Manifest, Step, of_rank
+from ..bundle.parts import parts_of
 from ..bundle.variants import all_variants
 from ..errors import ConvertError
+from ..ir import split
 from ..lora.choose import Asked
 from ..releases import NCCL
+from .chain import Chain
 from .choice import Choice, weights_of
 from .gpu import Gpu
 from .groups import checked_world, group_of
 from .lora import Sets
+from .step_cache import StepCache
 from .tensorrt_context import Context, Rank
 from .torch_executor import device_of
 from .weights import bound_weights
@@ -98,10 +102,10 @@ def _is_for(target: str, capability: tuple[int, int]) -> bool:
 def bytes_needed(manifest: Manifest, rank: int) -> int:
     """What a rank's engines, weights and activations take on a GPU; tied weights count once.
 
-    Activations are the largest variant's, in whose memory the others compute as well.
+    Activations are the largest engine's, in whose memory the others compute as well.
     """
     views = all_variants(manifest)
-    engines = [one.engines[rank] for one in views]
+    engines = [part.engine for one in views for part in parts_of(one, rank)]
     own = [one for view in views for one in of_rank(view.weights, rank)]
     weights = {(one.file, one.offset): one.bytes for one in own}
     most = max(engine.activation_bytes or 0 for engine in engines)
@@ -112,8 +116,8 @@ class TensorRTExecutor:
     """See :class:`.executors.Executor`.
 
     What a rank can find out alone comes first: no other waits in the communicator for one whose
-    files are missing. Variants share the weights, and the memory in which their engines compute:
-    one runs at a time, and the one that needs most decides.
+    files are missing. Variants and pieces share the weights, and the memory in which their engines
+    compute: one runs at a time, and the one that needs most decides.
 
     Raises:
         BackendMissing: the run-time cannot be loaded, or does not take the engine.
@@ -135,15 +139,17 @@ class TensorRTExecutor:
         variant: str | None = None,
         verify: bool = True,
         graph: bool = False,
+        steps: StepCache | None = None,
         told: Told = lambda _: None,
         gpu: Gpu | None = None,
     ) -> None:
-        self.manifest, self.rank = manifest, rank
+        self.manifest, self.rank, self.steps = manifest, rank, steps
         checked_world(manifest.world, communicator)
         self.gpu = gpu or Gpu(device_of(rank, device))
         self.choice = Choice(manifest, variant, communicator)
         self._wants_graph = graph
-        self._contexts: dict[str | None, Context] = {}
+        self._contexts: dict[tuple[str | None, int], Context] = {}
+        self._chains: dict[str | None, Chain] = {}
         self._memory: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
         self._sets: Sets | None = None
@@ -160,18 +166,25 @@ class TensorRTExecutor:
         self.gpu.use()
         told("the engine")
         self._runtime = self._trt.Runtime(self._logger)
-        several = len(self.choice.manifests) > 1
-        for name, one in self.choice.manifests.items():
-            rank = Rank(one, self.rank, self.gpu, self._trt, self._runtime, self._logger)
-            self._contexts[name] = Context(rank, folder, user_managed=several, verify=verify)
+        rank = Rank(self.rank, self.gpu, self._trt, self._runtime, self._logger)
+        parts = {
+            (name, number): part
+            for name, one in self.choice.manifests.items()
+            for number, part in enumerate(parts_of(one, self.rank))
+        }
+        several = len(parts) > 1
+        for place, part in parts.items():
+            self._contexts[place] = Context(rank, part, folder, user_managed=several, verify=verify)
             told("the engine")
+        self._chains = {name: self._chain(name) for name in self.choice.manifests}
         shared, own = weights_of(self.choice.manifests, self.rank, programs=False)
         bound = partial(
             bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told
         )
         self._weights = bound(shared.values())
-        for name, context in self._contexts.items():
-            context.bind({**self._weights, **bound(own.get(name, []))})
+        only = {name: bound(weights) for name, weights in own.items()}
+        for (name, _), context in self._contexts.items():
+            context.bind({**self._weights, **only.get(name, {})})
         if several:
             self._share_memory()
         self._sets = Sets(
@@ -180,6 +193,13 @@ class TensorRTExecutor:
         if self.manifest.world > 1:
             told("the communicator")
             self._communicate(communicator)
+
+    def _chain(self, variant: str | None) -> Chain:
+        told = self.choice.manifests[variant].step
+        step = _step(told) if isinstance(told, Step) else None
+        contexts = [one for (name, _), one in self._contexts.items() if name == variant]
+        parts = [partial(one.run, graph=self._wants_graph) for one in contexts]
+        return Chain(variant, parts, step, self.steps)
 
     def _share_memory(self) -> None:
         """One piece for the activations of all: the stream runs one forward after another."""
@@ -204,7 +224,7 @@ class TensorRTExecutor:
     def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
         self.gpu.use()
-        return self._contexts[variant].run(given, graph=self._wants_graph)
+        return self._chains[variant](given)
 
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
@@ -227,7 +247,7 @@ class TensorRTExecutor:
         self.gpu.synchronize()
         for context in self._contexts.values():
             context.close()
-        self._contexts = {}
+        self._contexts, self._chains = {}, {}
         self._runtime = None
         self._weights, self._memory, self._sets = {}, None, None
 
@@ -236,6 +256,11 @@ class TensorRTExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _step(told: Step) -> split.Step:
+    streams = tuple((one.entered, one.left) for one in told.streams)
+    return split.Step(told.residual, streams)
 
 
 def _logger(trt: Any) -> Any:

@@ -17,15 +17,18 @@ from ..bundle.manifest import Manifest
 from ..bundle.program import Stored, read_program
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
-from ..ir.program import Lowered
+from ..ir.program import Lowered, names_in
+from ..ir.split import split
 from ..lora.choose import Asked
 from ..prove.device import Mover
+from .chain import Chain, Tensors
 from .choice import Choice, weights_of
 from .codes import by_torch, multiplies_codes
 from .collectives import groups_of, make_groups, over_the_wire, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
 from .replayed import Replayed
+from .step_cache import StepCache
 from .weights import bound_weights
 
 Told = Callable[[str], None]
@@ -54,9 +57,10 @@ class TorchExecutor:
         compiled: bool = False,
         graph: bool = False,
         verify: bool = True,
+        steps: StepCache | None = None,
         told: Told = lambda _: None,
     ) -> None:
-        self.manifest, self.rank = manifest, rank
+        self.manifest, self.rank, self.steps = manifest, rank, steps
         self.device = device_of(rank, device)
         checked_world(manifest.world, communicator)
         self.choice = Choice(manifest, variant, communicator)
@@ -68,12 +72,15 @@ class TorchExecutor:
         wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
         names = make_groups(list(wanted), rank, group_of(communicator))
         told("groups")
+        called = partial(
+            Called, rank=rank, groups=names, device=self.device, compiled=compiled, graph=graph
+        )
         self._called = {
-            name: Called(one, rank, names, self.device, compiled=compiled, graph=graph)
+            name: CalledPieces(name, one, _modules(self.choice.manifests[name]), called, steps)
             for name, one in stored.items()
         }
         shared, own = weights_of(self.choice.manifests, rank, programs=True)
-        used = {name for one in self._called.values() for name in one.names.values()}
+        used = {name for one in self._called.values() for name in one.names}
         bound = partial(bound_weights, folder=folder, device=self.device, verify=verify, told=told)
         self._weights = bound([w for w in shared.values() if w.name in used])
         self._own = {name: bound(weights) for name, weights in own.items()}
@@ -109,8 +116,57 @@ class TorchExecutor:
         self.close()
 
 
+class CalledPieces:
+    """One variant's program on one rank, in its pieces.
+
+    Args:
+        variant: which.
+        stored: as the bundle holds it, whole.
+        modules: after which it is cut, as the engines are; none: it stays whole.
+        called: makes of a program what computes it.
+        steps: the rank's step cache.
+
+    Attributes:
+        names: of weights that it is called with.
+
+    Raises:
+        BackendMissing: its pieces cannot be skipped, though those of the engines can.
+    """
+
+    def __init__(
+        self,
+        variant: str | None,
+        stored: Stored,
+        modules: Sequence[str],
+        called: Callable[[Stored], Called],
+        steps: StepCache | None,
+    ) -> None:
+        pieces = split(stored.program, modules) if modules else None
+        programs = (stored.program,) if pieces is None else pieces.programs
+        if pieces is not None and pieces.step is None and steps is not None:
+            raise BackendMissing(f"torch's program cannot skip pieces: {pieces.why_not}.")
+        self._all = [called(Stored(one, names_in(one, stored.names))) for one in programs]
+        self.names = {name for one in self._all for name in one.names.values()}
+        self._variant, self._steps = variant, steps
+        self._step = None if pieces is None else pieces.step
+
+    def __call__(self, given: Tensors, weights: Tensors) -> dict[str, Tensor]:
+        """Outputs by name, of inputs and weights by name."""
+        parts = [partial(one, weights=weights) for one in self._all]
+        return Chain(self._variant, parts, self._step, self._steps)(given)
+
+    def close(self) -> None:
+        """Free their graphs."""
+        for one in self._all:
+            one.close()
+
+
+def _modules(manifest: Manifest) -> list[str]:
+    return [one.after for one in manifest.pieces if one.after is not None]
+
+
 class Called:
-    """One variant's program on one rank.
+    """A program on one rank.
 
     Args:
         stored: as the bundle holds it.

@@ -74,7 +74,8 @@ def check_servable(manifest: Manifest, bundle: Path) -> None:
     Raises:
         UsageError: with every reason, and the command that converts what can be served.
     """
-    reasons, options = [], {}
+    reasons: list[str] = []
+    options: dict[str, str | None] = {}
     if manifest.weights_mode == "external":
         reasons.append(
             f"its {len(manifest.weights)} external weights are inputs of the engines, and Triton "
@@ -87,6 +88,11 @@ def check_servable(manifest: Manifest, bundle: Path) -> None:
             "backend loads those of tensorrt"
         )
         options["--backend"] = "tensorrt"
+    if manifest.pieces:
+        reasons.append(
+            f"every rank has {len(manifest.pieces)} engines, and a model of Triton's is one"
+        )
+        options["--split-after"] = None
     if reasons:
         out = f"{bundle.absolute().name}-triton"
         command = command_with(manifest.command, {**options, "--out": out})

@@ -15,7 +15,8 @@ from ..bundle.manifest import Attention, Manifest, Proof, of_rank
 from ..bundle.variants import all_variants
 from ..mesh import SEQUENCE
 from .lora import sets_table
-from .mesh import axes_rows, guidance_line, place_of, ranks_of, tensor_line
+from .mesh import axes_rows, guidance_line, ranks_of, tensor_line
+from .pieces import engines_table, pieces_line, pieces_table, steps_line
 from .quantized import quantized_rows
 from .screen import Screen
 from .variants import engine_bytes, variants_table
@@ -49,6 +50,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
         ("weights", _weights_line(manifest)),
         *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
         *(("shared", line) for line in [tensor_line(manifest)] if line is not None),
+        *(("pieces", line) for line in [pieces_line(manifest)] if line is not None),
         ("attention", _attention_line(manifest.attention)),
         ("collectives", _collectives_line(manifest)),
         ("built by", _backend_line(manifest)),
@@ -105,7 +107,10 @@ def inspected(screen: Screen, manifest: Manifest, folder: Path) -> None:
     if manifest.variants:
         print_(variants_table(manifest))
         print_(f"What follows is of {manifest.request.variant}; --variant NAME shows another.")
-    print_(_engines_table(manifest))
+    print_(engines_table(manifest))
+    if manifest.pieces:
+        print_(pieces_table(manifest))
+        print_(steps_line(manifest))
     if manifest.lora:
         print_(sets_table(manifest.lora))
     if manifest.collectives:
@@ -185,30 +190,6 @@ def _weights_line(manifest: Manifest) -> str:
     return f"{plural(len(own), 'engine input')}, {total}{each}, from {where}{shared}"
 
 
-def _engines_table(manifest: Manifest) -> Table:
-    places = int(len(manifest.axes) > 1)
-    table = table_of(
-        "Engines",
-        "rank",
-        *["place"] * places,
-        "file",
-        "size",
-        "activations",
-        "sha256",
-        right=("rank", "size", "activations"),
-    )
-    for engine in manifest.engines:
-        table.add_row(
-            str(engine.rank),
-            *[place_of(manifest, engine.rank)] * places,
-            escape(engine.file),
-            size(engine.bytes),
-            "" if engine.activation_bytes is None else size(engine.activation_bytes),
-            engine.sha256[:16] + "...",
-        )
-    return table
-
-
 def _collectives_table(manifest: Manifest) -> Table:
     table = table_of(
         "Collectives of one rank, per forward",
@@ -248,7 +229,8 @@ def _done(site: Attention) -> str:
 
 
 def _io_table(manifest: Manifest) -> Table:
-    table = table_of("Bindings of every engine", "mode", "name", "dtype", "shape")
+    whole = "the whole" if manifest.pieces else "every engine"
+    table = table_of(f"Bindings of {whole}", "mode", "name", "dtype", "shape")
     for io in manifest.io:
         table.add_row(
             io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar"

@@ -11,6 +11,8 @@ from ..bundle.variants import all_variants
 from ..version import __version__
 from .mesh import axes_of, guidance_line, place_of, ranks_of
 from .page import STYLE
+from .pieces import COLUMNS as PIECES
+from .pieces import piece_rows
 from .variants import COLUMNS, variant_rows
 from .words import count, local_of, size, starred
 
@@ -51,6 +53,7 @@ def _of_variant(manifest: Manifest, *, several: bool) -> str:
         ]),
         _bars("Memory of one rank, at most", _memory(manifest)),
         _table("Proof", ("what", "largest relative error"), _proof(manifest.proof)),
+        _table("Pieces", PIECES, piece_rows(manifest)),
         _table("Bindings", ("mode", "name", "dtype", "shape"), (
             (io.mode, io.name, io.dtype, " x ".join(map(str, io.shape))) for io in manifest.io
         )),

@@ -207,6 +207,8 @@ OPTIONS = (
     ["--max-loss", 2, "--exchange", "int8"], ["--max-loss", 0.1], ["--calibration", "x"],
     ["--quantize", "fp8", "--calibration", "none.safetensors"],
     ["--quantize", "fp8", "--compute-capability", "8.6"], ["--quantize", "fp8", "--keep", "no"],
+    ["--split-after", "nothing"], ["--split-after", "leave"], ["--split-after"],
+    ["--split-after", "enter", "--split-after", "enter"],
 )  # fmt: skip
 
 

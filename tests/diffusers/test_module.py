@@ -34,6 +34,7 @@ class StandIn:
     """Doubles ``x`` into one buffer for all calls, as TensorRT does."""
 
     name = "torch"
+    steps = None
 
     def __init__(self, manifest: m.Manifest) -> None:
         self.manifest, self.rank, self.choice = manifest, 0, Choice(manifest)

@@ -1,5 +1,6 @@
 """Bundles for the run-time's tests: all stages but TensorRT's build, whose engines nobody opens."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from cp_convert import stages
 from cp_convert.backends import select
 from cp_convert.bundle import engine_name, sha256
+from cp_convert.bundle.folder import piece_folder
 from cp_convert.bundle.manifest import Manifest
 from cp_convert.ir.engine import Engine
 from cp_convert.ir.records import Built
@@ -16,16 +18,16 @@ from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 
 
-def _stand_ins(loaded: Any, *_: Any) -> Built:
+def _stand_ins(loaded: Any, emitted: Any, *_: Any) -> Built:
     engines = []
-    for rank in range(loaded.job.world):
-        path = loaded.folder / loaded.within / engine_name(rank)
+    pieces = [None] if emitted.pieces is None else range(len(emitted.pieces.all))
+    for piece, rank in product(pieces, range(loaded.job.world)):
+        path = loaded.folder / loaded.within / piece_folder(piece) / engine_name(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"engine of rank %d" % rank)
-        engines.append(
-            Engine(rank, path, path.stat().st_size, sha256(path), (), 0.0, activations=1024)
-        )
-    return Built(tuple(engines), (), {})
+        size, digest = path.stat().st_size, sha256(path)
+        engines.append(Engine(rank, path, size, digest, (), 0.0, activations=1024, piece=piece))
+    return Built(tuple(engines), {})
 
 
 def converted(model: Path, out: Path, strategy: str, world: int, **options: Any) -> Manifest:

@@ -274,6 +274,12 @@ def test_a_rank_reads_its_own_share(case: Case) -> None:
     assert f"{files[1]}: SHA-256 of w differs" in case.refusal(6)
 
 
+def test_engines_that_run_one_after_another_are_not_run(case: Case) -> None:
+    piece = m.Piece(after="block", folder="piece0/", io=[], weights=[])
+    case.write(pieces=[piece, piece])
+    assert "every rank has 2 engines, one after another, and cp_run runs one" in case.refusal(2)
+
+
 def test_a_rank_that_hangs_ends_the_run_in_time(case: Case) -> None:
     case.write(misbehave={"hang": 2})
     start = time.monotonic()

@@ -59,6 +59,9 @@ Manifest manifest_of(const json& all, const fs::path& folder) {
   found.world = all.at("world").get<int>();
   for (const json& entry : all.at("io"))
     (entry.at("mode") == "input" ? found.inputs : found.outputs).push_back(tensor_of(entry));
+  if (all.contains("pieces") && !all.at("pieces").empty())
+    throw usage(text(folder.string(), ": every rank has ", all.at("pieces").size(),
+                     " engines, one after another, and cp_run runs one; convert without --split-after."));
   found.engines = engines_of(all.at("engines"), folder, found.world);
   for (const json& entry : all.at("weights")) found.weights.push_back(weight_of(entry, folder));
   const json& bound = all.at("proof").at("bound");

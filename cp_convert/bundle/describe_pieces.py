@@ -1,0 +1,46 @@
+"""The pieces of a program, as the manifest tells them."""
+
+from __future__ import annotations
+
+from ..ir.program import Binding
+from ..ir.records import Made
+from . import manifest as m
+from .folder import piece_folder
+
+
+def pieces_entry(made: Made) -> list[m.Piece]:
+    """What every rank runs one after another; nothing where that is one engine."""
+    pieces, within = made.emitted.pieces, made.loaded.within
+    if pieces is None:
+        return []
+    return [
+        m.Piece(
+            after=one.after,
+            folder=f"{within}{piece_folder(number)}",
+            io=[
+                *(_io(b, "input") for b in one.program.inputs),
+                *(_io(b, "output") for b in one.program.outputs),
+            ],
+            weights=list(made.emitted.names_in(one.program).values()),
+        )
+        for number, one in enumerate(pieces.all)
+    ]
+
+
+def step_entry(made: Made) -> m.Step | str | None:
+    """What a cache over steps may skip, or why it cannot skip anything."""
+    pieces = made.emitted.pieces
+    if pieces is None or pieces.step is None:
+        return None if pieces is None else pieces.why_not
+    step = pieces.step
+    streams = [m.Stream(entered=entered, left=left) for entered, left in step.streams]
+    return m.Step(residual=step.residual, streams=streams)
+
+
+def _io(binding: Binding, mode: str) -> m.Io:
+    return m.Io(
+        name=binding.name,
+        mode=mode,  # type: ignore[arg-type]
+        dtype=str(binding.dtype).removeprefix("torch."),
+        shape=list(binding.shape),
+    )

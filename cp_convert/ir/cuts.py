@@ -1,0 +1,145 @@
+"""Where a program can be cut: after a module, if it is narrow there.
+
+A program and the path of a module come in, and all that the module's outputs are computed from goes
+out; or a refusal, where a residual is still open there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import torch
+from torch import Tensor, fx
+
+from ..errors import UsageError
+from ..words import near
+from . import ops  # noqa: F401  define cp::*, which is named below
+from .program import Lowered, module_path
+from .streams import joined_later, shape_of
+
+_RESULT: Final = torch.ops.cp.result.default
+
+
+@dataclass(frozen=True)
+class Cut:
+    """After a module: its operators, those that others read, and all that these need."""
+
+    module: str
+    own: frozenset[fx.Node]
+    outputs: tuple[fx.Node, ...]
+    before: frozenset[fx.Node]
+
+
+def free_of(program: Lowered) -> set[fx.Node]:
+    """What follows from weights and constants alone; every piece may have its own."""
+    inputs = {binding.node for binding in program.inputs}
+    free: set[fx.Node] = set()
+    for node in program.graph_module.graph.nodes:
+        given = node.op == "placeholder" and node.name in inputs
+        if node.op != "output" and not given and all(n in free for n in node.all_input_nodes):
+            free.add(node)
+    return free
+
+
+def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node]) -> Cut:
+    """The cut after ``module``.
+
+    Raises:
+        UsageError: there is no such module, or nothing that it computes is read by others.
+    """
+    own = {n for n in graph.nodes if n.op == "call_function" and module in paths_of(n)}
+    own -= set(free)
+    outputs = [n for n in graph.nodes if n in own and any(user not in own for user in n.users)]
+    if not outputs:
+        raise _unknown(graph, module)
+    return Cut(module, frozenset(own), tuple(outputs), frozenset(_needed(outputs, free)))
+
+
+def _needed(outputs: Iterable[fx.Node], free: Collection[fx.Node]) -> set[fx.Node]:
+    """All that these are computed from, they too; of an operator with several results, all."""
+    found: set[fx.Node] = set()
+    waiting = list(outputs)
+    while waiting:
+        node = waiting.pop()
+        if node in found or node in free or node.op == "placeholder":
+            continue
+        found.add(node)
+        waiting += node.all_input_nodes
+        if not isinstance(node.meta.get("val"), Tensor):
+            waiting += node.users
+    return found
+
+
+def paths_of(node: fx.Node) -> list[str]:
+    """Of all modules within whose forward the node was made, the outermost first."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def _unknown(graph: fx.Graph, module: str) -> UsageError:
+    known = list(dict.fromkeys(path for n in graph.nodes for path in paths_of(n) if path))
+    within = next((path for path in known if path.startswith(f"{module}.")), None)
+    if within is not None:
+        return UsageError(
+            f"--split-after {module}: it computes nothing by itself that others read.",
+            hint=f"name a module in it, such as {within}.",
+        )
+    return UsageError(
+        f"--split-after {module}: the program has no module of this path.",
+        hint=near(module, known),
+    )
+
+
+def check_order(cuts: Sequence[Cut], graph: fx.Graph, free: Collection[fx.Node]) -> None:
+    """Refuse cuts between, before or behind which nothing lies; they are sorted by size.
+
+    Raises:
+        UsageError: there is nothing, or no order of the pieces.
+    """
+    for first, then in pairwise(cuts):
+        if not first.before < then.before:
+            both = f"--split-after {first.module} and {then.module}"
+            if first.before == then.before:
+                raise UsageError(f"{both}: nothing lies between them.", hint="name one of them.")
+            raise UsageError(
+                f"{both}: neither follows from the other, so no order of two pieces has both ends.",
+                hint="name modules that run one after another, such as two blocks.",
+            )
+    rest = [n for n in graph.nodes if n.op == "call_function" and n not in free]
+    if all(n in cuts[-1].before or n.target is _RESULT for n in rest):
+        raise UsageError(
+            f"--split-after {cuts[-1].module}: nothing of the program follows it.",
+            hint="name a module that others follow, such as a block.",
+        )
+
+
+def check_narrow(cut: Cut) -> None:
+    """Refuse to cut where a stream runs beside the module that is named.
+
+    Raises:
+        UsageError: with the stream, and where it is joined.
+    """
+    followers = set(cut.outputs)
+    for node in next(iter(cut.own)).graph.nodes:
+        if node not in cut.before and any(x in followers for x in node.all_input_nodes):
+            followers.add(node)
+    for node in sorted(cut.before):
+        if node in cut.outputs or all(user in cut.before for user in node.users):
+            continue
+        later = joined_later(node, cut.before, followers)
+        if later is not None:
+            raise UsageError(
+                f"--split-after {cut.module}: a residual is still open there. Beside what "
+                f"{cut.module} returns, {list(shape_of(node))} of {module_path(node)} is read, to "
+                f"which {module_path(later)} adds it later ({node.name}, {later.name}).",
+                hint=f"cut after the whole block: {_block(cut.module)}",
+            )
+
+
+def _block(module: str) -> str:
+    """The numbered module that a path is within."""
+    names = module.split(".")
+    ends = [place for place, name in enumerate(names[:-1]) if name.isdecimal()]
+    return f"--split-after {'.'.join(names[: ends[-1] + 1])}." if ends else "name a block."

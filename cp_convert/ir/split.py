@@ -1,0 +1,248 @@
+"""One program as several that run one after another, cut after modules that are named.
+
+A program of all ranks comes in, whole, and its pieces go out: each a program with inputs of
+forward, weights, and what earlier pieces computed, as it lies on the ranks. A piece holds what the
+outputs of its last module need and no earlier piece has computed; the last piece, the rest. What
+follows from weights and constants alone is computed by every piece that reads it.
+
+::
+
+    transformer_blocks.0 | ... | single_transformer_blocks.37    |
+    embedders, block 0   |     | the other blocks                | norm_out, proj_out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import fx
+
+from .cuts import Cut, check_narrow, check_order, cut_of, free_of, paths_of
+from .program import Binding, Lowered, module_of, module_path, tensor_of
+from .streams import origin
+from .writer import Writer
+
+BETWEEN: Final = "between."
+"""What the names of values begin with that one piece hands to another."""
+RESIDUAL: Final = f"{BETWEEN}residual"
+_RESULT: Final = torch.ops.cp.result.default
+_MOVES: Final = (
+    torch.ops.cp.shard.default,
+    torch.ops.cp.scatter.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten._to_copy.default,
+)
+"""How a block is given its part of what is whole before it."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One of them.
+
+    Attributes:
+        after: the module at whose end it ends; ``None`` for the last.
+        program: its inputs are forward's, by their names, and values of earlier pieces.
+    """
+
+    after: str | None
+    program: Lowered
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a cache over steps needs to know: the pieces between the first and the last are skipped.
+
+    Attributes:
+        residual: an output of the first piece: what its blocks have added to a stream.
+        streams: of every stream that the last piece reads its name as the first piece leaves it,
+            and as the last takes it.
+    """
+
+    residual: str
+    streams: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A whole program in pieces.
+
+    Attributes:
+        all: in the order in which they run.
+        step: see :class:`Step`; ``None`` where pieces cannot be skipped.
+        why_not: why they cannot.
+    """
+
+    all: tuple[Piece, ...]
+    step: Step | None
+    why_not: str | None = None
+
+    @property
+    def programs(self) -> tuple[Lowered, ...]:
+        """Of all pieces."""
+        return tuple(one.program for one in self.all)
+
+
+def split(program: Lowered, modules: Sequence[str]) -> Pieces:
+    """``program`` in pieces, one for each of ``modules`` and one for the rest; it stays as it is.
+
+    Args:
+        program: of all ranks, or of one.
+        modules: paths; the order does not matter.
+
+    Raises:
+        UsageError: there is no such module, nothing lies before, between or behind them, or the
+            program is not narrow there: a residual is still open.
+    """
+    graph = program.graph_module.graph
+    free = free_of(program)
+    cuts = sorted((cut_of(graph, name, free) for name in modules), key=lambda cut: len(cut.before))
+    check_order(cuts, graph, free)
+    for cut in cuts:
+        check_narrow(cut)
+    work = [n for n in graph.nodes if n not in free and n.op != "placeholder"]
+    place = {node: sum(node not in cut.before for cut in cuts) for node in work}
+    step, why_not = _step(cuts, place)
+    whole = _Whole(program, place, free, len(cuts))
+    pieces = []
+    for number, after in enumerate([*(cut.module for cut in cuts), None]):
+        residual = step.entered if step is not None and number == 0 else None
+        pieces.append(Piece(after, whole.piece(number, residual)))
+    return Pieces(tuple(pieces), None if step is None else step.told, why_not)
+
+
+@dataclass(frozen=True)
+class _Entered:
+    """The first piece's stream: where it began and how it leaves; and what is told of it."""
+
+    entered: tuple[fx.Node, fx.Node]
+    told: Step
+
+
+def _step(cuts: Sequence[Cut], place: Mapping[fx.Node, int]) -> tuple[_Entered | None, str | None]:
+    """What a cache over steps needs, or why there cannot be one."""
+    if len(cuts) < 2:
+        return None, "a first and a last piece leave nothing between them to skip"
+    first, last = cuts[0], len(cuts)
+    leaving = [n for n in place if place[n] == 0 and n in first.outputs]
+    streams: list[tuple[fx.Node, fx.Node]] = []
+    for node in place:
+        if not 0 < place[node] < last or all(place.get(u, last) < last for u in node.users):
+            continue
+        entered = origin(node, leaving.__contains__)
+        if entered is None:
+            return None, f"the last piece reads {node.name} of {module_path(node)}, no stream"
+        streams.append((entered, node))
+    if not streams:
+        return None, "the last piece reads nothing of those between"
+    main = max((entered for entered, _ in streams), key=lambda n: tensor_of(n).numel())
+    began = origin(main, _enters(first.module))
+    if began is None:
+        return None, f"{first.module} adds to no stream"
+    pairs = tuple((BETWEEN + a.name, BETWEEN + b.name) for a, b in streams)
+    return _Entered((main, began), Step(RESIDUAL, pairs)), None
+
+
+def _enters(module: str) -> Callable[[fx.Node], bool]:
+    """Whether a node is what the list of blocks, of which ``module`` is one, is given."""
+    *names, last = module.split(".")
+    within = ".".join([*names, ""]) if last.isdecimal() and names else f"{module}."
+
+    def begins(node: fx.Node) -> bool:
+        if not any(f"{path}.".startswith(within) for path in paths_of(node)):
+            return True
+        return node.target in _MOVES and all(map(begins, node.all_input_nodes))
+
+    return begins
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A program, and the number of the piece of every operator that follows from inputs."""
+
+    program: Lowered
+    place: Mapping[fx.Node, int]
+    free: Collection[fx.Node]
+    last: int
+
+    def piece(self, number: int, residual: tuple[fx.Node, fx.Node] | None) -> Lowered:
+        """The program of one; with ``residual``, it also returns the difference of two nodes."""
+        graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
+        own = [n for n, place in self.place.items() if place == number and n.op != "output"]
+        needed = self._needed(own, number)
+        for node in needed:
+            if node.op == "placeholder" or node in self.place:
+                twins[node] = graph.placeholder(node.name)
+                twins[node].meta = dict(node.meta)
+                twins[node].name = node.name
+        body = {*own, *(n for n in needed if n not in twins)}
+        for node in self.program.graph_module.graph.nodes:
+            if node in body:
+                twins[node] = graph.node_copy(node, twins.__getitem__)
+                twins[node].name = node.name
+        outputs = self._outputs(graph, twins, own, number, residual)
+        graph.lint()
+        return self._program(graph, needed, outputs)
+
+    def _needed(self, own: Sequence[fx.Node], number: int) -> list[fx.Node]:
+        """What these read and no operator of the piece computes, in the program's order."""
+        found: set[fx.Node] = set()
+        waiting = [x for node in own for x in node.all_input_nodes]
+        if number == self.last:
+            waiting += self.program.graph_module.graph.output_node().all_input_nodes
+        while waiting:
+            node = waiting.pop()
+            if node not in found and self.place.get(node) != number:
+                found.add(node)
+                waiting += node.all_input_nodes if node in self.free else []
+        return [node for node in self.program.graph_module.graph.nodes if node in found]
+
+    def _outputs(
+        self,
+        graph: fx.Graph,
+        twins: Mapping[fx.Node, fx.Node],
+        own: Sequence[fx.Node],
+        number: int,
+        residual: tuple[fx.Node, fx.Node] | None,
+    ) -> tuple[Binding, ...]:
+        """What the piece returns; forward's own outputs are the last one's."""
+        if number == self.last:
+            end = self.program.graph_module.graph.output_node()
+            graph.output(fx.map_arg(end.args[0], twins.__getitem__))
+            return self.program.outputs
+        write = Writer(graph)
+        handed = {BETWEEN + n.name: twins[n] for n in own if self._is_read_later(n, number)}
+        if residual is not None:
+            after, before = (twins[node] for node in residual)
+            write.origin = after
+            handed[RESIDUAL] = write.op(torch.ops.aten.sub.Tensor, after, before)
+        results: dict[str, fx.Node] = {}
+        for name, node in handed.items():
+            write.origin = node
+            results[name] = write.op(_RESULT, node)
+        graph.output(tuple(results.values()))
+        return tuple(_binding(name, node) for name, node in results.items())
+
+    def _is_read_later(self, node: fx.Node, number: int) -> bool:
+        return any(self.place.get(user, self.last) > number for user in node.users)
+
+    def _program(
+        self, graph: fx.Graph, needed: Sequence[fx.Node], outputs: tuple[Binding, ...]
+    ) -> Lowered:
+        given = {node.name for node in needed}
+        whole = self.program
+        between = [_binding(BETWEEN + n.name, n) for n in needed if n in self.place]
+        return Lowered(
+            module_of(whole.graph_module, graph),
+            {name: tensor for name, tensor in whole.state.items() if name in given},
+            (*(b for b in whole.inputs if b.node in given), *between),
+            outputs,
+            {name: tensors for name, tensors in whole.own.items() if name in given},
+        )
+
+
+def _binding(name: str, node: fx.Node) -> Binding:
+    value = tensor_of(node)
+    return Binding(name, node.name, value.dtype, tuple(value.shape))
