@@ -1,7 +1,7 @@
 """cp-convert: context-parallel TensorRT engines from PyTorch diffusion transformers."""
 
+from .model.packed import PackedColwiseParallel, PackedRowwiseParallel
 from .model.plan import ContextParallelInput, ContextParallelOutput
-from .model.tp_plan import PackedColwiseParallel, PackedRowwiseParallel
 from .version import __version__
 
 __all__ = [

@@ -16,8 +16,7 @@ are reduced; packed, each of its blocks is shared by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -27,31 +26,6 @@ from ..ir.shares import Declared
 from ..job import Job
 from ..mesh import TENSOR
 from .plan import modules_of
-
-
-@dataclass(frozen=True)
-class PackedColwiseParallel:
-    """Several matrices in one, each by its output columns.
-
-    Attributes:
-        blocks: how long they are in proportion; ``None``: as the module's
-            ``_tp_packed_col_blocks`` says.
-    """
-
-    blocks: Sequence[int] | None = None
-
-
-@dataclass(frozen=True)
-class PackedRowwiseParallel:
-    """A matrix that reads several values in one, each by its input rows.
-
-    Attributes:
-        blocks: how long they are in proportion; ``None``: as the module's
-            ``_tp_packed_row_blocks`` says.
-    """
-
-    blocks: Sequence[int] | None = None
-
 
 _DIMS: Final = {"colwise": 0, "rowwise": 1}
 _WORDS: Final = {
