@@ -114,5 +114,6 @@ def test_an_exchange_in_8_bits_over_the_wire(
         for one, (want, plain) in zip(rank, expected, strict=True):
             cost = (want - plain).abs().max()
             assert cost > 5e-5 * want.abs().max()
-            # A code that lies at a tie may flip: a small share of what all of them cost.
-            assert (one[0] - want).abs().max() <= max(1e-5 * want.abs().max(), 0.05 * cost)
+            # Codes next to a tie may flip, other ones on other processors (0.18 was seen); if only
+            # one of q, k and v were not rounded, it would be a half and more (0.49 to 0.73).
+            assert (one[0] - want).norm() <= 0.3 * (want - plain).norm()
