@@ -200,7 +200,10 @@ def test_the_order_is_the_published_one(tmp_path: Path) -> None:
     assert four["ulysses"].speedup == pytest.approx(23.56 / 8.22, rel=0.25)
 
 
-@pytest.mark.parametrize(("name", "bandwidth"), [("h200", 450.0), ("slow link", 1e-3)])
+@pytest.mark.parametrize(
+    ("name", "bandwidth"),
+    [("h200", 450.0), pytest.param("slow link", 1e-3, marks=pytest.mark.slow)],
+)
 def test_auto_takes_what_plan_recommends(name: str, bandwidth: float, tmp_path: Path) -> None:
     """On a slow link the fewest bytes win, on a fast one the fewest collectives of a tiny model."""
     told = msgspec.structs.replace(H200, link_gb_per_s=bandwidth)
@@ -233,6 +236,7 @@ def test_meshes_with_guidance_are_compared(model_file: Write) -> None:
     assert all(o.cfg == 1 for o in alone.options)
 
 
+@pytest.mark.slow
 def test_an_even_batch_is_taken_for_two_branches(model_file: Write) -> None:
     model = model_file(TWO_ROWS)
     found = forecast(job(model, 2), H200, "h200", Progress())

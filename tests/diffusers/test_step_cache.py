@@ -78,6 +78,7 @@ def followed(rank: int, out: Path) -> list[Tensor] | tuple[int, int]:
         return latents(transformer)
 
 
+@pytest.mark.slow
 def test_rank_0_runs_the_pipeline(bundle: Path, wanted: list[Tensor], tmp_path: Path) -> None:
     found, told = run_ranks(followed, 2, tmp_path, bundle)
     assert not isinstance(found, str), found

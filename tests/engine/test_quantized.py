@@ -289,6 +289,7 @@ def test_int8_is_multiplied_on_every_gpu(tmp_path: Path) -> None:
     check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"))
 
 
+@pytest.mark.slow
 def test_a_smoothed_int8_checkpoint_is_multiplied_as_it_is(tmp_path: Path) -> None:
     weights = checkpoint(tmp_path / "weights", smoothed, "W8A8_SQ_PER_CHANNEL")
     (tmp_path / "flux.py").write_text(FLUX)
