@@ -227,10 +227,14 @@ def without_bf16(compute_capabilities: Collection[str]) -> list[str]:
     return [one for one in compute_capabilities if int(one.split(".")[0]) < 8]
 
 
+FP8_FROM: Final = (8, 9)
+"""The first compute capability that multiplies FP8 (Ada)."""
+
+
 def without_fp8(compute_capabilities: Collection[str]) -> list[str]:
-    """Those of GPUs older than Ada (8.9), which do not multiply in FP8."""
+    """Those of GPUs that do not multiply in FP8."""
     known = ((one, tuple(map(int, one.rstrip("+").split(".")))) for one in compute_capabilities)
-    return [one for one, version in known if version < (8, 9)]
+    return [one for one, version in known if version < FP8_FROM]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert import ContextParallelInput, ContextParallelOutput, cli
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.ir.network import Network
@@ -110,7 +110,7 @@ MODEL_FILE = """
 import torch
 from torch import nn
 from torch.nn import functional
-from cp_convert import ContextParallelInput, ContextParallelOutput
+from cp_convert import ContextParallelInput, ContextParallelOutput, cli
 
 cp_plan = {
     "enter": {"input": ContextParallelInput(split_dim=1)},
@@ -219,3 +219,20 @@ def networks_of(lowered: Lowered, world: int) -> list[Network]:
         known = [*lowered.state.values(), *constants_of(found)]
         found.append(read_network(interpreter.ctx.net, known))
     return found
+
+
+@pytest.fixture
+def run(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process, in an empty folder: exit code, and both streams."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(one) for one in arguments])
+        said = capfd.readouterr()
+        return int(stop.value.code or 0), said.out, said.err
+
+    return command

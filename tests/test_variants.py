@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cp_convert import bundle as bundles
-from cp_convert import cli
 from cp_convert.bundle.variants import all_variants, joined, names_of, variant_of
 from cp_convert.errors import UsageError
 from cp_convert.job import Job
@@ -27,21 +26,6 @@ SIZED = (
     ),
     ("torch.randn(1, 16, 8)", "torch.randn(batch, tokens, 8)"),
 )
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process, in an empty folder: exit code, and both streams."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(one) for one in arguments])
-        said = capfd.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return command
 
 
 @pytest.fixture

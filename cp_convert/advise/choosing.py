@@ -135,7 +135,7 @@ def cheapest(
     for meshes in rounds:
         for mesh in meshes:
             found += _on(program, mesh, terms, own, refused)
-        fitting = [one for one in found if one.memory <= terms.hardware.memory_gb * 1e9]
+        fitting = [one for one in found if terms.hardware.holds(one.memory)]
         if fitting:
             return min(fitting, key=lambda one: (one.seconds, one.strategy))
     if not found:

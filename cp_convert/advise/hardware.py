@@ -71,6 +71,10 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
     kernel_us: float = 2.0
     measured: Measured | None = None
 
+    def holds(self, size: int) -> bool:
+        """Whether one GPU has memory for ``size`` bytes."""
+        return size <= self.memory_gb * 1e9
+
     def product(self, operations: int, size: int, *, half: bool) -> float:
         """Seconds of a matrix product: the longer of its arithmetic and its ``size`` bytes."""
         if half and self.measured is not None:

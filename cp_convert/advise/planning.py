@@ -218,7 +218,7 @@ class _Planning:
             exposed=work.exposed,
             speedup=speedup,
             efficiency=speedup / option.world,
-            fits=memory <= self.terms.hardware.memory_gb * 1e9,
+            fits=self.terms.hardware.holds(memory),
         )
 
 

@@ -13,7 +13,6 @@ import torch
 
 from ..ir.attention import Outcome
 from ..ir.engine import Engine
-from ..ir.program import Binding
 from ..ir.records import Made, StoredProgram
 from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
@@ -24,7 +23,7 @@ from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
-from .describe_pieces import pieces_entry, step_entry
+from .describe_pieces import io_entries, pieces_entry, step_entry
 from .describe_proof import proof_entry
 from .describe_quantized import quantization
 from .describe_tensor import tensor_entry
@@ -56,7 +55,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         runs_on=_runs_on(made),
         torch=str(torch.__version__),
         torch_tensorrt=made.loaded.backend.torch_tensorrt_version,
-        io=[_io(b, "input") for b in program.inputs] + [_io(b, "output") for b in program.outputs],
+        io=io_entries(program),
         frozen=[
             m.Frozen(name=name, value=value, sha256=signature.digests.get(name))
             for name, value in signature.frozen.items()
@@ -233,15 +232,6 @@ def _axes(job: Job, axis: Axis) -> dict[str, int]:
         sequence = {"ring": axis.size // job.ulysses, "ulysses": job.ulysses}
     sizes = {name: {name: size} for name, size in job.mesh.axes if size > 1} | {SEQUENCE: sequence}
     return {name: size for axis in AXES for name, size in sizes.get(axis, {}).items()}
-
-
-def _io(binding: Binding, mode: str) -> m.Io:
-    return m.Io(
-        name=binding.name,
-        mode=mode,  # type: ignore[arg-type]
-        dtype=str(binding.dtype).removeprefix("torch."),
-        shape=list(binding.shape),
-    )
 
 
 def _plan_source(axis: Axis, applied: Sequence[Applied]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ir.program import Binding
+from ..ir.program import Binding, Lowered
 from ..ir.records import Made
 from . import manifest as m
 from .folder import piece_folder
@@ -17,10 +17,7 @@ def pieces_entry(made: Made) -> list[m.Piece]:
         m.Piece(
             after=one.after,
             folder=f"{within}{piece_folder(number)}",
-            io=[
-                *(_io(b, "input") for b in one.program.inputs),
-                *(_io(b, "output") for b in one.program.outputs),
-            ],
+            io=io_entries(one.program),
             weights=list(made.emitted.names_in(one.program).values()),
         )
         for number, one in enumerate(pieces.all)
@@ -35,6 +32,12 @@ def step_entry(made: Made) -> m.Step | str | None:
     step = pieces.step
     streams = [m.Stream(entered=entered, left=left) for entered, left in step.streams]
     return m.Step(residual=step.residual, streams=streams)
+
+
+def io_entries(program: Lowered) -> list[m.Io]:
+    """What a program takes at every call, and what it returns."""
+    inputs = [_io(one, "input") for one in program.inputs]
+    return inputs + [_io(one, "output") for one in program.outputs]
 
 
 def _io(binding: Binding, mode: str) -> m.Io:

@@ -29,15 +29,14 @@ def summarised(path: Path | None, suite: str) -> Iterator[list[Case]]:
         UsageError: before the block, ``path`` has neither suffix or its folder is missing; after
             it, the file cannot be written.
     """
-    from ..show.summary import Case  # late: not every run has one
+    from ..show.summary import Case, failure_of  # late: not every run has one
 
     cases: list[Case] = []
     _check(path)
     try:
         yield cases
     except ConvertError as error:
-        told = (f"{error.title}: {error.message}", error.where, error.hint)
-        cases.append(Case(type(error).__name__, failure="\n".join(t for t in told if t)))
+        cases.append(Case(type(error).__name__, failure=failure_of(error)))
         _write(path, suite, cases)
         raise
     _write(path, suite, cases)

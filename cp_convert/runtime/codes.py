@@ -29,17 +29,16 @@ from ..ir.quantize import (
     QUANTIZERS,
 )
 from ..ir.writer import Writer
+from ..job import FP8_FROM
 
 aten: Final = torch.ops.aten
-FIRST: Final = (8, 9)
-"""The first compute capability that multiplies FP8."""
 _STEP: Final = 16
 """What rows and columns of a product of codes are multiples of (cuBLASLt documentation)."""
 
 
 def multiplies_codes(device: torch.device) -> bool:
     """Whether torch has a product of FP8 codes for ``device``."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
 
 
 def by_torch(program: Lowered, *, products: bool) -> Lowered:

@@ -11,7 +11,7 @@ from ..bundle.ended import Ended
 from ..bundle.variants import all_variants
 from ..job import Job
 from .screen import Screen
-from .summary import Case
+from .summary import Case, failure_of
 from .words import plural, table_of
 
 
@@ -25,19 +25,7 @@ def beginning(screen: Screen, index: int, count: int, job: Job) -> None:
 def told(screen: Screen, ended: Ended) -> None:
     """A job that failed, at once; what it made is told in the end."""
     if ended.error is not None:
-        _error(screen, ended)
-
-
-def _error(screen: Screen, ended: Ended) -> None:
-    error = ended.error
-    assert error is not None
-    screen.err.print(
-        f"[bold red]job {ended.index + 1}: {error.title}[/]: {escape(error.message)}",
-        soft_wrap=True,
-    )
-    for name, text in (("where", error.where), ("try", error.hint)):
-        if text:
-            screen.err.print(f"  [bold]{name:5}[/]  {escape(text)}", soft_wrap=True)
+        screen.said(ended.error, f"job {ended.index + 1}: ")
 
 
 def reported(screen: Screen, all_ended: Sequence[Ended]) -> None:
@@ -96,5 +84,4 @@ def case_of(ended: Ended) -> Case:
     name = f"job {ended.index + 1}: {ended.job.out}"
     if (error := ended.error) is None:
         return Case(name, ended.seconds, _result(ended))
-    words = (f"{error.title}: {error.message}", error.where, error.hint)
-    return Case(name, ended.seconds, failure="\n".join(word for word in words if word))
+    return Case(name, ended.seconds, failure=failure_of(error))

@@ -37,11 +37,15 @@ class Screen:
             )
         if self.verbosity >= 2:
             self.err.print(escape("".join(traceback.format_exception(error))))
-        self.err.print(f"[bold red]{error.title}[/]: {escape(error.message)}", soft_wrap=True)
-        if error.where:
-            self.err.print(f"  [bold]where[/]  {escape(error.where)}", soft_wrap=True)
-        if error.hint:
-            self.err.print(f"  [bold]try[/]    {escape(error.hint)}", soft_wrap=True)
+        self.said(error)
+
+    def said(self, error: ConvertError, whose: str = "") -> None:
+        """An error's words for a person; ``whose`` stands before them."""
+        title = f"[bold red]{whose}{error.title}[/]"
+        self.err.print(f"{title}: {escape(error.message)}", soft_wrap=True)
+        for name, text in (("where", error.where), ("try", error.hint)):
+            if text:
+                self.err.print(f"  [bold]{name:5}[/]  {escape(text)}", soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line for a person, unless quiet."""

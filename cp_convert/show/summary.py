@@ -14,6 +14,7 @@ from typing import Final
 
 from ..bundle.manifest import Manifest, Proof
 from ..bundle.variants import all_variants
+from ..errors import ConvertError
 
 SUFFIXES: Final = (".xml", ".md")
 _NOT_XML: Final = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -37,6 +38,12 @@ class Case:
     text: str = ""
     failure: str | None = None
     skipped: bool = False
+
+
+def failure_of(error: ConvertError) -> str:
+    """An error as a case's failure, a line each for what, where and what to try."""
+    told = (f"{error.title}: {error.message}", error.where, error.hint)
+    return "\n".join(one for one in told if one)
 
 
 def cases_of(manifest: Manifest) -> list[Case]:

@@ -10,28 +10,12 @@ from xml.etree import ElementTree
 import pytest
 
 from cp_convert import bundle as bundles
-from cp_convert import cli
 from cp_convert.bundle.difference import differences
 from cp_convert.model import load
 
 Write = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 QUICK = 'precision = "fp32"\nproof = "program"\n'
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process, in an empty folder: exit code, and both streams."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(one) for one in arguments])
-        said = capfd.readouterr()
-        return int(stop.value.code or 0), said.out, said.err
-
-    return command
 
 
 @pytest.fixture

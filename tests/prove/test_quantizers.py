@@ -212,7 +212,13 @@ def programs() -> tuple[Lowered, Lowered]:
 @cache
 def in_fp8(name: str, world: int, eight: str = "") -> Stages:
     """Sharded after that, as a conversion does."""
-    plain, dense = programs()
+    return staged(*programs(), name, world, eight)
+
+
+def staged(
+    plain: Lowered, dense: Lowered, name: str = "ulysses", world: int = 2, eight: str = ""
+) -> Stages:
+    """``dense``, which is ``plain`` in codes, as a conversion shards it."""
     axis = axis_of(world)
     split, by = shard(dense, axis), strategy(name, world)
     control, _ = rewrite(split, CONTROL, "control", axis, table())
@@ -289,12 +295,7 @@ def with_weights_alone() -> Stages:
     assert sum(one.reason.startswith(linear8.ALONE) for one in kept) == 2
     dense, scales = products8.quantized(plain, [], products8.Stored(alone), alone)
     assert scales == {}
-    axis = axis_of(2)
-    split, by = shard(dense, axis), strategy("ulysses", 2)
-    control, _ = rewrite(split, CONTROL, "control", axis, table())
-    done, outcomes = rewrite(split, by, "ulysses", axis, table())
-    sites = [(o.site, o.node) for o in outcomes]
-    return Stages(dense, control, done, done, sites, axis, dense, plain)
+    return staged(plain, dense)
 
 
 def test_weights_that_are_codes_round_nothing_more() -> None:
@@ -355,12 +356,7 @@ def stages_by_rows(kind: str) -> Stages:
     assert {name: one.step for name, one in by_name.items()} == {
         node.name: stored[str(node.args[1])].step for node in chosen
     }
-    axis = axis_of(2)
-    split, by = shard(dense, axis), strategy("ulysses", 2)
-    control, _ = rewrite(split, CONTROL, "control", axis, table())
-    done, outcomes = rewrite(split, by, "ulysses", axis, table())
-    sites = [(o.site, o.node) for o in outcomes]
-    return Stages(dense, control, done, done, sites, axis, dense, plain)
+    return staged(plain, dense)
 
 
 @cache
