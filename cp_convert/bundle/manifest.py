@@ -7,6 +7,7 @@ unknown fields, wrong types and missing fields are errors. Sizes are bytes, time
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -321,6 +322,9 @@ def encode(manifest: Manifest) -> bytes:
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of :class:`Manifest`."""
     schema = msgspec.json.schema(Manifest)
+    for struct in schema["$defs"].values():
+        # msgspec before 0.23 keeps the indentation of docstrings.
+        struct["description"] = inspect.cleandoc(struct["description"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": SCHEMA_ID,
