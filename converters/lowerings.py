@@ -21,7 +21,7 @@ from ..trt.libraries import (
     get_trt_tensor,
     trt,
 )
-from . import quantizers
+from . import packed16, quantizers
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
@@ -96,6 +96,19 @@ def _in_float32(operator: str) -> Lowering:
         return _cast(ctx, f"{name}_narrow", moved, trt.bfloat16)
 
     return lowering
+
+
+def _broadcast_in_float16(
+    ctx: ConversionContext, name: str, x: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Numbers in float16 where they come in bfloat16, and the same in bfloat16 after."""
+    block = get_trt_tensor(ctx, x, f"{name}_block")
+    if block.dtype != trt.bfloat16:
+        return _distributed("broadcast")(ctx, name, block, *args, **kwargs)
+    packed = packed16.pack(ctx, name, block)
+    instead = "broadcast_in_float16"
+    moved = _distributed("broadcast")(ctx, name, packed, *args, instead=instead, **kwargs)
+    return packed16.unpack(ctx, name, moved)
 
 
 def _all_gather_by_all_to_all(
@@ -316,6 +329,7 @@ _QUANTIZERS: Final = tuple(op._schema.name.split("::")[1] for op in QUANTIZERS)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     **{f"{operator}_in_float32": _in_float32(operator) for operator in _COLLECTIVES},
+    "broadcast_in_float16": _broadcast_in_float16,
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "all_gather_of_parts_by_all_to_all": _all_gather_of_parts,
     "reduce_scatter_of_parts_by_all_to_all": _reduce_scatter_of_parts,

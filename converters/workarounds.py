@@ -67,6 +67,15 @@ WORKAROUNDS: Final = (
         reason="the builder ends by SIGSEGV where attentions share their query; a power of two on "
         "the query and its inverse on the keys change no number of float32 and bfloat16",
     ),
+    Workaround(
+        backend="tensorrt-rtx",
+        versions=">=1.7,<1.8",
+        operator="broadcast",
+        instead="broadcast_in_float16",
+        reason="collectives with a root are refused in bfloat16 ('TRT does not support BF16 "
+        "asymmetric DistCollective ops'); float16, scaled by the largest number's power of two, "
+        "holds every such number down to 2**-30 of the largest, in the same bytes",
+    ),
     *(
         Workaround(
             backend="tensorrt-rtx",
@@ -76,7 +85,7 @@ WORKAROUNDS: Final = (
             reason="collectives with a root are refused in bfloat16 ('TRT does not support BF16 "
             "asymmetric DistCollective ops'); float32 holds every such number, at twice the bytes",
         )
-        for operator in ("broadcast", "reduce", "gather", "scatter")
+        for operator in ("reduce", "gather", "scatter")
     ),
 )
 

@@ -197,8 +197,8 @@ class Fused:
         """See :class:`Parts`."""
         k, v = _with_common(k_BHSD, _first(k_BHSD)), _with_common(v_BHSD, _sizes(v_BHSD))
         rows = None if self.rows is None else _seen(mask_columns(self.rows, columns), k.shape[2])
-        told = ops.attention(self.q, k, v, rows, scale=self.scale).float()
-        out, p, t = told.split([self.dim, _OF_COMMON, EXTRA - _OF_COMMON], 3)
+        told = ops.attention(self.q, k, v, rows, scale=self.scale)
+        out, p, t = (x.float() for x in told.split([self.dim, _OF_COMMON, EXTRA - _OF_COMMON], 3))
         sizes = 1 + torch.arange(EXTRA, device=out.device) / EXTRA
         common = (p.sum(3, keepdim=True) / sizes[:_OF_COMMON].sum()).clamp_min(_SMALLEST)
         weight = _LIFT / common

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CannotShard
 from ..ir.attention import Outcome
@@ -18,6 +20,7 @@ from ..ir.program import (
     arguments,
     copied,
     erase_dead,
+    fake_mode_of,
     module_of,
     module_path,
     source_line,
@@ -63,7 +66,7 @@ def rewrite(
                 where=site.where,
                 hint=refusal.hint,
             )
-    writer = _Writer(strategy, name, axis, decompositions)
+    writer = _Writer(graph, strategy, name, axis, decompositions)
     outcomes, renamed = [], {}
     for node, site in zip(nodes, sites, strict=True):
         old = node.name
@@ -117,29 +120,18 @@ def _site(index: int, node: fx.Node, sharded: Sharded, eight: str) -> Site:
     )
 
 
-class _Attend(nn.Module):
-    """The strategy's code over the operands of one site, to be traced."""
-
-    def __init__(self, strategy: Strategy, site: Site, axis: Axis) -> None:
-        super().__init__()
-        self.strategy, self.site, self.axis = strategy, site, axis
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.site.keys_sharded:
-            return self.strategy.attend(q, k, v, mask, site=self.site, axis=self.axis)
-        k, v = (repeated(x, self.site.heads // self.site.kv_heads) for x in (k, v))
-        return torch.ops.cp.attention(  # type: ignore[no-any-return]
-            q, k, v, mask, 0.0, self.site.causal, scale=self.site.scale
-        )
-
-
 class _Writer:
     """Traces the strategy once for each shape of attention and puts it into the graph."""
 
     def __init__(
-        self, strategy: Strategy, name: str, axis: Axis, decompositions: Mapping[Any, Any]
+        self,
+        graph: fx.Graph,
+        strategy: Strategy,
+        name: str,
+        axis: Axis,
+        decompositions: Mapping[Any, Any],
     ) -> None:
-        self.strategy, self.name, self.axis = strategy, name, axis
+        self.graph, self.strategy, self.name, self.axis = graph, strategy, name, axis
         self.decompositions = dict(decompositions)
         self.templates: dict[Any, fx.Graph] = {}
 
@@ -157,18 +149,35 @@ class _Writer:
         return _inline(self.templates[kind], node, operands, prefix)
 
     def _traced(self, site: Site, values: list[Tensor]) -> fx.Graph:
-        like = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
-        with torch.no_grad():
-            module = _Attend(self.strategy, site, self.axis)
-            exported = torch.export.export(module, tuple(like))
-            graph: fx.Graph = exported.run_decompositions(self.decompositions).graph
-        assert not exported.constants
-        erase_dead(graph)  # assertions about dtypes and devices among them
+        """The strategy's code as a graph, with fake tensors of the program's own mode."""
+        attend = self._attend(site)
+        with fake_mode_of(self.graph), torch.no_grad():
+            like = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
+            made = functionalize(attend, remove="mutations")
+            traced = make_fx(made, decomposition_table=self.decompositions)(*like)
+        assert not traced.graph.find_nodes(op="get_attr")
+        erase_dead(traced.graph)  # assertions about dtypes and devices among them
+        graph: fx.Graph = traced.graph
         return graph
+
+    def _attend(self, site: Site) -> Callable[..., Tensor]:
+        """The strategy's code over the operands of one site: q, k, v and perhaps a mask."""
+
+        def attend(*operands: Tensor) -> Tensor:
+            q, k, v, *mask = operands
+            own = mask[0] if mask else None
+            if site.keys_sharded:
+                return self.strategy.attend(q, k, v, own, site=site, axis=self.axis)
+            k, v = (repeated(x, site.heads // site.kv_heads) for x in (k, v))
+            return torch.ops.cp.attention(  # type: ignore[no-any-return]
+                q, k, v, own, 0.0, site.causal, scale=site.scale
+            )
+
+        return attend
 
 
 def _inline(template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: str) -> fx.Node:
-    graph, mode = node.graph, node.meta["val"].fake_mode
+    graph = node.graph
     copies: dict[fx.Node, Any] = {}
     remaining = list(operands)
     result: fx.Node | None = None
@@ -177,7 +186,7 @@ def _inline(template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: 
             if part.op == "placeholder":
                 copies[part] = remaining.pop(0)
             elif part.op == "output":
-                result = copies[part.args[0][0]]
+                result = copies[part.args[0]]
             else:
                 copies[part] = graph.create_node(
                     part.op,
@@ -187,18 +196,8 @@ def _inline(template: fx.Graph, node: fx.Node, operands: list[fx.Node], prefix: 
                     name=f"{prefix}_{part.name}",
                 )
                 copies[part].meta = {k: node.meta[k] for k in PROVENANCE if k in node.meta}
-                copies[part].meta["val"] = _in_mode(part.meta.get("val"), mode)
+                copies[part].meta["val"] = part.meta.get("val")
     assert result is not None
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return result
-
-
-def _in_mode(value: Any, mode: Any) -> Any:
-    """The same shapes as fake tensors of the program's own mode."""
-    if isinstance(value, Tensor):
-        with mode:
-            return torch.empty(value.shape, dtype=value.dtype, device=value.device)
-    if isinstance(value, list | tuple):
-        return type(value)(_in_mode(v, mode) for v in value)
-    return value

@@ -324,20 +324,44 @@ def bare_roots(dtype: torch.dtype) -> tuple[Lowered, torch.Tensor]:
 def test_collectives_with_a_root_are_built_in_half_precision(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """1.7.1 refuses bfloat16: it goes as float32, to the bit the same."""
+    """1.7.1 refuses bfloat16: it goes as float16 or float32, to the bit the same."""
     prepare(BACKENDS["tensorrt-rtx"])
     told, given = bare_roots(dtype)
     engine = build(specialise(told, 0), 0, tmp_path / "x.engine", [])
     assert {c.operator for c in engine.collectives} == {"broadcast", "reduce", "gather", "scatter"}
     is_lent = dtype == torch.bfloat16 and not IS_OLD
+    ways = {"broadcast": "16", "reduce": "32", "gather": "32", "scatter": "32"}
     assert {c.instead for c in engine.collectives} == (
-        {f"{c.operator}_in_float32" for c in engine.collectives} if is_lent else {None}
+        {f"{operator}_in_float{bits}" for operator, bits in ways.items()} if is_lent else {None}
     )
     first = engine.collectives[0]
+    assert first.operator == "reduce"
     assert first.payload == given.numel() * (4 if is_lent else 2)
     held = [network_of(specialise(told, rank)) for rank in range(2)]
     networks = [read_network(one.ctx.net) for one in held]
     assert torch.equal(replay(networks, {"x": given})[0][0], run(told, {"x": given}, 2)[0][0])
+
+
+@pytest.mark.skipif(IS_OLD, reason="sends bfloat16 as it is")
+@pytest.mark.parametrize("shape", [(3, 40), (2, 1, 3, 7, 4), (5,)])
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 3.0, 65504.0, 1e30])
+def test_a_broadcast_in_float16_is_the_same_to_the_bit(
+    shape: tuple[int, ...], largest: float
+) -> None:
+    """Numbers over nine powers of ten, whatever the largest is; only the root's count."""
+    prepare(BACKENDS["tensorrt-rtx"])
+    axis = axis_of(2)
+    generator = torch.Generator().manual_seed(0)
+    spread = 10 ** (-9 * torch.rand(shape, generator=generator))
+    signs = torch.randn(shape, generator=generator).sign()
+    x = (largest * spread * signs).to(torch.bfloat16)
+    told = bare(lambda x: ops.broadcast(x, 1, axis) * 2, x=x)
+    held = [network_of(specialise(told, rank)) for rank in range(2)]
+    networks = [read_network(one.ctx.net) for one in held]
+    (moved,) = [layer for layer in networks[0].layers if layer.kind == "DIST_COLLECTIVE"]
+    assert moved.outputs[0].dtype == torch.float16
+    for out in replay(networks, {"x": x}):
+        assert torch.equal(out[0], x * 2)
 
 
 @pytest.mark.usefixtures("without_workarounds")
