@@ -25,6 +25,7 @@ from cp_convert.engine.build import build, prepare
 from cp_convert.engine.lower import lower
 from cp_convert.engine.specialise import specialise
 from cp_convert.errors import ConvertError
+from cp_convert.ir.engine import Engine
 from cp_convert.mesh import Mesh
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import STRATEGIES, Strategy, Usp
@@ -61,16 +62,20 @@ PLAN = {"attention": {"x": ContextParallelInput(1)}}
 GATHER = {"": ContextParallelOutput(1)}
 
 
-def activations(strategy: Strategy, name: str, world: int, tokens: int) -> int | None:
-    """Bytes of rank 0, or ``None`` where it does not build."""
+def built(strategy: Strategy, name: str, world: int, tokens: int, path: Path) -> Engine:
+    """Rank 0's engine, at ``path``."""
     x = torch.zeros((), dtype=torch.bfloat16).expand(1, tokens, 3 * HEADS * HEAD_DIM)
     traced, _ = trace(Model(), {"x": x}, {**PLAN, **GATHER} if world > 1 else {})
     table, axis = decompositions(), Mesh.line(world).whole
     done, _ = rewrite(shard(decompose(traced, table), axis), strategy, name, axis, table)
+    return build(specialise(lower(done), 0), 0, path, ())
+
+
+def activations(strategy: Strategy, name: str, world: int, tokens: int) -> int | None:
+    """Bytes of rank 0, or ``None`` where it does not build."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rank0.engine")
         try:
-            return build(specialise(lower(done), 0), 0, path, ()).activations
+            return built(strategy, name, world, tokens, Path(folder, "rank0.engine")).activations
         except ConvertError as error:
             print(name, world, tokens, error, flush=True)
             return None

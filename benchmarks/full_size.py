@@ -157,8 +157,8 @@ def chunks_alive(program: Lowered, flat: dict[str, torch.Tensor], world: int) ->
 
     def watch(node: torch.fx.Node, values: PerRank) -> None:
         nonlocal most
-        if any(n.target is torch.ops.cp.broadcast.default for n in node.all_input_nodes):
-            # In lockstep a broadcast is the root's own tensor; its float32 copy is the chunk.
+        if any(user.target is torch.ops.aten.unbind.int for user in node.users):
+            # What was gathered, as K and V of all ranks.
             chunks.append(StorageWeakRef(values[0].untyped_storage()))
             most = max(most, sum(not chunk.expired() for chunk in chunks))
 

@@ -2,8 +2,8 @@
 
 In: a rank's queries, then chunks of keys and values. Out: their attention, ``[B, H, S, D]``.
 
-- ``one``: two chunks or less are joined, and one fused attention sees all keys. Own and one other
-  chunk are alive in any case, so with two ranks nothing is won by merging.
+- ``one``: two ranks or less have one chunk, and one fused attention sees all keys. Own and one
+  other rank's keys are alive in any case, so with two ranks nothing is won by merging.
 - ``fused``: a fused attention a chunk, merged by a key of common weight (:class:`Fused`).
 - ``explicit``: scores are written out in float32 (:mod:`.online`), 20 times slower on a GPU.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Final, Protocol
 
 import torch
@@ -74,6 +75,18 @@ class Parts(Protocol):
         """``[B, H, S, D]``, in the queries' dtype."""
 
 
+def slices_of(size: int, ranks: int) -> Ranges:
+    """Into which ranges of slots every rank's keys are cut: one for each rank, and one for two."""
+    count = 1 if ranks <= 2 else min(size, ranks)
+    cuts = [size * i // count for i in range(count + 1)]
+    return list(pairwise(cuts))
+
+
+def longest(size: int, ranks: int) -> int:
+    """How many keys the longest chunk has."""
+    return ranks * max(stop - start for start, stop in slices_of(size, ranks))
+
+
 def ring_over(
     own_2BHSD: Tensor,
     q_BHSD: Tensor,
@@ -81,9 +94,9 @@ def ring_over(
     *,
     site: Site,
     axis: Axis,
-    chunk: Callable[[int], tuple[Ranges, Ranges]],
+    held: Callable[[int], tuple[Ranges, Ranges]],
 ) -> Tensor:
-    """The attention of ``q`` over the chunks of all members of ``axis``, ``[B, H, S, D]``.
+    """The attention of ``q`` over the keys of all members of ``axis``, ``[B, H, S, D]``.
 
     Args:
         own_2BHSD: this rank's keys and values.
@@ -91,69 +104,100 @@ def ring_over(
         rows: the mask's rows for these queries, with all its columns.
         site: the attention.
         axis: the ring.
-        chunk: of a member's chunk, the slots that hold tokens, and which tokens they are.
+        held: of a member, the slots that hold tokens, and which tokens they are.
     """
     scale = 1 / math.sqrt(site.head_dim) if site.scale is None else site.scale
-    ratio = q_BHSD.shape[1] // own_2BHSD.shape[2]
+    size, ratio = own_2BHSD.shape[3], q_BHSD.shape[1] // own_2BHSD.shape[2]
     way = way_of(site, axis.size)
     parts: Parts
     if way == "one":
-        parts = Joined(q_BHSD, site.scale, rows)
+        parts = One(q_BHSD, site.scale, rows)
     elif way == "fused":
         parts = Fused(q_BHSD, repeated(own_2BHSD[0], ratio), scale, rows)
     else:
-        parts = OnlineAttention(q_BHSD, scale, rows, own_2BHSD.shape[3])
-    chunks = [chunk(root) for root in range(axis.size)]
-    roots = [root for root in range(axis.size) if chunks[root][0]]  # others are padding alone
-    for root, arrived in _arriving(own_2BHSD, roots, axis, parts.done, "k" in site.eight):
-        slots, tokens = chunks[root]
-        k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived.unbind(0))
+        parts = OnlineAttention(q_BHSD, scale, rows, longest(size, axis.size))
+    chunks = [
+        (cut, *chunk)
+        for cut in slices_of(size, axis.size)
+        if (chunk := chunk_of(cut, [held(member) for member in range(axis.size)]))[0]
+    ]  # others are padding alone
+    arriving = _arriving(own_2BHSD, [cut for cut, *_ in chunks], axis, parts.done, site)
+    for (_, slots, tokens), arrived in zip(chunks, arriving, strict=True):
+        k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived)
         parts.add(k, v, tokens)
     return parts.result()
 
 
-def _arriving(
-    own: Tensor,
-    roots: Sequence[int],
-    axis: Axis,
-    done: Callable[[], Tensor | None],
-    eight: bool,
-) -> Iterator[tuple[int, Tensor]]:
-    """Every root's chunk: the next is sent for before the present one is attended to.
+def chunk_of(cut: tuple[int, int], held: Sequence[tuple[Ranges, Ranges]]) -> tuple[Ranges, Ranges]:
+    """What a gathered slice holds: ranges of its slots that hold tokens, and which those are.
 
-    The one after that waits for the present attention, so that two are on their way at most.
+    Args:
+        cut: which of every member's slots are gathered.
+        held: of every member, ranges of slots that hold tokens, and of those tokens, in one order.
     """
-    if axis.size <= 2:
-        whole = sent(lambda x: ops.all_gather(x, axis), own, eight=eight and axis.size > 1)
-        gathered: Tensor = whole.unflatten(0, (axis.size, -1))
-        yield from ((root, gathered[root]) for root in roots)
-        return
+    start, stop = cut
+    slots, tokens = [], []
+    for member, (theirs, which) in enumerate(held):
+        for slot, token, count in _aligned(theirs, which):
+            first, end = max(slot, start), min(slot + count, stop)
+            if first < end:
+                here = member * (stop - start) + first - start
+                slots.append((here, here + end - first))
+                tokens.append((token + first - slot, token + end - slot))
+    return merged(slots), merged(tokens)
 
-    def from_root(root: int, x: Tensor) -> Tensor:
-        return sent(lambda part: ops.broadcast(part, root, axis), x, eight=eight)
 
-    arriving = from_root(roots[0], own)
-    for root, following in zip(roots, [*roots[1:], None], strict=True):
+def _aligned(slots: Ranges, tokens: Ranges) -> Iterator[tuple[int, int, int]]:
+    """Slot, token and length of every run that is one in both orders."""
+    remaining = list(tokens)
+    for start, stop in slots:
+        while start < stop:
+            first, end = remaining.pop(0)
+            count = min(stop - start, end - first)
+            yield start, first, count
+            start += count
+            if first + count < end:
+                remaining.insert(0, (first + count, end))
+
+
+def _arriving(
+    own_2BHSD: Tensor, cuts: Ranges, axis: Axis, done: Callable[[], Tensor | None], site: Site
+) -> Iterator[tuple[Tensor, ...]]:
+    """Every slice of all members' keys and values, ``[B, H, W s, D]`` each.
+
+    The next is sent for before the present one is attended to; the one after that waits for the
+    present attention, so that two are on their way at most.
+    """
+
+    def gathered(cut: tuple[int, int], wait: Tensor | None) -> tuple[Tensor, ...]:
+        part = picked(after(wait, own_2BHSD), 3, [cut])
+        whole = sent(lambda x: ops.all_gather(x, axis), part, eight=_is_eight(site, axis))
+        joined: Tensor = whole.unflatten(0, (axis.size, -1)).permute(1, 2, 3, 0, 4, 5)
+        return joined.flatten(3, 4).unbind(0)
+
+    arriving = gathered(cuts[0], None)
+    for following in (*cuts[1:], None):
         arrived = arriving
         if following is not None:
-            arriving = from_root(following, after(done(), own))
-        yield root, arrived
+            arriving = gathered(following, done())
+        yield arrived
 
 
-class Joined:
-    """All chunks side by side, and one fused attention."""
+def _is_eight(site: Site, axis: Axis) -> bool:
+    return "k" in site.eight and axis.size > 1
+
+
+class One:
+    """All keys at once, and one fused attention."""
 
     def __init__(self, q_BHSD: Tensor, scale: float | None, rows: Tensor | None) -> None:
         self.q, self.scale, self.rows = q_BHSD, scale, rows
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.columns: Ranges = []
+        self.out: Tensor | None = None
 
     def add(self, k_BHSD: Tensor, v_BHSD: Tensor, columns: Ranges) -> None:
         """See :class:`Parts`."""
-        self.keys.append(k_BHSD)
-        self.values.append(v_BHSD)
-        self.columns += columns
+        rows = None if self.rows is None else mask_columns(self.rows, columns)
+        self.out = ops.attention(self.q, k_BHSD, v_BHSD, rows, scale=self.scale)
 
     def done(self) -> Tensor | None:
         """See :class:`Parts`."""
@@ -161,9 +205,8 @@ class Joined:
 
     def result(self) -> Tensor:
         """See :class:`Parts`."""
-        k, v = torch.cat(self.keys, 2), torch.cat(self.values, 2)
-        rows = None if self.rows is None else mask_columns(self.rows, merged(self.columns))
-        return ops.attention(self.q, k, v, rows, scale=self.scale)
+        assert self.out is not None
+        return self.out
 
 
 class Fused:
@@ -190,6 +233,7 @@ class Fused:
         common = q_BHSD @ mean.transpose(-1, -2) + OFFSET / scale
         zeros = q_BHSD.new_zeros(*q_BHSD.shape[:3], EXTRA - 1)
         self.q = torch.cat((q_BHSD, common, zeros), 3)
+        self.told: Tensor | None = None
         self.out: Tensor | None = None
         self.sum: Tensor | None = None
 
@@ -197,8 +241,9 @@ class Fused:
         """See :class:`Parts`."""
         k, v = _with_common(k_BHSD, _first(k_BHSD)), _with_common(v_BHSD, _sizes(v_BHSD))
         rows = None if self.rows is None else _seen(mask_columns(self.rows, columns), k.shape[2])
-        told = ops.attention(self.q, k, v, rows, scale=self.scale)
-        out, p, t = (x.float() for x in told.split([self.dim, _OF_COMMON, EXTRA - _OF_COMMON], 3))
+        self.told = ops.attention(self.q, k, v, rows, scale=self.scale)
+        columns_of = self.told.split([self.dim, _OF_COMMON, EXTRA - _OF_COMMON], 3)
+        out, p, t = (x.float() for x in columns_of)
         sizes = 1 + torch.arange(EXTRA, device=out.device) / EXTRA
         common = (p.sum(3, keepdim=True) / sizes[:_OF_COMMON].sum()).clamp_min(_SMALLEST)
         weight = _LIFT / common
@@ -208,8 +253,8 @@ class Fused:
         self.sum = own if self.sum is None else self.sum + own
 
     def done(self) -> Tensor | None:
-        """See :class:`Parts`."""
-        return self.sum
+        """See :class:`Parts`; the attention itself, as sums of several chunks become one kernel."""
+        return self.told
 
     def result(self) -> Tensor:
         """See :class:`Parts`."""

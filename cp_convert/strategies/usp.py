@@ -3,11 +3,11 @@
 Algebra (W = U R ranks; rank ``g U + i`` is member i of group g)::
 
     [Q K V]_r : all heads, S tokens   --all-to-all in the group-->   H/U heads, U S tokens
-    A, l over the groups' K and V, one broadcast each                (merged as in Ring)
+    A, l over the groups' K and V, a part of all tokens at a time    (merged as in Ring)
     O_r       : H/U heads, U S tokens --all-to-all in the group-->   all heads, S tokens
 
-Collectives: ``2 + R`` an attention: two exchanges among U ranks, R broadcasts among the R ranks
-that hold the same heads of other groups; with two groups one all-gather, and no merging.
+Collectives: ``2 + R`` an attention: two exchanges among U ranks, R all-gathers among the R ranks
+that hold the same heads of other groups; with two groups one, and no merging.
 Bytes sent by a rank: ``4 (U-1)/(U W)`` of one full Q for the exchanges (a quarter each for Q, K, V
 and O) and ``2 (R-1)/W`` for the ring.
 Memory: K and V of its own group and of two others, ``6 U S`` tokens of ``H/U`` heads.
@@ -30,7 +30,7 @@ from ..ir.layout import Layout, merged
 from ..mesh import Axis
 from .exchange import key_heads, padded, to_heads, to_tokens
 from .online import blocks_for
-from .parts import ring_over, way_of, widened
+from .parts import longest, ring_over, slices_of, way_of, widened
 from .tokens import mask_all_rows, mask_heads, mask_of
 
 
@@ -67,15 +67,16 @@ class Usp:
         travelling = 2 * heads * site.queries + 2 * keys * site.keys
         chunk = 2 * numbers * keys * site.keys
         own_heads, rows = site.batch * heads // size, size * site.queries
-        blocks = blocks_for(own_heads, rows, size * site.keys)
+        most = longest(size * site.keys, rings)
+        blocks = blocks_for(own_heads, rows, most)
         way = way_of(site, rings)
         return Cost(
-            collectives=2 + (1 if way == "one" else rings),
+            collectives=2 + len(slices_of(size * site.keys, rings)),
             sent=numbers * travelling * (size - 1) // size + (rings - 1) * chunk,
             key_values=min(3, rings) * chunk,
             heads=heads,
             operations=widened(site.operations(heads, site.queries), site, way),
-            scores=own_heads * -(-rows // blocks) * size * site.keys if way == "explicit" else 0,
+            scores=own_heads * -(-rows // blocks) * most if way == "explicit" else 0,
             way=way,
         )
 
@@ -105,7 +106,7 @@ class Usp:
             rows,
             site=site,
             axis=outer,
-            chunk=lambda group: _chunk(layout, group, self.ulysses),
+            held=lambda group: _held(layout, group, self.ulysses),
         )
         return to_tokens(attended, site, inner)
 
@@ -119,10 +120,10 @@ class Usp:
         return mask_heads(mask, padded(site.heads, inner.size), inner)
 
 
-def _chunk(
+def _held(
     layout: Layout, group: int, size: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Where the tokens of one group's chunk stand in it, and where in the model's order."""
+    """Where the tokens of one group stand in it, and where in the model's order."""
     members = [(i, group * size + i) for i in range(size)]
     slots = [
         (i * layout.local + start, i * layout.local + stop)

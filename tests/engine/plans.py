@@ -5,12 +5,16 @@ documented, so this is for tests alone; they fail where it finds nothing.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _TEXT = re.compile(rb"[\x20-\x7e]{6,}")
 _TENSOR = re.compile(r'\s*(?:sub_)?tensor=\{.* name="([^"]*)".* type=(\w+)')
 _OPERATOR = re.compile(r"\s*([a-z][a-z_]*)=\{ name=")
+_STEP = re.compile(
+    r'\s*(signal|wait|function|comm_\w+)=\{ name="?([^"]+?)"? (?:fqn|stream|output)='
+)
 _NAMES = re.compile(r'"([^"]*)"')
 
 
@@ -24,9 +28,34 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A kernel, a collective, or a signal or wait between streams, as they are issued."""
+
+    kind: str
+    name: str
+    stream: int
+    event: int
+
+
+@dataclass(frozen=True)
 class Plan:
     tensors: dict[str, str]
     operators: tuple[Operator, ...]
+    steps: tuple[Step, ...]
+
+    def beside(self) -> dict[str, int]:
+        """Of every collective, how many attentions may run while it does.
+
+        That is those which neither end before it begins nor begin after it has ended, by the order
+        within streams and by the events that they wait for.
+        """
+        before = _ancestors(self.steps)
+        attentions = [n for n, one in enumerate(self.steps) if "_mha" in one.name]
+        return {
+            one.name: sum(n not in before[m] and m not in before[n] for m in attentions)
+            for n, one in enumerate(self.steps)
+            if one.kind.startswith("comm_")
+        }
 
     def products(self) -> list[tuple[str, ...]]:
         """The types of both operands of every matrix product."""
@@ -55,7 +84,36 @@ def read_plan(engine: Path) -> Plan:
             operators.append(Operator(kind[1], reads, writes))
     assert tensors
     assert operators
-    return Plan(tensors, tuple(operators))
+    return Plan(tensors, tuple(operators), tuple(_steps(lines)))
+
+
+def _steps(lines: list[str]) -> Iterator[Step]:
+    for line in lines:
+        found = _STEP.match(line)
+        if found:
+            stream, event = (_number(line, what) for what in ("stream", "event"))
+            yield Step(found[1], found[2], stream, event)
+
+
+def _number(line: str, what: str) -> int:
+    found = re.search(rf" {what}=(\d+)", line)
+    return int(found[1]) if found else -1
+
+
+def _ancestors(steps: tuple[Step, ...]) -> list[set[int]]:
+    """Of every step, which others have ended before it begins."""
+    found: list[set[int]] = []
+    last: dict[int, int] = {}
+    signalled: dict[int, int] = {}
+    for number, one in enumerate(steps):
+        direct = {last[one.stream]} if one.stream in last else set()
+        if one.kind == "wait":
+            direct.add(signalled[one.event])
+        if one.kind == "signal":
+            signalled[one.event] = number
+        last[one.stream] = number
+        found.append(direct.union(*(found[n] for n in direct)))
+    return found
 
 
 def _operands(line: str, side: str, tensors: dict[str, str]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ def layers(network: Any) -> Counter[str]:
     [
         ("ulysses", lambda w: [("all_to_all", "ALL_TO_ALL", -1)] * 2),
         ("allgather-kv", lambda w: [("all_gather", GATHER, -1)]),
-        ("ring", lambda w: [("broadcast", "BROADCAST", r) for r in range(w)]),
+        ("ring", lambda w: [("all_gather", GATHER, -1)] * w),
         ("stream-kv", lambda w: [("all_gather", GATHER, -1)] * 4),
     ],
 )
@@ -94,8 +94,8 @@ def test_attention_is_tensorrts_own_layer(name: str, world: int, count: int) -> 
         ("ulysses", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
         ("allgather-kv", ["K and V arrive"]),
         ("stream-kv", ["a group's K and V arrive"] * 4),
-        ("ring", []),
-        ("usp", ["Q arrives", "K arrives", "V arrives", "O leaves"]),
+        ("ring", ["a chunk's K and V arrive"] * 4),
+        ("usp", ["Q arrives", "K arrives", "V arrives", "K and V of groups arrive", "O leaves"]),
     ],
 )
 def test_no_transposition_that_another_packing_would_save(name: str, moving: list[str]) -> None:

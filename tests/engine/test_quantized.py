@@ -44,7 +44,7 @@ def exchanging(name: str, world: int, eight: str, path: Path) -> Plan:
     ("name", "kind", "codes"),
     [
         ("ulysses", "all_to_all", 2),
-        ("ring", "broadcast", 4),
+        ("ring", "all_gather", 4),
         pytest.param("allgather-kv", "all_gather", 1, marks=pytest.mark.slow),
         pytest.param("stream-kv", "all_gather", 4, marks=pytest.mark.slow),
         pytest.param("usp", "all_to_all", 3, marks=pytest.mark.slow),

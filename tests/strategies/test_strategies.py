@@ -1,7 +1,6 @@
 """Every strategy by itself: numerics, dependence on other ranks, collectives, memory."""
 
 import math
-import operator
 
 import pytest
 import torch
@@ -109,7 +108,7 @@ def test_every_rank_sees_every_other_ranks_keys_and_values(
         # bytes that one rank sends, as a multiple of one full Q
         ("ulysses", lambda w: 2, lambda w: 4 * (w - 1) / w**2),
         ("allgather-kv", lambda w: 1, lambda w: 2 * (w - 1) / w),
-        ("ring", lambda w: 1 if w == 2 else w, lambda w: 2 * (w - 1) / w),
+        ("ring", lambda w: 1 if w == 2 else min(w, 24 // w), lambda w: 2 * (w - 1) / w),
         ("stream-kv", lambda w: 4, lambda w: 2 * (w - 1) / w),
     ],
 )
@@ -133,27 +132,51 @@ def test_ring_holds_the_present_and_the_next_chunk(world: int, dtype: torch.dtyp
     """When a chunk is sent for, nothing of those before the present one is alive any more."""
     half = [x.to(dtype) for x in sdpa_inputs()]
     lowered = program("ring", world, half)
-    arrived: list[StorageWeakRef] = []
-    alive_at_arrival: list[int] = []
+    sent_for, arrived = 0, list[tuple[int, StorageWeakRef]]()
+    alive: list[set[int]] = []
 
     def watch(node: torch.fx.Node, values: PerRank) -> None:
-        if node.target is torch.ops.cp.broadcast.default:
-            alive_at_arrival.append(sum(not storage.expired() for storage in arrived))
-        elif any(n.target is torch.ops.aten.unbind.int for n in node.all_input_nodes[:1]):
-            pass
-        elif any(_is_of_a_chunk(n) for n in node.all_input_nodes):
-            # In lockstep a broadcast is the root's own tensor; what is made of it is the chunk.
-            arrived.append(StorageWeakRef(values[0].untyped_storage()))
+        nonlocal sent_for
+        if node.target is torch.ops.cp.all_gather.default:
+            alive.append({chunk for chunk, storage in arrived if not storage.expired()})
+            sent_for += 1
+        if sent_for and any(user.target is torch.ops.aten.unbind.int for user in node.users):
+            # What was gathered, as K and V of all ranks.
+            arrived.append((len(arrived), StorageWeakRef(values[0].untyped_storage())))
 
     run(lowered, dict(zip("qkv", half, strict=True)), world, watch=watch)
-    assert len(arrived) >= 2 * world
-    assert alive_at_arrival == [0] * world
+    chunks = min(world, 24 // world)
+    assert len(arrived) == chunks
+    # The last gather is that of the output.
+    assert alive == [set(), *({n} for n in range(chunks - 1)), set()]
 
 
-def _is_of_a_chunk(node: torch.fx.Node) -> bool:
-    """Whether this is K or V of a chunk, as it came."""
-    taken = node.target is operator.getitem and node.all_input_nodes[0]
-    return bool(taken) and taken.all_input_nodes[0].target is torch.ops.cp.broadcast.default
+@pytest.mark.parametrize("world", [3, 4, 8])
+def test_a_ring_gathers_every_key_once(world: int) -> None:
+    """Over uneven segments: tokens of two kinds, padding at the end of both."""
+    from cp_convert.ir.layout import Layout
+    from cp_convert.strategies.parts import chunk_of, slices_of
+
+    layout = Layout.even([5, 3 * world + 1], world)
+    held = [(layout.slots_of(rank), layout.tokens_of(rank)) for rank in range(world)]
+    seen = []
+    for cut in slices_of(layout.local, world):
+        slots, tokens = chunk_of(cut, held)
+        width = cut[1] - cut[0]
+        places = [slot for start, stop in slots for slot in range(start, stop)]
+        which = [token for start, stop in tokens for token in range(start, stop)]
+        assert len(places) == len(which)
+        for place, token in zip(places, which, strict=True):
+            rank, slot = place // width, cut[0] + place % width
+            assert spelt(held[rank])[slot] == token
+        seen += which
+    assert sorted(seen) == list(range(layout.length))
+
+
+def spelt(held: tuple[list[tuple[int, int]], list[tuple[int, int]]]) -> dict[int, int]:
+    """Which token is in which slot."""
+    slots, tokens = ([n for r in ranges for n in range(*r)] for ranges in held)
+    return dict(zip(slots, tokens, strict=True))
 
 
 def test_with_two_ranks_a_ring_is_one_gather_and_one_attention() -> None:
@@ -215,7 +238,7 @@ def sent_by_one(lowered: Lowered) -> int:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (4, 2), (2, 4), (1, 4), (4, 1)])
 def test_usp_is_at_its_lower_bound(ulysses: int, ring: int) -> None:
-    """Both exchanges of Ulysses among U ranks, and the ring's broadcasts of what U ranks share."""
+    """Both exchanges of Ulysses among U ranks, and the ring's gathers of what U ranks share."""
     qkv, world = sdpa_inputs(), ulysses * ring
     lowered = program("usp", world, qkv, by=Usp(ulysses))
     assert len(collectives(lowered)) == 2 + (ring if ring > 2 else 1)

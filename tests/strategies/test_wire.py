@@ -70,7 +70,7 @@ def test_all_ranks_come_to_the_dense_model_that_rounds_alike(name: str, world: i
         ("ulysses", "qkvo", ["all_to_all", "all_to_all"], []),
         ("allgather-kv", "qkv", ["all_gather"], []),
         ("stream-kv", "kv", ["all_gather"] * 4, []),
-        ("ring", "qkvo", ["broadcast"] * 4, []),
+        ("ring", "qkvo", ["all_gather"] * 4, []),
     ],
 )
 def test_what_travels(name: str, eight: str, in_int8: list[str], as_they_are: list[str]) -> None:
