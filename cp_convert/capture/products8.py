@@ -15,6 +15,10 @@ of the weight, and of tokens, are therefore taken out of the product, where they
 product is larger than that of a whole scale; ``t[.., 1]`` makes the token's largest number the
 largest code. A factor on the columns of a weight (SmoothQuant) is one on ``x`` before.
 
+NVFP4 is a product of codes as well, with a scale of each block and one of each tensor::
+
+    linear(x, w, b)    ->    linear(dq(q(x, s_x)), dequantize(codes, blocks, s_w), b)
+
 A weight that is codes in the checkpoint, and whose input has no scale, is ``dequantize(codes)``:
 half the bytes as well, and a product in half precision. Codes take the place of the weight.
 """
@@ -30,6 +34,14 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotConvert
+from ..ir.nvfp4 import (
+    DEQUANTIZE_BLOCKS,
+    LARGEST_OF_ALL,
+    PAIRS,
+    QUANTIZE_DEQUANTIZE_BLOCKS,
+    pairs,
+    quantize_blocks,
+)
 from ..ir.program import Lowered, copied, module_of, module_path, tensor_of
 from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, STEP, TOKEN_FLOOR, quantize
 from ..ir.source import Codes
@@ -37,6 +49,7 @@ from ..ir.writer import Writer
 from .linear8 import LINEAR
 
 aten: Final = torch.ops.aten
+_LARGEST: Final = {**LARGEST, PAIRS: LARGEST_OF_ALL}
 
 
 class Given(Protocol):
@@ -52,7 +65,8 @@ class Measured:
 
     Attributes:
         largest: of the layers' inputs, by their names.
-        dtype: of the codes. FP8 has one scale for a weight, INT8 one for each of its rows.
+        dtype: of the codes. FP8 has one scale for a weight, INT8 one for each of its rows, NVFP4
+            one, and one for each block besides.
     """
 
     largest: Mapping[str, float]
@@ -64,6 +78,9 @@ class Measured:
         of_input = _scale(self.largest[str(node.args[0])], node, "input", self.dtype)
         if self.dtype == FP8:
             return Codes(quantize(numbers, step, FP8), step, of_input)
+        if self.dtype == PAIRS:
+            codes, blocks = quantize_blocks(numbers, step)
+            return Codes(pairs(codes), step, of_input, blocks=blocks)
         rows = numbers.abs().amax(1).float() / LARGEST[self.dtype]
         rows = torch.where(rows > 0, rows, step)
         return Codes(quantize(numbers.float() / rows[:, None], 1.0, self.dtype), rows, of_input)
@@ -98,7 +115,7 @@ def _scale(largest: float, node: fx.Node, what: str, dtype: torch.dtype) -> floa
             where=module_path(node),
             hint="--keep leaves the layer as it is; --calibration names other inputs.",
         )
-    return largest / LARGEST[dtype]
+    return largest / _LARGEST[dtype]
 
 
 def quantized(
@@ -204,6 +221,8 @@ class _Products:
             step = op(aten.mul.Tensor, largest, 1 / (LARGEST[dtype] * STEP[dtype]))
             ratio = op(aten.div.Tensor, self._wide(x), step)
             return op(QUANTIZE_DEQUANTIZE, ratio, STEP[dtype], dtype, like), step
+        if own.input_scale is not None and own.blocks is not None:
+            return op(QUANTIZE_DEQUANTIZE_BLOCKS, x, own.input_scale, like), None
         if own.input_scale is not None:
             return op(QUANTIZE_DEQUANTIZE, x, own.input_scale, dtype, like), None
         return x, None
@@ -211,7 +230,7 @@ class _Products:
     def read_as_codes(self, name: str, own: Codes) -> None:
         """What still reads a weight that is codes reads what they stand for."""
         (weight,) = (n for n in self.graph.find_nodes(op="placeholder") if n.name == name)
-        users = [user for user in weight.users if user.target is not DEQUANTIZE]
+        users = [u for u in weight.users if u.target not in (DEQUANTIZE, DEQUANTIZE_BLOCKS)]
         if not users:
             return
         first = next(node for node in self.graph.nodes if node in users)
@@ -236,7 +255,12 @@ class _Products:
             with self.write.mode:
                 value = torch.empty(own.codes.shape, dtype=own.codes.dtype)
             weight.meta = {**weight.meta, "val": value}
-            self._weights[weight.name] = self.write.op(DEQUANTIZE, weight, own.step, like)
+            blocks = self._constant(f"blocks_{weight.name}", own.blocks, FP8)
+            self._weights[weight.name] = (
+                self.write.op(DEQUANTIZE, weight, own.step, like)
+                if blocks is None
+                else self.write.op(DEQUANTIZE_BLOCKS, weight, blocks, own.step, like)
+            )
         return self._weights[weight.name]
 
     def _constant(

@@ -1,0 +1,74 @@
+"""Engines that multiply NVFP4: the types of products are read out of what was built."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cp_convert.bundle.manifest import Manifest
+from tests.engine.plans import Plan
+from tests.engine.test_quantized import check_proof, check_run, converted, dense_of
+from tests.runtime.bundles import FLUX, QWEN
+
+pytestmark = pytest.mark.engine
+SLOW = pytest.mark.slow
+FP4 = "fp4_e2m1"
+
+
+def in_nvfp4(tmp_path: Path, model: str, **options: Any) -> tuple[Manifest, Plan]:
+    """The conversion for 12.0, proven down to the networks."""
+    return converted(
+        tmp_path, model, compute_capabilities=("12.0",), proof="network", **options
+    )  # fmt: skip
+
+
+def check_products(manifest: Manifest, plan: Plan, count: int) -> None:
+    """That many are of codes, with scales of blocks for both operands; none has one operand."""
+    products = Counter(plan.products())
+    assert products[FP4, FP4] == count
+    assert all(len(set(one)) == 1 for one in products)
+    of_codes = [o for o in plan.operators if o.reads[:2] == (FP4, FP4)]
+    assert all(o.reads.count("fp8_e4m3") == 2 for o in of_codes)
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    assert linears.codes == "nvfp4"
+    assert linears.products == {"nvfp4": count, "bf16": len(linears.kept)}
+    assert len(linears.layers) == count
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "model", "count"),
+    [
+        ("ulysses", 2, FLUX, 17),
+        pytest.param("allgather-kv", 4, FLUX, 17, marks=SLOW),
+        pytest.param("ring", 2, QWEN, 9, marks=SLOW),
+    ],
+)
+def test_linear_layers_multiply_codes(
+    strategy: str, world: int, model: str, count: int, tmp_path: Path
+) -> None:
+    manifest, plan = in_nvfp4(
+        tmp_path, model, strategy=strategy, world=world, quantize="nvfp4", program="yes"
+    )
+    check_products(manifest, plan, count)
+    assert manifest.runs_on.compute_capabilities == ["12.0"]
+    check_proof(manifest, world)
+    codes = [w for w in manifest.weights if w.dtype == "uint8"]
+    assert len(codes) == count
+    assert {w.file for w in codes} == {"constants.safetensors"}
+    if world == 2:
+        check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
+
+
+@SLOW
+def test_embedded_codes_are_multiplied_and_the_least_gpu_is_told(tmp_path: Path) -> None:
+    manifest, plan = converted(
+        tmp_path, quantize="nvfp4", weights_mode="embedded", proof="network", exchange="int8"
+    )
+    # The builder may join those of one input.
+    assert plan.products().count((FP4, FP4)) >= 10
+    assert manifest.runs_on.compute_capabilities == ["12.0+"]
+    assert manifest.backend.compute_capabilities == ["12.0+"]
+    check_proof(manifest)
