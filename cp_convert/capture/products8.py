@@ -19,6 +19,8 @@ NVFP4 is a product of codes as well, with a scale of each block and one of each 
 
     linear(x, w, b)    ->    linear(dq(q(x, s_x)), dequantize(codes, blocks, s_w), b)
 
+A low rank beside (SVDQuant) is ``+ linear(linear(x, a), b)``.
+
 A weight that is codes in the checkpoint, and whose input has no scale, is ``dequantize(codes)``:
 half the bytes as well, and a product in half precision. Codes take the place of the weight.
 """
@@ -166,6 +168,7 @@ class _Products:
             if n.name in program.state
         }
         self._inputs: dict[tuple[fx.Node, object], tuple[fx.Node, fx.Node | None]] = {}
+        self._smooth: dict[tuple[fx.Node, bytes], fx.Node] = {}
         self._weights: dict[str, fx.Node] = {}
         self._held: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
@@ -192,6 +195,7 @@ class _Products:
             numbers = self._numbers(weight, own, like)
             if factor is None and own.rows is None:
                 node.args = (operand, numbers, *bias)
+                self._add_low_rank(node, x, own)
                 return
             product = self._wide(self.write.op(LINEAR, operand, numbers))
             for one in (self._constant(f"rows_{weight.name}", own.rows), factor):
@@ -203,14 +207,36 @@ class _Products:
         self._names[node.name] = result.name
         self.graph.erase_node(node)
 
+    def _add_low_rank(self, node: fx.Node, x: fx.Node, own: Codes) -> None:
+        """What a product of numbers adds to that of codes."""
+        if own.low_rank is None:
+            return
+        dtype, name = tensor_of(node).dtype, node.name
+        factors = [self._constant(f"low_rank_{name}", one, dtype) for one in own.low_rank]
+        added = self._smoothed(x, own)
+        for factor in factors:
+            added = self.write.op(LINEAR, added, factor)
+        with self.graph.inserting_after(node):
+            result = self.write.op(aten.add.Tensor, node, added)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        self._names[name] = result.name
+
+    def _smoothed(self, x: fx.Node, own: Codes) -> fx.Node:
+        """The input, its columns multiplied by the checkpoint's factors."""
+        if own.smooth is None:
+            return x
+        key = x, own.smooth.numpy().tobytes()
+        if key not in self._smooth:
+            by = self._constant(f"smooth_{x.name}", own.smooth, tensor_of(x).dtype)
+            self._smooth[key] = self.write.op(aten.mul.Tensor, x, by)
+        return self._smooth[key]
+
     def _input(self, x: fx.Node, own: Codes, like: torch.dtype) -> tuple[fx.Node, fx.Node | None]:
         """The left operand of the product, and what the product is multiplied with."""
         smooth = None if own.smooth is None else own.smooth.numpy().tobytes()
         key = x, (own.input_scale, own.by_token, smooth, own.codes.dtype, like)
         if key not in self._inputs:
-            by = self._constant(f"smooth_{x.name}", own.smooth, tensor_of(x).dtype)
-            x = x if by is None else self.write.op(aten.mul.Tensor, x, by)
-            self._inputs[key] = self._rounded(x, own, like)
+            self._inputs[key] = self._rounded(self._smoothed(x, own), own, like)
         return self._inputs[key]
 
     def _rounded(self, x: fx.Node, own: Codes, like: torch.dtype) -> tuple[fx.Node, fx.Node | None]:
@@ -234,7 +260,7 @@ class _Products:
         if not users:
             return
         first = next(node for node in self.graph.nodes if node in users)
-        if own.rows is not None or own.smooth is not None:
+        if own.rows is not None or own.smooth is not None or own.low_rank is not None:
             raise CannotConvert(
                 f"{name} is stored in 8 bits by rows, and read by {first.target}: only the weights "
                 "of linear layers can be.",

@@ -62,6 +62,7 @@ class Codes:
         by_token: which of the two.
         smooth: ``[K]``, float32: what the input is multiplied with before; ``None``: nothing.
         blocks: NVFP4's scales of blocks, E4M3 ``[N, K/16]``; ``weight_scale`` multiplies them.
+        low_rank: ``[R, K]`` and ``[N, R]``: a product of numbers that is added to that of codes.
     """
 
     codes: Tensor
@@ -70,6 +71,7 @@ class Codes:
     by_token: bool = False
     smooth: Tensor | None = None
     blocks: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_multiplied(self) -> bool:
@@ -77,7 +79,7 @@ class Codes:
         return self.by_token or self.input_scale is not None
 
     def numbers(self) -> Tensor:
-        """What the codes stand for, float32 ``[N, K]``."""
+        """What the codes alone stand for, float32 ``[N, K]``."""
         if self.blocks is not None:
             return dequantize_blocks(self.codes, self.blocks, self.step, torch.float32)
         numbers = dequantize(self.codes, self.step, torch.float32)

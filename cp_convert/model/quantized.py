@@ -28,8 +28,6 @@ _MAKERS: Final = (
     ),
     (r"\.qzeros$", "AWQ or GPTQ", "it is for weights alone"),
     (r"\.weight\._(data|scale|shift)$", "quanto", "it is for weights alone"),
-    (r"\.weight_scale_2$", "NVFP4", "products of 4 bits are not done yet"),
-    (r"\.svdquant_lora_[ab]$", "SVDQuant", "products of 4 bits are not done yet"),
 )
 """Names that one quantizer alone gives its tensors, who that is, and why it is not taken."""
 

@@ -5,10 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from cp_convert.bundle.manifest import Manifest
 from tests.engine.plans import Plan
-from tests.engine.test_quantized import check_proof, check_run, converted, dense_of
+from tests.engine.test_quantized import (
+    check_proof,
+    check_run,
+    checkpoint,
+    converted,
+    dense_of,
+)
+from tests.model.fp8_files import FILE, in_nvfp4
 from tests.runtime.bundles import FLUX, QWEN
 
 pytestmark = pytest.mark.engine
@@ -16,7 +24,7 @@ SLOW = pytest.mark.slow
 FP4 = "fp4_e2m1"
 
 
-def in_nvfp4(tmp_path: Path, model: str, **options: Any) -> tuple[Manifest, Plan]:
+def in_nvfp4_engines(tmp_path: Path, model: str, **options: Any) -> tuple[Manifest, Plan]:
     """The conversion for 12.0, proven down to the networks."""
     return converted(
         tmp_path, model, compute_capabilities=("12.0",), proof="network", **options
@@ -49,7 +57,7 @@ def check_products(manifest: Manifest, plan: Plan, count: int) -> None:
 def test_linear_layers_multiply_codes(
     strategy: str, world: int, model: str, count: int, tmp_path: Path
 ) -> None:
-    manifest, plan = in_nvfp4(
+    manifest, plan = in_nvfp4_engines(
         tmp_path, model, strategy=strategy, world=world, quantize="nvfp4", program="yes"
     )
     check_products(manifest, plan, count)
@@ -60,6 +68,35 @@ def test_linear_layers_multiply_codes(
     assert {w.file for w in codes} == {"constants.safetensors"}
     if world == 2:
         check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(8, marks=SLOW)])
+def test_a_quantized_checkpoint_is_multiplied_as_it_is(rank: int, tmp_path: Path) -> None:
+    """Codes stay in the user's file; with a low rank beside, that is two products of numbers."""
+    weights = checkpoint(
+        tmp_path / "weights",
+        lambda module, layers: in_nvfp4(module, layers, rank),
+        "NVFP4_SVD" if rank else "NVFP4",
+    )
+    manifest, plan = in_nvfp4_engines(tmp_path, FLUX, weights=weights, exchange="int8")
+    check_products(manifest, plan, 17)
+    assert plan.sent("all_to_all").count("int8") == 2
+    assert (Counter(plan.products())["bf16", "bf16"] > 17) == bool(rank)
+    check_proof(manifest)
+    codes = [w for w in manifest.weights if w.dtype == "uint8"]
+    assert {w.file for w in codes} == {str((weights / FILE).resolve())}
+    raw, stored = (weights / FILE).read_bytes(), load_file(weights / FILE)
+    assert len(codes) == 17
+    for one in codes:
+        own = stored[one.name].numpy().tobytes()
+        assert raw[one.offset : one.offset + one.bytes] == own
+    assert manifest.quantization is not None
+    assert manifest.quantization.linears is not None
+    for layer in manifest.quantization.linears.layers:
+        assert layer.input_scale == stored[f"{layer.module}.input_scale"].item()
+        assert layer.weight_scale == stored[f"{layer.module}.weight_scale_2"].item()
+        assert (layer.given, layer.smooth) == ("both", bool(rank))
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
 
 
 @SLOW
