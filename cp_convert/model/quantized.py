@@ -48,7 +48,7 @@ def check_maker(stored: Mapping[str, Location]) -> None:
             f"{name} of {at.file.name} is quantized by {who}, of which cp-convert takes nothing: "
             f"{why}.",
             where=str(at.file),
-            hint="take an FP8 or INT8 checkpoint with scales of whole tensors or rows "
+            hint="take an FP8, INT8 or NVFP4 checkpoint with the scales "
             "(docs/quantized.md), or the one that is not quantized and --quantize.",
         )
 
