@@ -38,7 +38,7 @@ BLOCK: Final = 16
 LARGEST_CODE: Final = 6.0
 LARGEST_OF_ALL: Final = LARGEST_CODE * LARGEST[FP8]
 """What the largest number of a tensor is of its scale: the largest code of the largest block."""
-_MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """By the lower three bits of a code; the fourth is the sign."""
 
 
@@ -51,14 +51,14 @@ def nearest(ratio: Tensor) -> Tensor:
 
 def pairs(numbers: Tensor) -> Tensor:
     """``[.., K]`` numbers of :func:`nearest` as codes, two in a byte: ``[.., K/2]``."""
-    codes = torch.bucketize(numbers.abs(), numbers.new_tensor(_MAGNITUDES)).to(PAIRS)
+    codes = torch.bucketize(numbers.abs(), numbers.new_tensor(MAGNITUDES)).to(PAIRS)
     codes = codes + 8 * torch.signbit(numbers).to(PAIRS)
     return codes[..., 0::2] + 16 * codes[..., 1::2]
 
 
 def from_pairs(codes: Tensor) -> Tensor:
     """The numbers of ``[.., K/2]`` bytes, float32 ``[.., K]``."""
-    table = torch.tensor(_MAGNITUDES, device=codes.device)
+    table = torch.tensor(MAGNITUDES, device=codes.device)
     both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
     found: Tensor = torch.cat((table, -table))[both]
     return found
