@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,8 +237,9 @@ MULTIPLIED_FROM: Final = {"fp8": FP8_FROM, "nvfp4": (10, 0)}
 def without(codes: str, compute_capabilities: Collection[str]) -> list[str]:
     """Those of GPUs that do not multiply ``codes``, one of :data:`QUANTIZED`."""
     first = MULTIPLIED_FROM.get(codes, (0, 0))
-    known = ((one, tuple(map(int, one.rstrip("+").split(".")))) for one in compute_capabilities)
-    return [one for one, version in known if version < first]
+    known = {one: re.fullmatch(r"(\d+)\.(\d+)\+?", one) for one in compute_capabilities}
+    # What is no compute capability is refused with the backend's targets.
+    return [one for one, told in known.items() if told and tuple(map(int, told.groups())) < first]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

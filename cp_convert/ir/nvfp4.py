@@ -43,25 +43,51 @@ MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def nearest(ratio: Tensor) -> Tensor:
-    """The numbers of 4 bits nearest to ``ratio``, float32, ties to even; 6 for what is beyond."""
+    """The numbers of 4 bits nearest to ``ratio``, float32, ties to even; 6 for what is beyond.
+
+    Steps of 0.5 up to 2, of 1 up to 4 and of 2 up to 6, each rounded by itself.
+    """
     size = ratio.abs()
-    step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.copysign(((size / step).round() * step).clamp(max=LARGEST_CODE), ratio)
+    found = size.clamp(max=2).mul_(2).round_().mul_(0.5)
+    found += size.clamp(2, 4).round_()
+    found += size.clamp_(4, LARGEST_CODE).mul_(0.5).round_().mul_(2)
+    return found.sub_(2 + 4).copysign_(ratio)
 
 
 def pairs(numbers: Tensor) -> Tensor:
     """``[.., K]`` numbers of :func:`nearest` as codes, two in a byte: ``[.., K/2]``."""
-    codes = torch.bucketize(numbers.abs(), numbers.new_tensor(MAGNITUDES)).to(PAIRS)
-    codes = codes + 8 * torch.signbit(numbers).to(PAIRS)
-    return codes[..., 0::2] + 16 * codes[..., 1::2]
+    rows = numbers.reshape(-1, numbers.shape[-1])
+    found = torch.cat([_paired(piece) for piece in rows.split(_at_once(rows))])
+    return found.view(*numbers.shape[:-1], -1)
+
+
+def _paired(numbers: Tensor) -> Tensor:
+    doubled = numbers.abs().mul_(2).int()
+    by_double = torch.zeros(13, dtype=PAIRS, device=numbers.device)
+    for code, magnitude in enumerate(MAGNITUDES):
+        by_double[int(2 * magnitude)] = code
+    codes = by_double.index_select(0, doubled.flatten()).view(numbers.shape)
+    codes += torch.signbit(numbers).to(PAIRS).mul_(8)
+    return codes[..., 0::2] + codes[..., 1::2] * 16
+
+
+def _at_once(rows: Tensor) -> int:
+    """How many rows a CPU keeps at hand: several passes go over them."""
+    count = _AT_ONCE // rows.shape[-1] if rows.device.type == "cpu" else len(rows)
+    return max(1, count)
+
+
+_AT_ONCE: Final = 1 << 18
 
 
 def from_pairs(codes: Tensor) -> Tensor:
     """The numbers of ``[.., K/2]`` bytes, float32 ``[.., K]``."""
-    table = torch.tensor(MAGNITUDES, device=codes.device)
-    both = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
-    found: Tensor = torch.cat((table, -table))[both]
-    return found
+    own = torch.tensor(MAGNITUDES, device=codes.device)
+    own, byte = torch.cat((own, -own)), torch.arange(256, device=codes.device)
+    both = torch.stack((own[byte & 15], own[byte >> 4]), dim=-1)
+    # Two numbers of a byte are one of 64 bits: a look-up for both.
+    found = both.view(torch.int64).flatten().index_select(0, codes.flatten().int())
+    return found.view(torch.float32).view(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def in_blocks(x: Tensor) -> Tensor:
@@ -99,6 +125,13 @@ def _dequantize(codes: Tensor, blocks: Tensor, scale: float, dtype: torch.dtype)
 
 
 def _quantize(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    parts = [_rounded(piece, scale) for piece in rows.split(_at_once(rows))]
+    numbers, blocks = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
+    return numbers.view(x.shape), blocks.view(*x.shape[:-1], -1)
+
+
+def _rounded(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     ratio, blocks = ratios(x, scale)
     return nearest(ratio), blocks
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cp_convert.bundle.manifest import Manifest
-from tests.engine.plans import Plan
+from tests.engine.plans import Plan, read_plan
 from tests.engine.test_quantized import (
     check_proof,
     check_run,
@@ -16,6 +16,9 @@ from tests.engine.test_quantized import (
     converted,
     dense_of,
 )
+from tests.model.comfy_files import FLUX_LAYERS, original_flux, smaller_flux
+from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
+from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, in_nvfp4
 from tests.runtime.bundles import FLUX, QWEN
 
@@ -108,4 +111,51 @@ def test_embedded_codes_are_multiplied_and_the_least_gpu_is_told(tmp_path: Path)
     assert plan.products().count((FP4, FP4)) >= 10
     assert manifest.runs_on.compute_capabilities == ["12.0+"]
     assert manifest.backend.compute_capabilities == ["12.0+"]
+    check_proof(manifest)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "quantize"),
+    [
+        pytest.param(True, None, marks=SLOW),
+        (False, None),
+        pytest.param(False, "nvfp4", marks=SLOW),
+    ],
+)
+def test_a_single_file_in_another_order(
+    inputs: bool, quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no scale of its input is not called NVFP4, unless it is calibrated."""
+    smaller_flux(monkeypatch, 64)
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    named = original_flux(space["build_model"]())
+    tensors = comfy_nvfp4(named, FLUX_LAYERS, inputs=inputs)
+    file = write_file(tmp_path / "flux.safetensors", tensors, {})
+    manifest, plan = in_nvfp4_engines(tmp_path, FLUX, weights=file, quantize=quantize)
+    if inputs or quantize:
+        check_products(manifest, plan, 17)
+        check_proof(manifest)
+    else:
+        products = Counter(plan.products())
+        assert set(products) == {("bf16", "bf16")}
+        assert manifest.quantization is not None
+        assert manifest.quantization.linears is not None
+        assert manifest.quantization.linears.products == {"bf16": 30}
+        assert max(e.max for e in manifest.proof.algebra) < 1e-5
+    codes = [w for w in manifest.weights if w.dtype == "uint8"]
+    assert len(codes) == 17
+    assert {w.file for w in codes} == {"weights.safetensors"}
+
+
+@SLOW
+def test_pieces_have_their_own_scales(tmp_path: Path) -> None:
+    """Constants of the program go with the piece that reads them."""
+    manifest, _ = in_nvfp4_engines(
+        tmp_path, FLUX, quantize="nvfp4", split_after=("transformer_blocks.0",)
+    )
+    files = {engine.file for engine in manifest.engines}
+    plans = [read_plan(tmp_path / "out" / file) for file in files]
+    counts = sorted(Counter(plan.products())[FP4, FP4] for plan in plans)
+    assert counts == [5, 5, 12, 12]  # each rank's
     check_proof(manifest)

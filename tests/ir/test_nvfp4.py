@@ -56,6 +56,16 @@ def test_a_block_is_measured_by_its_largest_number_and_its_scale_is_a_code() -> 
     assert 0.05 < (both - x).norm() / x.norm() < 0.15
 
 
+def test_many_rows_are_worked_off_in_pieces() -> None:
+    x = torch.randn(3, 3000, 64)
+    numbers, blocks = quantize_blocks(x, 1e-3)
+    for i in (0, 2):
+        own = quantize_blocks(x[i, 2990:], 1e-3)
+        assert torch.equal(numbers[i, 2990:], own[0])
+        assert torch.equal(blocks[i, 2990:].float(), own[1].float())
+    assert torch.equal(from_pairs(pairs(numbers)), numbers)
+
+
 def test_blocks_of_zeros_or_of_what_is_too_small_are_zeros() -> None:
     x = torch.zeros(2, 32)
     x[1, :16] = 1e-9

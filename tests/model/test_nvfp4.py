@@ -8,13 +8,15 @@ from torch import Tensor, nn
 
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
+from cp_convert.job import without
 from tests.model.comfy_files import FLUX_LAYERS, as_json, original_flux, smaller_flux
 from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
 from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, FP8, in_nvfp4, numbers_of, write
 from tests.model.test_comfy import built, made_of_flux
 from tests.model.test_comfy import loaded as opened
-from tests.model.test_modelopt import LAYERS, Damage, loaded, module, with_, without
+from tests.model.test_modelopt import LAYERS, Damage, loaded, module, with_
+from tests.model.test_modelopt import without as lacking
 from tests.runtime.bundles import FLUX
 
 
@@ -59,9 +61,9 @@ def blocks(value: float, *shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (without("blocks.0.qkv.weight_scale"), "qkv.weight_scale is missing.*stored in NVFP4"),
-        (without("blocks.0.qkv.weight_scale_2"), "blocks.0.qkv.weight_scale_2 is missing"),
-        (without("blocks.1.out.input_scale"), "blocks.1.out.input_scale is missing.*half prec"),
+        (lacking("blocks.0.qkv.weight_scale"), "qkv.weight_scale is missing.*stored in NVFP4"),
+        (lacking("blocks.0.qkv.weight_scale_2"), "blocks.0.qkv.weight_scale_2 is missing"),
+        (lacking("blocks.1.out.input_scale"), "blocks.1.out.input_scale is missing.*half prec"),
         (with_("blocks.0.out.input_scale", torch.tensor(-1.0)), "out.input_scale .* is -1.0"),
         (with_("blocks.0.out.weight_scale_2", torch.tensor(torch.nan)), "_scale_2 .* is nan"),
         (with_("blocks.0.out.weight_scale_2", torch.tensor(torch.inf)), "_scale_2 .* is inf"),
@@ -100,7 +102,7 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (without("blocks.0.qkv.svdquant_lora_b"), "svdquant_lora_b is missing"),
+        (lacking("blocks.0.qkv.svdquant_lora_b"), "svdquant_lora_b is missing"),
         (with_("blocks.0.out.svdquant_lora_a", torch.ones(8, 32)), r"\[8, 32\] and \[64, 8\]"),
         (with_("blocks.0.out.svdquant_lora_a", torch.ones(4, 64)), r"\[4, 64\] and \[64, 8\]"),
         (with_("blocks.0.out.svdquant_lora_b", torch.full((64, 8), torch.nan)), "not finite"),
@@ -139,6 +141,8 @@ def test_what_it_cannot_be_converted_for(tmp_path: Path) -> None:
         loaded(tmp_path, quantize="nvfp4")
     with pytest.raises(UsageError, match=r"nvfp4 with --compute-capability 8\.9: NVFP4 is"):
         loaded(tmp_path, quantize="nvfp4", weights=None, compute_capabilities=("8.9", "12.0"))
+    # What is no such number is refused later, with the backend's targets.
+    assert without("nvfp4", ("8.9,12.0", "8.9+", "12.0+")) == ["8.9+"]
 
 
 # --- single files of ComfyUI's and BFL's: another order of codes, and scales in tiles -------------
@@ -187,9 +191,9 @@ def test_what_has_no_scale_of_its_input(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (without("blocks.0.out.weight_scale"), "blocks.0.out.weight_scale is missing.*NVFP4"),
-        (without("blocks.0.out.weight_scale_2"), "blocks.0.out.weight_scale_2 is missing.*NVFP4"),
-        (without("blocks.0.out.comfy_quant"), "does not say of it which one"),
+        (lacking("blocks.0.out.weight_scale"), "blocks.0.out.weight_scale is missing.*NVFP4"),
+        (lacking("blocks.0.out.weight_scale_2"), "blocks.0.out.weight_scale_2 is missing.*NVFP4"),
+        (lacking("blocks.0.out.comfy_quant"), "does not say of it which one"),
         (with_("blocks.0.out.weight_scale", blocks(1)), r"is F8_E4M3\[64, 4\]; of 64 rows"),
         (with_("blocks.0.out.weight_scale", blocks(-1, 128, 4)), r"out.weight_scale .* is -1\.0"),
         (with_("blocks.0.out.weight_scale_2", torch.tensor(0.0)), r"_scale_2 .* is 0\.0"),
