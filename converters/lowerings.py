@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..ir.numbers import holds
+from ..ir.nvfp4 import BLOCK_QUANTIZERS
 from ..ir.ops import COLLECTIVES
 from ..ir.quantize import QUANTIZERS
 from ..mesh import split_groups
@@ -325,7 +326,9 @@ def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
 
 
 _COLLECTIVES: Final = tuple(op._schema.name.split("::")[1] for op in COLLECTIVES)
-_QUANTIZERS: Final = tuple(op._schema.name.split("::")[1] for op in QUANTIZERS)
+_QUANTIZERS: Final = tuple(
+    op._schema.name.split("::")[1] for op in (*QUANTIZERS, *BLOCK_QUANTIZERS)
+)
 LOWERINGS: Final[Mapping[str, Lowering]] = {
     **{operator: _distributed(operator) for operator in _COLLECTIVES},
     **{f"{operator}_in_float32": _in_float32(operator) for operator in _COLLECTIVES},

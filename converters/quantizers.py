@@ -1,7 +1,8 @@
 """Lowerings of the quantizers: ``IQuantizeLayer`` and ``IDequantizeLayer``, per tensor.
 
-The scale is a constant, as the builder wants it: with any other it computes products in half
-precision, without a word.
+NVFP4 has ``IDynamicQuantizeLayer`` instead of the first, and two of the second: scales of blocks
+are codes too (documentation, *Double Quantization*). The scale of a tensor is a constant, as the
+builder wants it: with any other it computes products in half precision, without a word.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ..ir.nvfp4 import BLOCK
 from ..trt.libraries import ConversionContext, get_trt_tensor, trt
 
 # trt.ITensor; tensorrt ships no types.
@@ -53,6 +55,57 @@ def _dequantized(ctx: ConversionContext, name: str, codes: Tensor, scale: float,
     assert layer is not None, f"TensorRT refused to dequantize {codes.shape} of {codes.dtype}"
     layer.name = f"dequantize {name}"
     return layer.get_output(0)
+
+
+def dequantize_blocks(
+    ctx: ConversionContext, name: str, codes: Any, blocks: Any, scale: float, dtype: Any
+) -> Tensor:
+    """From NVFP4 codes to numbers: first the scales of blocks, then the codes."""
+    if isinstance(codes, torch.Tensor):
+        tensor = get_trt_tensor(ctx, codes, f"{name}_codes", target_quantized_type=trt.fp4)
+    else:
+        tensor = _input_of_fp4(ctx, codes)
+    scales = get_trt_tensor(ctx, blocks, f"{name}_blocks")
+    return _by_blocks(ctx, name, tensor, scales, _scale(ctx, name, scale), _TYPES[dtype])
+
+
+def quantize_dequantize_blocks(
+    ctx: ConversionContext, name: str, x: Any, scale: float, to: Any = None
+) -> Tensor:
+    """To NVFP4, by the largest number of each block, and back."""
+    tensor = get_trt_tensor(ctx, x, f"{name}_input")
+    last = len(tensor.shape) - 1
+    layer = ctx.net.add_dynamic_quantize(tensor, last, BLOCK, trt.fp4, trt.fp8)
+    assert layer is not None, f"TensorRT refused to quantize {tensor.shape} by blocks"
+    layer.name = f"quantize {name}"
+    whole = _scale(ctx, name, scale)
+    layer.set_input(1, whole)
+    codes, scales = layer.get_output(0), layer.get_output(1)
+    return _by_blocks(ctx, name, codes, scales, whole, tensor.dtype if to is None else _TYPES[to])
+
+
+def _by_blocks(
+    ctx: ConversionContext, name: str, codes: Tensor, scales: Tensor, whole: Tensor, to: Any
+) -> Tensor:
+    """The scales are in the numbers' own type: the builder has no product for others."""
+    steps = ctx.net.add_dequantize(scales, whole, to)
+    assert steps is not None, f"TensorRT refused to dequantize scales of {scales.shape}"
+    steps.name = f"dequantize {name}_blocks"
+    layer = ctx.net.add_dequantize(codes, steps.get_output(0), to)
+    assert layer is not None, f"TensorRT refused to dequantize {codes.shape} by blocks"
+    layer.name = f"dequantize {name}"
+    return layer.get_output(0)
+
+
+def _input_of_fp4(ctx: ConversionContext, pairs: Tensor) -> Tensor:
+    """The network's input of bytes as one of codes: Torch-TensorRT's inputs have no such type."""
+    if pairs.dtype == trt.fp4:
+        return pairs
+    assert pairs.is_network_input, f"{pairs.name} is computed: codes of 4 bits cannot be"
+    name, (*rows, columns) = pairs.name, pairs.shape
+    pairs.name = f"{name} as bytes"
+    ctx.net.remove_tensor(pairs)
+    return ctx.net.add_input(name, trt.fp4, (*rows, 2 * columns))
 
 
 def _scale(ctx: ConversionContext, name: str, scale: float) -> Tensor:

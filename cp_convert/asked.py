@@ -25,7 +25,7 @@ RESIDUAL: Final = "residual"
 AUTO: Final = "auto"
 EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
 """What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
-QUANTIZED: Final = ("fp8", "int8")
+QUANTIZED: Final = ("fp8", "int8", "nvfp4")
 """Codes that linear layers may multiply."""
 VARIANT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What a variant may be called: it is a folder's name."""

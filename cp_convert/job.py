@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,11 +138,11 @@ class Job(Asked):
                     raise UsageError(f"--{option}: it goes with --quantize.")
             return
         _one_of("quantize", self.quantize, QUANTIZED)
-        old = without_fp8(self.compute_capabilities) if self.quantize == "fp8" else []
-        if old:
+        if old := without(self.quantize, self.compute_capabilities):
+            first = ".".join(map(str, MULTIPLIED_FROM[self.quantize]))
             raise UsageError(
-                f"--quantize {self.quantize} with --compute-capability {', '.join(old)}: FP8 is "
-                "multiplied from 8.9 on.",
+                f"--quantize {self.quantize} with --compute-capability {', '.join(old)}: "
+                f"{self.quantize.upper()} is multiplied from {first} on.",
                 hint="leave these targets out, or convert for them with --quantize int8.",
             )
         for file in self.calibration:
@@ -229,12 +230,16 @@ def without_bf16(compute_capabilities: Collection[str]) -> list[str]:
 
 FP8_FROM: Final = (8, 9)
 """The first compute capability that multiplies FP8 (Ada)."""
+MULTIPLIED_FROM: Final = {"fp8": FP8_FROM, "nvfp4": (10, 0)}
+"""The same of all codes that not every GPU multiplies; of NVFP4's, TensorRT-RTX runs on 12.x."""
 
 
-def without_fp8(compute_capabilities: Collection[str]) -> list[str]:
-    """Those of GPUs that do not multiply in FP8."""
-    known = ((one, tuple(map(int, one.rstrip("+").split(".")))) for one in compute_capabilities)
-    return [one for one, version in known if version < FP8_FROM]
+def without(codes: str, compute_capabilities: Collection[str]) -> list[str]:
+    """Those of GPUs that do not multiply ``codes``, one of :data:`QUANTIZED`."""
+    first = MULTIPLIED_FROM.get(codes, (0, 0))
+    known = {one: re.fullmatch(r"(\d+)\.(\d+)\+?", one) for one in compute_capabilities}
+    # What is no compute capability is refused with the backend's targets.
+    return [one for one, told in known.items() if told and tuple(map(int, told.groups())) < first]
 
 
 def _one_of(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, Final
 
+import torch
 from torch import fx
 
 from .capture import linear8, products8
 from .ir.linear8 import Layer, Linears, Scales
+from .ir.nvfp4 import PAIRS
 from .ir.program import module_path
 from .ir.quantize import FP8, INT8
 from .ir.records import Captured, Loaded
@@ -16,6 +19,9 @@ from .ir.source import Codes
 from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import largest_inputs, losses, sets_of
+
+_TYPES: Final[Mapping[str, torch.dtype]] = {"nvfp4": PAIRS, "int8": INT8, "fp8": FP8}
+"""Of codes; no checkpoint has several."""
 
 
 def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
@@ -35,16 +41,20 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
             given = products8.Stored(codes, largest_inputs(dense, lacking, every, device))
             sets = len(every)
         else:
-            every = list(sets_of(dense, example, job.calibration))
-            chosen, kept = linear8.choose(dense, job.keep)
+            every, dtype = (
+                list(sets_of(dense, example, job.calibration)),
+                _TYPES[job.quantize or "fp8"],
+            )
+            chosen, kept = linear8.choose(dense, job.keep, dtype)
             largest = largest_inputs(dense, chosen, every, device)
-            given = products8.Measured(largest, INT8 if job.quantize == "int8" else FP8)
+            given = products8.Measured(largest, dtype)
             weights, sets = linear8.weights_of(chosen, names), len(every)
         program, scales = products8.quantized(dense, chosen, given, codes)
         lost = losses(dense, scales, example, device) if scales else {}
     layers = tuple(_layer(n, scales[n.name], lost[n.name], codes) for n in chosen)
     types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
-    linears = Linears(dense, layers, kept, weights, sets, "int8" if INT8 in types else "fp8")
+    own: Any = next(name for name, dtype in _TYPES.items() if dtype in types)
+    linears = Linears(dense, layers, kept, weights, sets, own)
     return replace(captured, dense=program, linears=linears)
 
 

@@ -35,7 +35,7 @@ from .files import file_state, place, sha256
 from .ir.identity import readable
 from .ir.layout import Layout
 from .ir.shares import Share, Shares
-from .ir.source import Source
+from .ir.source import Codes, Source
 from .ir.tensors import numbers
 from .job import AUTO, EXTERNAL_FROM, Job
 from .mesh import GUIDANCE, TENSOR, Mesh
@@ -125,10 +125,12 @@ def _values(source: Source) -> Iterator[object]:
 
 def _scales(source: Source) -> list[tuple[object, ...]]:
     """Of a quantized checkpoint, whose weights count as their files do."""
-    return [
-        (name, *map(_told, (one.weight_scale, one.input_scale, one.by_token, one.smooth)))
-        for name, one in sorted(source.codes.items())
-    ]
+    return [(name, *map(_told, _parts(one))) for name, one in sorted(source.codes.items())]
+
+
+def _parts(one: Codes) -> tuple[object, ...]:
+    scales = one.weight_scale, one.input_scale, one.by_token, one.smooth, one.blocks
+    return *scales, *(one.low_rank or ())
 
 
 def _told(value: object) -> object:

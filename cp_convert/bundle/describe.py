@@ -18,7 +18,7 @@ from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
-from ..job import Job, without_fp8
+from ..job import Job, without
 from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
@@ -108,7 +108,7 @@ def _targets(made: Made) -> list[str]:
     """Of the backend's own choice, those that have the types."""
     usual = made.loaded.backend.default_targets
     linears = made.captured.linears
-    old = without_fp8(usual) if linears is not None and linears.codes == "fp8" else []
+    old = [] if linears is None else without(linears.codes, usual)
     return [one for one in usual if one not in old]
 
 

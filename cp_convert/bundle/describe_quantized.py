@@ -19,7 +19,7 @@ def quantization(made: Made) -> q.Quantization | None:
         exchange=q.Exchange(codes="int8", operands=list(eight))  # type: ignore[arg-type]
         if eight
         else None,
-        linears=None if linears is None else _linears(linears),
+        linears=None if linears is None else _linears(linears, made.loaded.source.precision),
         codes=None
         if codes is None
         else q.Codes(
@@ -33,7 +33,8 @@ def quantization(made: Made) -> q.Quantization | None:
     )
 
 
-def _linears(linears: Linears) -> q.Linears:
+def _linears(linears: Linears, precision: str) -> q.Linears:
+    products = {linears.codes: len(linears.layers), precision: len(linears.kept)}
     return q.Linears(
         codes=linears.codes,
         layers=[
@@ -50,6 +51,7 @@ def _linears(linears: Linears) -> q.Linears:
         ],
         kept=[q.Kept(module=one.module, reason=one.reason) for one in linears.kept],
         sets=linears.sets,
+        products={name: count for name, count in products.items() if count},
     )
 
 

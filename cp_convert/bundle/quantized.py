@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from .call import Count, Struct
 
 
@@ -31,7 +33,8 @@ class Layer(Struct, frozen=True):
     ``loss`` is its own: what its output differs by with the example inputs (root mean square).
     ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
     ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
-    ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before.
+    ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before. In
+    NVFP4 each block of 16 numbers has a scale as well, by which these are multiplied.
     """
 
     module: str
@@ -57,12 +60,14 @@ class Linears(Struct, frozen=True):
     """What linear layers multiply.
 
     Scales that no checkpoint gives come from ``sets`` sets of inputs; none do where that is 0.
+    ``products`` counts all linear layers by the type that they multiply.
     """
 
-    codes: Literal["fp8", "int8"]
+    codes: Literal["fp8", "int8", "nvfp4"]
     layers: list[Layer]
     kept: list[Kept]
     sets: Count
+    products: dict[str, Count] = msgspec.field(default_factory=dict)
 
 
 class Codes(Struct, frozen=True):

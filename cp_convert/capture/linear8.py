@@ -19,7 +19,9 @@ from torch import fx
 
 from ..errors import CannotConvert, UsageError
 from ..ir.linear8 import Kept
+from ..ir.nvfp4 import BLOCK, PAIRS
 from ..ir.program import Lowered, module_path, shape
+from ..ir.quantize import FP8
 from ..ir.source import Codes
 
 LINEAR: Final = torch.ops.aten.linear.default
@@ -29,14 +31,19 @@ KEEP: Final = "--keep"
 """The reason where the user says so."""
 _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
+_FEWEST: Final = 2 * BLOCK
+"""Columns that NVFP4 is multiplied with; TensorRT computes with one block in half precision."""
 
 
-def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], tuple[Kept, ...]]:
+def choose(
+    program: Lowered, keep: Sequence[str] = (), dtype: torch.dtype = FP8
+) -> tuple[list[fx.Node], tuple[Kept, ...]]:
     """The linear layers that are to multiply codes, and why the others are not.
 
     Args:
         program: decomposed and whole.
         keep: patterns of module paths that are left as they are, as a shell's.
+        dtype: of the codes.
 
     Raises:
         UsageError: a pattern that names no linear layer.
@@ -45,7 +52,7 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
     if program.own:
         raise CannotConvert("--quantize: every rank has weights of its own here.")
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
-    reasons = _reasons(program, nodes, keep)
+    reasons = _reasons(program, nodes, keep, dtype)
     kept = tuple(Kept(module_path(n), why) for n, why in reasons.items() if why is not None)
     chosen = [node for node, why in reasons.items() if why is None]
     if not chosen:
@@ -55,7 +62,7 @@ def choose(program: Lowered, keep: Sequence[str] = ()) -> tuple[list[fx.Node], t
 
 
 def _reasons(
-    program: Lowered, nodes: Sequence[fx.Node], keep: Sequence[str]
+    program: Lowered, nodes: Sequence[fx.Node], keep: Sequence[str], dtype: torch.dtype
 ) -> dict[fx.Node, str | None]:
     """Of every linear layer, why it is left as it is; ``None``: it need not be."""
     for pattern in keep:
@@ -65,11 +72,19 @@ def _reasons(
                 hint=f"such as {module_path(nodes[0])}." if nodes else None,
             )
     has_blocks = any(_is_in_a_block(node) for node in nodes)
-    return {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
+    reasons = {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
+    if dtype != PAIRS:
+        return reasons
+    return {node: _why_not_4_bits(node) if why is None else why for node, why in reasons.items()}
 
 
 def _is_in_a_block(node: fx.Node) -> bool:
     return any(part.isdigit() for part in module_path(node).split("."))
+
+
+def _why_not_4_bits(node: fx.Node) -> str | None:
+    few = shape(node.args[0])[-1] < _FEWEST
+    return f"its input has fewer than {_FEWEST} columns" if few else None
 
 
 def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: bool) -> str | None:
@@ -110,17 +125,25 @@ def stored_layers(
     """
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
     _check_readers(program, nodes, codes)
-    reasons, kept = _reasons(program, nodes, keep), dict[fx.Node, str]()
+    dtype = next((one.codes.dtype for one in codes.values()), FP8)
+    reasons, kept = _reasons(program, nodes, keep, dtype), dict[fx.Node, str]()
     for node in nodes:
         own = codes.get(str(node.args[1]))
         if own is None:
             kept[node] = "as in the checkpoint"
-        elif not own.is_multiplied and not measured:
-            kept[node] = f"{ALONE}: the checkpoint has no scale for its input"
-        elif (why := reasons[node]) is not None and (why == KEEP or not own.is_multiplied):
+        elif (why := _why_alone(node, own, reasons[node], measured=measured)) is not None:
             kept[node] = f"{ALONE}: {why}"
     told = tuple(Kept(module_path(node), why) for node, why in kept.items())
     return [node for node in nodes if node not in kept], told
+
+
+def _why_alone(node: fx.Node, own: Codes, why: str | None, *, measured: bool) -> str | None:
+    """Why a layer that reads codes does not multiply them; ``why`` one of numbers would not."""
+    if not own.is_multiplied and not measured:
+        return "the checkpoint has no scale for its input"
+    if why is not None and (why == KEEP or not own.is_multiplied):
+        return why
+    return None if own.blocks is None else _why_not_4_bits(node)
 
 
 def _check_readers(program: Lowered, nodes: Sequence[fx.Node], codes: Mapping[str, Codes]) -> None:

@@ -15,6 +15,12 @@ of the weight, and of tokens, are therefore taken out of the product, where they
 product is larger than that of a whole scale; ``t[.., 1]`` makes the token's largest number the
 largest code. A factor on the columns of a weight (SmoothQuant) is one on ``x`` before.
 
+NVFP4 is a product of codes as well, with a scale of each block and one of each tensor::
+
+    linear(x, w, b)    ->    linear(dq(q(x, s_x)), dequantize(codes, blocks, s_w), b)
+
+A low rank beside (SVDQuant) is ``+ linear(linear(x, a), b)``.
+
 A weight that is codes in the checkpoint, and whose input has no scale, is ``dequantize(codes)``:
 half the bytes as well, and a product in half precision. Codes take the place of the weight.
 """
@@ -30,6 +36,14 @@ import torch
 from torch import Tensor, fx
 
 from ..errors import CannotConvert
+from ..ir.nvfp4 import (
+    DEQUANTIZE_BLOCKS,
+    LARGEST_OF_ALL,
+    PAIRS,
+    QUANTIZE_DEQUANTIZE_BLOCKS,
+    pairs,
+    quantize_blocks,
+)
 from ..ir.program import Lowered, copied, module_of, module_path, tensor_of
 from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, STEP, TOKEN_FLOOR, quantize
 from ..ir.source import Codes
@@ -37,6 +51,7 @@ from ..ir.writer import Writer
 from .linear8 import LINEAR
 
 aten: Final = torch.ops.aten
+_LARGEST: Final = {**LARGEST, PAIRS: LARGEST_OF_ALL}
 
 
 class Given(Protocol):
@@ -52,7 +67,8 @@ class Measured:
 
     Attributes:
         largest: of the layers' inputs, by their names.
-        dtype: of the codes. FP8 has one scale for a weight, INT8 one for each of its rows.
+        dtype: of the codes. FP8 has one scale for a weight, INT8 one for each of its rows, NVFP4
+            one, and one for each block besides.
     """
 
     largest: Mapping[str, float]
@@ -64,6 +80,9 @@ class Measured:
         of_input = _scale(self.largest[str(node.args[0])], node, "input", self.dtype)
         if self.dtype == FP8:
             return Codes(quantize(numbers, step, FP8), step, of_input)
+        if self.dtype == PAIRS:
+            codes, blocks = quantize_blocks(numbers, step)
+            return Codes(pairs(codes), step, of_input, blocks=blocks)
         rows = numbers.abs().amax(1).float() / LARGEST[self.dtype]
         rows = torch.where(rows > 0, rows, step)
         return Codes(quantize(numbers.float() / rows[:, None], 1.0, self.dtype), rows, of_input)
@@ -98,7 +117,7 @@ def _scale(largest: float, node: fx.Node, what: str, dtype: torch.dtype) -> floa
             where=module_path(node),
             hint="--keep leaves the layer as it is; --calibration names other inputs.",
         )
-    return largest / LARGEST[dtype]
+    return largest / _LARGEST[dtype]
 
 
 def quantized(
@@ -149,6 +168,7 @@ class _Products:
             if n.name in program.state
         }
         self._inputs: dict[tuple[fx.Node, object], tuple[fx.Node, fx.Node | None]] = {}
+        self._smooth: dict[tuple[fx.Node, bytes], fx.Node] = {}
         self._weights: dict[str, fx.Node] = {}
         self._held: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
@@ -175,6 +195,7 @@ class _Products:
             numbers = self._numbers(weight, own, like)
             if factor is None and own.rows is None:
                 node.args = (operand, numbers, *bias)
+                self._add_low_rank(node, x, own)
                 return
             product = self._wide(self.write.op(LINEAR, operand, numbers))
             for one in (self._constant(f"rows_{weight.name}", own.rows), factor):
@@ -186,14 +207,36 @@ class _Products:
         self._names[node.name] = result.name
         self.graph.erase_node(node)
 
+    def _add_low_rank(self, node: fx.Node, x: fx.Node, own: Codes) -> None:
+        """What a product of numbers adds to that of codes."""
+        if own.low_rank is None:
+            return
+        dtype, name = tensor_of(node).dtype, node.name
+        factors = [self._constant(f"low_rank_{name}", one, dtype) for one in own.low_rank]
+        added = self._smoothed(x, own)
+        for factor in factors:
+            added = self.write.op(LINEAR, added, factor)
+        with self.graph.inserting_after(node):
+            result = self.write.op(aten.add.Tensor, node, added)
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+        self._names[name] = result.name
+
+    def _smoothed(self, x: fx.Node, own: Codes) -> fx.Node:
+        """The input, its columns multiplied by the checkpoint's factors."""
+        if own.smooth is None:
+            return x
+        key = x, own.smooth.numpy().tobytes()
+        if key not in self._smooth:
+            by = self._constant(f"smooth_{x.name}", own.smooth, tensor_of(x).dtype)
+            self._smooth[key] = self.write.op(aten.mul.Tensor, x, by)
+        return self._smooth[key]
+
     def _input(self, x: fx.Node, own: Codes, like: torch.dtype) -> tuple[fx.Node, fx.Node | None]:
         """The left operand of the product, and what the product is multiplied with."""
         smooth = None if own.smooth is None else own.smooth.numpy().tobytes()
         key = x, (own.input_scale, own.by_token, smooth, own.codes.dtype, like)
         if key not in self._inputs:
-            by = self._constant(f"smooth_{x.name}", own.smooth, tensor_of(x).dtype)
-            x = x if by is None else self.write.op(aten.mul.Tensor, x, by)
-            self._inputs[key] = self._rounded(x, own, like)
+            self._inputs[key] = self._rounded(self._smoothed(x, own), own, like)
         return self._inputs[key]
 
     def _rounded(self, x: fx.Node, own: Codes, like: torch.dtype) -> tuple[fx.Node, fx.Node | None]:
@@ -204,6 +247,8 @@ class _Products:
             step = op(aten.mul.Tensor, largest, 1 / (LARGEST[dtype] * STEP[dtype]))
             ratio = op(aten.div.Tensor, self._wide(x), step)
             return op(QUANTIZE_DEQUANTIZE, ratio, STEP[dtype], dtype, like), step
+        if own.input_scale is not None and own.blocks is not None:
+            return op(QUANTIZE_DEQUANTIZE_BLOCKS, x, own.input_scale, like), None
         if own.input_scale is not None:
             return op(QUANTIZE_DEQUANTIZE, x, own.input_scale, dtype, like), None
         return x, None
@@ -211,11 +256,11 @@ class _Products:
     def read_as_codes(self, name: str, own: Codes) -> None:
         """What still reads a weight that is codes reads what they stand for."""
         (weight,) = (n for n in self.graph.find_nodes(op="placeholder") if n.name == name)
-        users = [user for user in weight.users if user.target is not DEQUANTIZE]
+        users = [u for u in weight.users if u.target not in (DEQUANTIZE, DEQUANTIZE_BLOCKS)]
         if not users:
             return
         first = next(node for node in self.graph.nodes if node in users)
-        if own.rows is not None or own.smooth is not None:
+        if own.rows is not None or own.smooth is not None or own.low_rank is not None:
             raise CannotConvert(
                 f"{name} is stored in 8 bits by rows, and read by {first.target}: only the weights "
                 "of linear layers can be.",
@@ -236,7 +281,12 @@ class _Products:
             with self.write.mode:
                 value = torch.empty(own.codes.shape, dtype=own.codes.dtype)
             weight.meta = {**weight.meta, "val": value}
-            self._weights[weight.name] = self.write.op(DEQUANTIZE, weight, own.step, like)
+            blocks = self._constant(f"blocks_{weight.name}", own.blocks, FP8)
+            self._weights[weight.name] = (
+                self.write.op(DEQUANTIZE, weight, own.step, like)
+                if blocks is None
+                else self.write.op(DEQUANTIZE_BLOCKS, weight, blocks, own.step, like)
+            )
         return self._weights[weight.name]
 
     def _constant(

@@ -70,8 +70,8 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @options.exchange
 @click.option(
     "--quantize", type=options.Word(QUANTIZED),
-    help="Compute linear layers with FP8 (from compute capability 8.9 on) or INT8 weights and "
-    "activations, but for embedders, modulation and the output.",
+    help="Compute linear layers with FP8 (from compute capability 8.9 on), NVFP4 (from 12.0 on) or "
+    "INT8 weights and activations, but for embedders, modulation and the output.",
 )  # fmt: skip
 @click.option(
     "--keep", multiple=True, metavar="PATTERN",

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ..errors import ProofFailed
-from ..ir.network import Layer, Network, Result
+from ..ir.network import FP4, Layer, Network, Result
 from ..ir.program import Binding
 from ..trt.libraries import trt
 
@@ -28,6 +29,7 @@ DTYPES: Final = {
     trt.int32: torch.int32,
     trt.int8: torch.int8,
     trt.fp8: torch.float8_e4m3fn,
+    trt.fp4: FP4,
     trt.uint8: torch.uint8,
     trt.bool: torch.bool,
 }
@@ -167,9 +169,14 @@ def _constant(layer: Any, pool: _Pool) -> dict[str, Any]:
 
 
 def _weights(weights: Any, dtype: torch.dtype, shape: tuple[int, ...], pool: _Pool) -> Tensor:
-    """Weights as a tensor; TensorRT hands them out as numpy arrays, but for bfloat16."""
+    """Weights as a tensor; TensorRT hands them out as numpy arrays, but for bfloat16.
+
+    Codes of 4 bits are bytes of two each: ``[.., K/2]``.
+    """
+    if dtype == FP4:
+        dtype, shape = torch.uint8, (*shape[:-1], shape[-1] // 2)
     if isinstance(weights, trt.Weights):
-        size = weights.size * dtype.itemsize
+        size = prod(shape) * dtype.itemsize
         buffer = (ctypes.c_char * size).from_address(_address_of(weights))
         return pool.share(torch.frombuffer(buffer, dtype=dtype), shape)
     return pool.share(torch.from_numpy(weights.reshape(-1)).view(dtype), shape)
@@ -278,6 +285,10 @@ _READERS: Final[Mapping[str, tuple[Any, Attributes]]] = {
         _plain("axes", "epsilon", "num_groups", "is_v2"),
     ),
     "DEQUANTIZE": (trt.IDequantizeLayer, _plain("axis")),
+    "DYNAMIC_QUANTIZE": (
+        trt.IDynamicQuantizeLayer,
+        _plain("axis", "block_size", "to_type", "scale_type"),
+    ),
     "POOLING": (
         trt.IPoolingLayer,
         lambda layer, pool: {

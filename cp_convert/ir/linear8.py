@@ -9,6 +9,7 @@ from typing import Literal
 from .program import Lowered
 
 Scales = Literal["both", "weight", "none"]
+Kind = Literal["fp8", "int8", "nvfp4"]
 
 
 @dataclass(frozen=True)
@@ -59,4 +60,4 @@ class Linears:
     kept: tuple[Kept, ...]
     weights: Mapping[str, str]
     sets: int
-    codes: Literal["fp8", "int8"]
+    codes: Kind

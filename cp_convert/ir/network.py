@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from .program import Binding
+
+FP4: Final = torch.float4_e2m1fn_x2
+"""Of tensors whose codes have 4 bits, two in a byte; their shapes count codes."""
 
 
 @dataclass(frozen=True)

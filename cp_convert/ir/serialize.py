@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from ..errors import CannotLower
-from . import ops, quantize  # noqa: F401  define cp::*, which programs name
+from . import nvfp4, ops, quantize  # noqa: F401  define cp::*, which programs name
 from .program import Binding, Lowered, module_of, module_path, source_line
 from .tensors import mapped, numbers, save
 

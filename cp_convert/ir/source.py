@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..job import Variant
 from ..mesh import Axis
+from .nvfp4 import dequantize_blocks
+from .quantize import dequantize
 from .shares import Declared
 from .tensors import Location
 
@@ -52,12 +55,14 @@ class Codes:
     """A layer's weight as codes, and how its input becomes codes, if it does.
 
     Attributes:
-        codes: ``[N, K]``, INT8 or FP8.
+        codes: ``[N, K]``, INT8 or FP8; NVFP4: ``[N, K/2]``, see :mod:`.nvfp4`.
         weight_scale: what a code of 1 stands for: one number, or one a row (float32 ``[N]``).
         input_scale: the same for the input; ``None``: each token by its own largest number, or not
             at all.
         by_token: which of the two.
         smooth: ``[K]``, float32: what the input is multiplied with before; ``None``: nothing.
+        blocks: NVFP4's scales of blocks, E4M3 ``[N, K/16]``; ``weight_scale`` multiplies them.
+        low_rank: ``[R, K]`` and ``[N, R]``: a product of numbers that is added to that of codes.
     """
 
     codes: Tensor
@@ -65,11 +70,20 @@ class Codes:
     input_scale: float | None
     by_token: bool = False
     smooth: Tensor | None = None
+    blocks: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
     def is_multiplied(self) -> bool:
         """Whether the input becomes codes, too."""
         return self.by_token or self.input_scale is not None
+
+    def numbers(self) -> Tensor:
+        """What the codes alone stand for, float32 ``[N, K]``."""
+        if self.blocks is not None:
+            return dequantize_blocks(self.codes, self.blocks, self.step, torch.float32)
+        numbers = dequantize(self.codes, self.step, torch.float32)
+        return numbers if self.rows is None else numbers.mul_(self.rows[:, None])
 
     @property
     def step(self) -> float:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
+from ..ir.nvfp4 import BLOCK, PAIRS, dequantize_blocks
 from ..ir.quantize import FP8, dequantize
 from ..ir.source import Codes
 from ..ir.tensors import Location, bytes_of, opened, tensor_at
 from .quantized import FLOATS, UNQUANTIZED
 
 WEIGHT: Final = ".weight"
-KINDS: Final = {FP8: "FP8", torch.int8: "INT8"}
+KINDS: Final = {FP8: "FP8", torch.int8: "INT8", PAIRS: "NVFP4"}
 """What codes are called."""
 
 
@@ -36,6 +37,9 @@ class Coded:
             weight is quantized.
         smooth: what columns of the input are multiplied with before, float32 ``[K]``.
         dtype: of the codes.
+        blocks: NVFP4's scales of blocks, E4M3 ``[N, K/16]``.
+        low_rank: factors ``[R, K]`` and ``[N, R]`` of what is added to the weight.
+        is_swapped: whether the even column is the upper half of a byte, and not the lower.
     """
 
     weight_scale: float | Tensor
@@ -43,6 +47,9 @@ class Coded:
     by_token: bool = False
     smooth: Tensor | None = None
     dtype: torch.dtype = FP8
+    blocks: Tensor | None = None
+    low_rank: tuple[Tensor, Tensor] | None = None
+    is_swapped: bool = False
 
     @property
     def is_multiplied(self) -> bool:
@@ -51,6 +58,8 @@ class Coded:
 
     def numbers(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
         """What ``codes`` ``[N, K]`` stand for, in ``dtype``: the weight of the plain layer."""
+        if self.blocks is not None:
+            return self._of_blocks(codes).to(dtype)
         if self.smooth is None and not isinstance(self.weight_scale, Tensor):
             return dequantize(codes, self.weight_scale, dtype)
         found = codes.float()
@@ -59,7 +68,22 @@ class Coded:
 
     def of(self, codes: Tensor) -> Codes:
         """The same with its codes."""
-        return Codes(codes, self.weight_scale, self.input_scale, self.by_token, self.smooth)
+        given = self.weight_scale, self.input_scale, self.by_token, self.smooth
+        return Codes(codes, *given, self.blocks, self.low_rank)
+
+    def _of_blocks(self, codes: Tensor) -> Tensor:
+        assert self.blocks is not None and isinstance(self.weight_scale, float)
+        found = dequantize_blocks(codes, self.blocks, self.weight_scale, torch.float32)
+        if self.low_rank is not None:
+            down, up = (factor.float() for factor in self.low_rank)
+            found += up @ down
+        return found if self.smooth is None else found.mul_(self.smooth)
+
+
+def shape_of(shape: tuple[int, ...], coded: Coded | None) -> tuple[int, ...]:
+    """Of the numbers, where a tensor of this shape is stored: NVFP4 has two in a byte."""
+    is_paired = coded is not None and coded.blocks is not None
+    return (*shape[:-1], 2 * shape[-1]) if is_paired else shape
 
 
 def scale_at(name: str, at: Location) -> float:
@@ -104,16 +128,48 @@ def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
     return _positive(name, at).reshape(count).clone()
 
 
+def blocks_at(name: str, at: Location, shape: tuple[int, int], numbers: tuple[int, int]) -> Tensor:
+    """The scale of each block of 16 columns, E4M3 in the stored ``shape``.
+
+    Args:
+        name: of the stored tensor, for messages.
+        at: where it is.
+        shape: that it must have.
+        numbers: of the weight.
+
+    Raises:
+        WeightsError: it is of another shape or type, or one is negative, or not finite.
+    """
+    rows, columns = numbers
+    if at.dtype != FP8 or at.shape != shape or columns % BLOCK:
+        raise WeightsError(
+            f"{name} of {at.file.name} is {at.kind}{list(at.shape)}; of {rows} rows of {columns} "
+            f"numbers, blocks of {BLOCK} have scales F8_E4M3{list(shape)}.",
+            where=str(at.file),
+            hint="the checkpoint is broken, or has blocks of another size; " + UNQUANTIZED,
+        )
+    at.check_unchanged()
+    found = tensor_at(at, bytes_of(at.file)).clone()
+    bad = found.float()[~(found.float() >= 0)]  # of zeros: E4M3 has no less for a block of them
+    if bad.numel():
+        raise _no_scale(name, at, float(bad[0]))
+    return found
+
+
 def _positive(name: str, at: Location) -> Tensor:
     value = numbers_at(at)
     bad = value[~((value > 0) & value.isfinite())]
     if bad.numel():
-        raise WeightsError(
-            f"{name} of {at.file.name} is {float(bad[0])}; a scale is a positive number.",
-            where=str(at.file),
-            hint="the checkpoint is broken; fetch or export it again.",
-        )
+        raise _no_scale(name, at, float(bad[0]))
     return value
+
+
+def _no_scale(name: str, at: Location, value: float) -> WeightsError:
+    return WeightsError(
+        f"{name} of {at.file.name} is {value}; a scale is a positive number.",
+        where=str(at.file),
+        hint="the checkpoint is broken; fetch or export it again.",
+    )
 
 
 def numbers_at(at: Location) -> Tensor:

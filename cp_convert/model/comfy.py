@@ -1,4 +1,4 @@
-"""Single files of FP8 codes with scales, as ComfyUI writes and Black Forest Labs publishes them.
+"""Single files of FP8 or NVFP4 codes with scales, as ComfyUI writes and BFL publishes them.
 
 In: what the files hold by name. Out: the same without scales, and the scales by layer. Layouts
 (ComfyUI, *The Comfy guide to Quantization*, and its loader for older files), of a layer ``x``::
@@ -7,6 +7,15 @@ In: what the files hold by name. Out: the same without scales, and the scales by
     x.weight_scale  F32 []             the weight is codes * weight_scale
     x.input_scale   F32 []             the input's codes are input / input_scale; may be missing
     x.comfy_quant   U8                 {"format": "float8_e4m3fn"} in JSON
+
+and of NVFP4, in which the even column is the upper half of a byte, and scales of blocks lie as
+cuBLAS reads them, in tiles of 128 rows and 4 columns that are padded with zeros::
+
+    x.weight          U8 [N, K/2]
+    x.weight_scale    F8_E4M3 [N, K/16]   each rounded up to whole tiles
+    x.weight_scale_2  F32 []              the weight is codes * weight_scale * weight_scale_2
+    x.input_scale     F32 []              of the scales of the input's blocks; may be missing
+    x.comfy_quant     U8                  {"format": "nvfp4"} in JSON
 
 Instead of ``comfy_quant`` the file's ``_quantization_metadata`` may name the layers. Older files
 ("fp8_scaled") have a tensor ``scaled_fp8``, ``scale_weight`` and ``scale_input``. An input scale of
@@ -20,10 +29,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+from torch import Tensor
+
 from ..errors import WeightsError
+from ..ir.nvfp4 import BLOCK, PAIRS
 from ..ir.quantize import FP8
 from ..ir.tensors import Location, bytes_of, tensor_at
-from .coded import WEIGHT, Coded, metadata_of, missing, not_quantized, scale_at
+from .coded import (
+    KINDS,
+    WEIGHT,
+    Coded,
+    blocks_at,
+    metadata_of,
+    missing,
+    not_quantized,
+    scale_at,
+)
 from .header import parsed
 from .names import inside
 from .quantized import UNQUANTIZED
@@ -31,11 +53,13 @@ from .quantized import UNQUANTIZED
 _MARKER: Final = "scaled_fp8"
 _QUANT: Final = ".comfy_quant"
 _METADATA: Final = "_quantization_metadata"
-_FORMAT: Final = "float8_e4m3fn"
+_FORMATS: Final = {"float8_e4m3fn": FP8, "nvfp4": PAIRS}
+"""What a layer says that it is, and the type of its codes."""
 _FULL: Final = "full_precision_matrix_mult"
 _KNOWN: Final = ("format", _FULL, "orig_dtype", "orig_shape")
 _OLD: Final = (".scale_weight", ".scale_input")
 _NEW: Final = (".weight_scale", ".input_scale")
+_OF_ALL: Final = ".weight_scale_2"
 
 
 @dataclass(frozen=True)
@@ -46,11 +70,18 @@ class _Layers:
         full: by the layer's name, whether its products are to be in full precision.
         suffixes: of the weight's scale and the input's.
         used: names that say so, and are no tensors of the model.
+        dtype: of the codes.
     """
 
     full: Mapping[str, bool]
     suffixes: tuple[str, str]
     used: frozenset[str]
+    dtype: torch.dtype = FP8
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """What the names of scales end in."""
+        return self.suffixes if self.dtype == FP8 else (*self.suffixes, _OF_ALL)
 
 
 def without_scales(
@@ -69,16 +100,16 @@ def without_scales(
     layers = _told(own, prefix) or _old(own)
     if layers is None:
         return None
-    scales = {name for name in own if name.endswith((*_OLD, *_NEW))}
+    scales = {name for name in own if name.endswith((*_OLD, *_NEW, _OF_ALL))}
     for name in sorted(scales):
         layer, _, kind = name.rpartition(".")
-        if layer not in layers.full or f".{kind}" not in layers.suffixes:
+        if layer not in layers.full or f".{kind}" not in layers.scales:
             raise _stray(name, layer, layers, stored)
-    codes = sorted(n for n, at in own.items() if at.dtype == FP8 and n.endswith(WEIGHT))
+    codes = sorted(n for n, at in own.items() if at.dtype == layers.dtype and n.endswith(WEIGHT))
     for name in codes:
         if name.removesuffix(WEIGHT) not in layers.full:
             scale = name.removesuffix(WEIGHT) + layers.suffixes[0]
-            raise missing(scale, name, stored[name])
+            raise missing(scale, name, stored[name], kind=KINDS[layers.dtype])
     coded = {f"{name}.weight": _coded(name, layers, stored) for name in layers.full}
     return {n: at for n, at in stored.items() if n not in scales | layers.used}, coded
 
@@ -89,11 +120,11 @@ def _markers(stored: Mapping[str, Location]) -> dict[str, Location]:
 
 def _stray(name: str, layer: str, layers: _Layers, stored: Mapping[str, Location]) -> WeightsError:
     at = stored.get(f"{layer}.weight")
-    if at is None or at.dtype != FP8:
-        return not_quantized(name, f"{layer}.weight", stored)
+    if at is None or at.dtype != layers.dtype:
+        return not_quantized(name, f"{layer}.weight", stored, KINDS[layers.dtype])
     return WeightsError(
         f"{name} of {stored[name].file.name}: {layer} has scales of two formats, or the file does "
-        f"not say of it that it is {_FORMAT}.",
+        "not say of it which one it is.",
         where=str(stored[name].file),
         hint="the checkpoint is mixed up; " + UNQUANTIZED,
     )
@@ -102,13 +133,37 @@ def _stray(name: str, layer: str, layers: _Layers, stored: Mapping[str, Location
 def _coded(layer: str, layers: _Layers, stored: Mapping[str, Location]) -> Coded:
     weight = f"{layer}.weight"
     of_weight, of_input = (layer + suffix for suffix in layers.suffixes)
-    if weight not in stored or stored[weight].dtype != FP8:
-        raise not_quantized(of_weight, weight, stored)
-    if of_weight not in stored:
-        raise missing(of_weight, weight, stored[weight])
-    scale = scale_at(of_input, stored[of_input]) if of_input in stored else 1.0
-    is_none = layers.full[layer] or scale == 1.0
-    return Coded(scale_at(of_weight, stored[of_weight]), None if is_none else scale)
+    kind = KINDS[layers.dtype]
+    if weight not in stored or stored[weight].dtype != layers.dtype:
+        raise not_quantized(of_weight, weight, stored, kind)
+    for scale in (of_weight, *(layer + one for one in layers.scales[2:])):
+        if scale not in stored:
+            raise missing(scale, weight, stored[weight], kind=kind)
+    step = scale_at(of_input, stored[of_input]) if of_input in stored else 1.0
+    of_inputs = None if layers.full[layer] or step == 1.0 else step
+    if layers.dtype == FP8:
+        return Coded(scale_at(of_weight, stored[of_weight]), of_inputs)
+    return Coded(
+        scale_at(layer + _OF_ALL, stored[layer + _OF_ALL]),
+        of_inputs,
+        dtype=PAIRS,
+        blocks=_untiled(of_weight, stored[of_weight], weight, stored[weight]),
+        is_swapped=True,
+    )
+
+
+def _untiled(name: str, at: Location, weight: str, codes: Location) -> Tensor:
+    """The scale of each block, E4M3 ``[N, K/16]``, out of the tiles that cuBLAS reads.
+
+    Source: cuBLAS documentation, *1D Block Scaling Factors Layout*.
+    """
+    if len(codes.shape) != 2:
+        raise _unknown(weight, f"{codes.kind}{list(codes.shape)}", codes)
+    rows, columns = codes.shape[0], 2 * codes.shape[1] // BLOCK
+    down, across = -(-rows // 128), -(-columns // 4)
+    stored = blocks_at(name, at, (128 * down, 4 * across), (rows, 2 * codes.shape[1]))
+    tiles = stored.view(torch.uint8).reshape(down, across, 32, 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(128 * down, 4 * across)[:rows, :columns].contiguous().view(FP8)
 
 
 def _old(own: Mapping[str, Location]) -> _Layers | None:
@@ -127,17 +182,20 @@ def _old(own: Mapping[str, Location]) -> _Layers | None:
 
 def _told(own: Mapping[str, Location], prefix: str) -> _Layers | None:
     """Of a file that describes its layers in JSON."""
-    full: dict[str, bool] = {}
+    full, types = dict[str, bool](), dict[torch.dtype, None]()
     described = [*_in_tensors(own), *_in_metadata(own, prefix)]
     for layer, told, at in described:
-        if not isinstance(told, Mapping) or told.get("format") != _FORMAT:
-            what = told.get("format") if isinstance(told, Mapping) else told
+        what = told.get("format") if isinstance(told, Mapping) else told
+        if not isinstance(told, Mapping) or not isinstance(what, str) or what not in _FORMATS:
             raise _unknown(layer, what, at)
         if odd := [key for key in told if key not in _KNOWN]:
-            raise _unknown(layer, f"{_FORMAT} with {', '.join(map(str, odd))}", at)
+            raise _unknown(layer, f"{what} with {', '.join(map(str, odd))}", at)
+        types[_FORMATS[what]] = None
+        if len(types) > 1:
+            raise _unknown(layer, f"{what}, and others otherwise", at)
         full[layer] = bool(told.get(_FULL, False)) or full.get(layer, False)
     used = frozenset(n for n in own if n.endswith(_QUANT) or n.rpartition(".")[2] == _MARKER)
-    return _Layers(full, _NEW, used) if described else None
+    return _Layers(full, _NEW, used, *types) if described else None
 
 
 def _in_tensors(own: Mapping[str, Location]) -> Iterator[tuple[str, Any, Location]]:
@@ -173,7 +231,8 @@ def _json(text: bytes, name: str, at: Location) -> Any:
 
 def _unknown(name: str, what: object, at: Location) -> WeightsError:
     return WeightsError(
-        f"{name} of {at.file.name} is quantized as {what}, of which cp-convert takes {_FORMAT}.",
+        f"{name} of {at.file.name} is quantized as {what}, of which cp-convert takes "
+        f"{' or '.join(_FORMATS)}, one of them in a file.",
         where=str(at.file),
         hint="take the file in FP8 (E4M3); " + UNQUANTIZED,
     )

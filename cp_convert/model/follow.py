@@ -81,14 +81,39 @@ def _of(
     pieces = [coded[owner] for owner in dict.fromkeys(owners[row] for row in rows.tolist())]
     if any(not _alike(one, pieces[0]) for one in pieces):
         raise _refused(name, "pieces whose scales differ")
+    if pieces[0].blocks is not None:
+        return _of_blocks(name, rows, owners, coded)
     if not isinstance(pieces[0].weight_scale, Tensor):
         return pieces[0]
     return replace(pieces[0], weight_scale=every[rows.long()])
 
 
+def _of_blocks(name: str, rows: Tensor, owners: list[str], coded: Mapping[str, Coded]) -> Coded:
+    """The scales of blocks go with their rows, too; ``rows`` number the stored ones of all."""
+    told = dict.fromkeys(owners[row] for row in rows.tolist())
+    first = {owner: owners.index(owner) for owner in told}
+    place = dict(zip(told, _begins(told, coded), strict=True))
+    every = torch.cat([_blocks(coded[owner]) for owner in told])
+    own = [row - first[owners[row]] + place[owners[row]] for row in rows.tolist()]
+    pieces = [coded[owner] for owner in told]
+    if any(one.low_rank is not None for one in pieces):
+        raise _refused(name, "pieces of what has a low rank beside")
+    return replace(pieces[0], blocks=every[own])
+
+
+def _begins(owners: Collection[str], coded: Mapping[str, Coded]) -> list[int]:
+    counts = [len(_blocks(coded[owner])) for owner in owners]
+    return [sum(counts[:i]) for i in range(len(counts))]
+
+
+def _blocks(one: Coded) -> Tensor:
+    assert one.blocks is not None
+    return one.blocks
+
+
 def _alike(one: Coded, other: Coded) -> bool:
     """But for the scales of rows, which go with them."""
-    told = [(c.input_scale, c.by_token, _one(c.weight_scale)) for c in (one, other)]
+    told = [(c.input_scale, c.by_token, c.dtype, _one(c.weight_scale)) for c in (one, other)]
     if told[0] != told[1] or (one.smooth is None) != (other.smooth is None):
         return False
     return one.smooth is None or other.smooth is None or torch.equal(one.smooth, other.smooth)

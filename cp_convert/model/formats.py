@@ -14,7 +14,7 @@ import torch
 from ..errors import UsageError
 from ..ir.quantize import FP8
 from ..ir.tensors import Location
-from ..job import Job, without_fp8
+from ..job import MULTIPLIED_FROM, Job, without
 from . import comfy, modelopt, rowwise
 from .coded import KINDS, Coded
 from .names import inside
@@ -66,10 +66,11 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
             f"--quantize {job.quantize}: the weights of {job.weights} are {own} codes.",
             hint=f"--quantize {own.lower()} gives their inputs scales.",
         )
-    if own == "FP8" and (old := without_fp8(job.compute_capabilities)):
+    if old := without(own.lower(), job.compute_capabilities):
+        first = ".".join(map(str, MULTIPLIED_FROM[own.lower()]))
         raise UsageError(
-            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are FP8, which "
-            "is multiplied from 8.9 on.",
+            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are {own}, "
+            f"which is multiplied from {first} on.",
             hint="leave these targets out, name the checkpoint that is not quantized, or take the "
             "numbers in the job's precision (--allow-cast float8).",
         )

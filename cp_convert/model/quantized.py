@@ -28,8 +28,6 @@ _MAKERS: Final = (
     ),
     (r"\.qzeros$", "AWQ or GPTQ", "it is for weights alone"),
     (r"\.weight\._(data|scale|shift)$", "quanto", "it is for weights alone"),
-    (r"\.weight_scale_2$", "NVFP4", "products of 4 bits are not done yet"),
-    (r"\.svdquant_lora_[ab]$", "SVDQuant", "products of 4 bits are not done yet"),
 )
 """Names that one quantizer alone gives its tensors, who that is, and why it is not taken."""
 
@@ -50,7 +48,7 @@ def check_maker(stored: Mapping[str, Location]) -> None:
             f"{name} of {at.file.name} is quantized by {who}, of which cp-convert takes nothing: "
             f"{why}.",
             where=str(at.file),
-            hint="take an FP8 or INT8 checkpoint with scales of whole tensors or rows "
+            hint="take an FP8, INT8 or NVFP4 checkpoint with the scales "
             "(docs/quantized.md), or the one that is not quantized and --quantize.",
         )
 

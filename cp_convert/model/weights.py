@@ -16,7 +16,7 @@ from ..errors import WeightsError
 from ..ir.quantize import FP8
 from ..ir.source import Cast, Codes
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
-from .coded import KINDS, Coded
+from .coded import KINDS, Coded, shape_of
 from .follow import followed
 from .formats import FLOAT8
 from .meta import replace
@@ -96,6 +96,8 @@ class _Files:
         """The same of a tensor that was mapped, or made of such."""
         if coded is None:
             return Found(tensor, at, told)
+        if coded.is_swapped:  # no engine reads codes in this order: they are written anew
+            tensor, at = (tensor << 4) | (tensor >> 4), None
         numbers = coded.numbers(tensor, dtype)
         if self._upcast and coded.dtype == FP8:
             return Found(numbers, None, told, upcast=tensor.dtype)
@@ -196,7 +198,7 @@ def _found(
     """The model's tensors, under its names, under others, or in its authors' own."""
     matched = match(wanted, stored, ties)
     files = _Files(stored, upcast=FLOAT8 in allowed)
-    shapes = {name: stored[own].shape for name, own in matched.names.items()}
+    shapes = {n: shape_of(stored[o].shape, coded.get(o)) for n, o in matched.names.items()}
     if matched.fits:
         types = {name: own for name, own in matched.names.items() if own not in coded}
         check_types(types, stored, wanted, allowed)
@@ -213,7 +215,12 @@ def _found(
     mismatch = partial(_mismatch, matched, shapes, wanted, path)
     tensors, scales = _mapped(module, mapping, stored, files, allowed, mismatch, coded)
     after = by_name(wanted, tensors, ties)
-    _check_shapes(after, {n: tuple(tensors[n].shape) for n in after.names}, wanted, path)
+    _check_shapes(
+        after,
+        {n: shape_of(tuple(tensors[n].shape), scales.get(n)) for n in after.names},
+        wanted,
+        path,
+    )
     found = {
         name: _original(name, tensor, files, scales.get(name), wanted[name].dtype)
         for name, tensor in tensors.items()

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from ..errors import UsageError
+from ..ir.nvfp4 import quantize_dequantize_blocks
 from ..ir.program import Executable, Lowered
 from ..ir.quantize import STEP, dequantize, quantize, token_step
 from ..ir.source import Codes
@@ -109,17 +110,23 @@ def losses(
 def _loss(x: Tensor, weight: Tensor, own: Codes) -> float:
     x, device = x.float(), x.device
     whole = functional.linear(x, weight.float())
-    numbers = dequantize(own.codes.to(device), own.step, torch.float32)
-    if own.rows is not None:
-        numbers *= own.rows.to(device)[:, None]
-    off = functional.linear(_coded(x, own), numbers) - whole
+    off = functional.linear(_coded(x, own), own.numbers().to(device)) - whole
+    if own.low_rank is not None:
+        down, up = (factor.float().to(device) for factor in own.low_rank)
+        off += functional.linear(functional.linear(_smoothed(x, own), down), up)
     return float(off.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _smoothed(x: Tensor, own: Codes) -> Tensor:
+    return x if own.smooth is None else x * own.smooth.to(x.device)
 
 
 def _coded(x: Tensor, own: Codes) -> Tensor:
     """What the codes of a layer's input stand for, in float32."""
     dtype = own.codes.dtype
-    x = x if own.smooth is None else x * own.smooth.to(x.device)
+    x = _smoothed(x, own)
+    if own.input_scale is not None and own.blocks is not None:
+        return quantize_dequantize_blocks(x, own.input_scale)
     if own.input_scale is not None:
         return dequantize(quantize(x, own.input_scale, dtype), own.input_scale, torch.float32)
     step = token_step(x.abs().amax(-1, keepdim=True), dtype)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ProofFailed
-from ..ir.network import Layer
-from ..ir.quantize import dequantize, quantize
+from ..ir.network import FP4, Layer
+from ..ir.nvfp4 import BLOCK, from_pairs, quantize_blocks, times_blocks
+from ..ir.quantize import FP8, dequantize, quantize
 
 Values = Sequence[Tensor | None]
 
@@ -34,7 +35,7 @@ def _dims(mask: int, rank: int) -> list[int]:
 
 def _constant(layer: Layer, values: Values) -> Tensor:
     value: Tensor = layer.parameters["value"]
-    return value
+    return from_pairs(value) if layer.outputs[0].dtype == FP4 else value
 
 
 def _identity(layer: Layer, values: Values) -> Tensor:
@@ -406,12 +407,39 @@ def _quantize(layer: Layer, values: Values) -> Tensor:
     return quantize(_given(values, 0), _scale_of(layer, values), layer.outputs[0].dtype)
 
 
+def _quantize_dynamically(layer: Layer, values: Values) -> tuple[Tensor, Tensor]:
+    """To NVFP4: codes as the numbers that they are, and the scales of their blocks."""
+    x, told = _given(values, 0), layer.parameters
+    wanted = {
+        "axis": x.dim() - 1,
+        "block_size": BLOCK,
+        "to_type": FP4,
+        "scale_type": FP8,
+    }
+    if any(told[name] != value for name, value in wanted.items()):
+        raise ProofFailed(f"{layer.name}: a DYNAMIC_QUANTIZE of {told} is not understood.")
+    return quantize_blocks(x, _scale_of(layer, values))
+
+
+def _is_by_blocks(codes: Tensor, scale: Tensor) -> bool:
+    """Whether codes of 4 bits, which are float32 here, have a scale for each block of 16."""
+    return (
+        codes.dtype == torch.float32
+        and scale.is_floating_point()
+        and tuple(scale.shape) == (*codes.shape[:-1], codes.shape[-1] // BLOCK)
+    )
+
+
 def _dequantize(layer: Layer, values: Values) -> Tensor:
     """In float32; the rounding is left to the declared type of the result."""
+    codes, scale = _given(values, 0), _given(values, 1)
+    if len(values) == 2 and _is_by_blocks(codes, scale) and layer.parameters["axis"] == -1:
+        return times_blocks(codes, scale, 1.0, torch.float32)
     return dequantize(_given(values, 0), _scale_of(layer, values), torch.float32)
 
 
-LAYERS: Final[Mapping[str, Callable[[Layer, Values], Tensor]]] = {
+Results = Tensor | tuple[Tensor, ...]
+LAYERS: Final[Mapping[str, Callable[[Layer, Values], Results]]] = {
     "ACTIVATION": _activation,
     "ATTENTION_INPUT": _attention,
     "ATTENTION_OUTPUT": _identity,
@@ -421,6 +449,7 @@ LAYERS: Final[Mapping[str, Callable[[Layer, Values], Tensor]]] = {
     "CONVOLUTION": _convolution,
     "DECONVOLUTION": _deconvolution,
     "DEQUANTIZE": _dequantize,
+    "DYNAMIC_QUANTIZE": _quantize_dynamically,
     "POOLING": _pooling,
     "QUANTIZE": _quantize,
     "SCATTER": _scatter,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ProofFailed
+from ..ir import nvfp4
 from ..ir.program import Executable
 from ..ir.proof import FLOOR, Codes, Error
 from ..ir.quantize import (
@@ -59,12 +60,18 @@ class Unrounded(TorchDispatchMode):
             return scaled(args[0], args[1])
         if func is QUANTIZE_DEQUANTIZE:
             return from_codes(scaled(args[0], args[1]), args[1], _type_of(args))
+        if func is nvfp4.QUANTIZE_BLOCKS:
+            return nvfp4.ratios(*args, rounded=False)
+        if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
+            both = nvfp4.ratios(*args[:2], rounded=False)
+            return nvfp4.times_blocks(*both, args[1], _type_of(args, 2))
         return func(*args, **(kwargs or {}))
 
 
-def _type_of(args: Any) -> torch.dtype:
-    """What ``cp::quantize_dequantize`` returns, given its arguments."""
-    to: torch.dtype = args[3] if len(args) > 3 and args[3] is not None else args[0].dtype
+def _type_of(args: Any, place: int = 3) -> torch.dtype:
+    """What ``cp::quantize_dequantize`` returns, given its arguments, ``to`` among them."""
+    given = args[place] if len(args) > place else None
+    to: torch.dtype = args[0].dtype if given is None else given
     return to
 
 
@@ -102,18 +109,32 @@ class Nudged(TorchDispatchMode):
             return self._codes(*args)
         if func is QUANTIZE_DEQUANTIZE:
             return from_codes(self._codes(*args[:3]), args[1], _type_of(args))
+        if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
+            return nvfp4.times_blocks(*self._blocks(*args[:2]), args[1], _type_of(args, 2))
         return func(*args, **(kwargs or {}))
 
     def _codes(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         ratio = scaled(x, scale)
-        if x.device not in self._generators:
-            self._generators[x.device] = torch.Generator(x.device).manual_seed(self._seed)
-        own = self._generators[x.device]
-        noise = 2 * torch.rand(ratio.shape, generator=own, device=x.device) - 1
-        nudged = to_codes(ratio + noise * (FLOOR * ratio.abs().amax()), dtype)
+        nudged = to_codes(self._off(ratio), dtype)
         self.codes += nudged.numel()
         self.flipped += int((nudged.float() != to_codes(ratio, dtype).float()).sum())
         return nudged
+
+    def _blocks(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """NVFP4: a code is another one where its block's scale is."""
+        codes, blocks = nvfp4.quantize_blocks(x, scale)
+        nudged, of_nudged = nvfp4.quantize_blocks(self._off(x.float()), scale)
+        others = (of_nudged.float() != blocks.float())[..., None]
+        self.codes += codes.numel()
+        self.flipped += int((nvfp4.in_blocks(nudged != codes) | others).sum())
+        return nudged, of_nudged
+
+    def _off(self, x: Tensor) -> Tensor:
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(self._seed)
+        own = self._generators[x.device]
+        noise = 2 * torch.rand(x.shape, generator=own, device=x.device) - 1
+        return x + noise * (FLOOR * x.abs().amax())
 
 
 def measure_codes(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import ProofFailed
 from ..ir import ops
-from ..ir.network import Layer, Network
+from ..ir.network import FP4, Layer, Network, Result
+from ..ir.nvfp4 import from_pairs
 from ..ir.program import HALF
 from ..ir.quantize import LARGEST
 from .device import exact
@@ -86,9 +87,8 @@ def replay(
     dying = _last_uses(networks[0], order)
     with torch.no_grad(), exact(), HalfMatmulsInFloat32():
         for position in order:
-            layer = networks[0].layers[position]
             alike = [network.layers[position] for network in networks]
-            env[_result_of(layer)] = _run(alike, env, world, widen=widen)
+            env.update(_run(alike, env, world, widen=widen))
             for name in dying.get(position, ()):
                 env.pop(name, None)
     outputs = networks[0].outputs
@@ -106,14 +106,16 @@ def _check_alike(networks: Sequence[Network]) -> None:
             raise ProofFailed(f"rank {rank}'s network has other bindings than rank 0's.")
 
 
-def _result_of(layer: Layer) -> str:
-    if len(layer.outputs) != 1:
+def _results_of(layer: Layer) -> list[str]:
+    if len(layer.outputs) != 1 and layer.kind != "DYNAMIC_QUANTIZE":
         raise ProofFailed(f"{layer.name}: a {layer.kind} of several results is not understood.")
-    return layer.outputs[0].name
+    return [result.name for result in layer.outputs]
 
 
 def _in(tensor: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
-    """An input as the binding takes it (TensorRT has no float64)."""
+    """An input as the binding takes it (TensorRT has no float64); of 4 bits, its numbers."""
+    if dtype == FP4:
+        return from_pairs(tensor)
     tensor = tensor.to(dtype)
     return tensor.float() if widen and dtype in HALF else tensor
 
@@ -128,7 +130,7 @@ def _order(network: Network) -> list[int]:
             layer = network.layers[position]
             if all(name in known for name in _reads(layer)):
                 order.append(position)
-                known.add(_result_of(layer))
+                known.update(_results_of(layer))
             else:
                 late.append(position)
         if len(late) == len(waiting):
@@ -141,7 +143,7 @@ def _last_uses(network: Network, order: Sequence[int]) -> dict[int, list[str]]:
     last: dict[str, int] = {}
     for position in order:
         layer = network.layers[position]
-        for name in (*_reads(layer), _result_of(layer)):
+        for name in (*_reads(layer), *_results_of(layer)):
             last[name] = position
     kept = {b.name for b in network.outputs}
     dying: dict[int, list[str]] = {}
@@ -158,11 +160,14 @@ def _reads(layer: Layer) -> list[str]:
 
 def _run(
     layers: Sequence[Layer], env: Mapping[str, PerRank], world: int, *, widen: bool
-) -> PerRank:
+) -> dict[str, PerRank]:
+    """What a layer gives on all ranks, by the names of its results."""
     first = layers[0]
     reads = [env[name] for name in _reads(first)]
     if first.kind == "DIST_COLLECTIVE":
-        return _collective(layers, [reads[0][rank] for rank in range(world)])
+        return {
+            _results_of(first)[0]: _collective(layers, [reads[0][rank] for rank in range(world)])
+        }
     compute = LAYERS.get(first.kind)
     if compute is None:
         raise ProofFailed(f"the network proof does not know the layer {first.kind}: {first.name}.")
@@ -182,9 +187,12 @@ def _run(
         mask = layers[rank].parameters.get("mask")
         if first.kind == "ATTENTION_INPUT":
             arguments.append(None if mask is None else env[mask][rank])
-        result = compute(layers[rank], arguments)
-        results.append(_out(result, first, widen=widen))
-    return PerRank(tuple(results))
+        given = compute(layers[rank], arguments)
+        every = given if isinstance(given, tuple) else (given,)
+        declared = zip(every, first.outputs, strict=True)
+        results.append([_out(one, first, like, widen=widen) for one, like in declared])
+    columns = zip(_results_of(first), zip(*results, strict=True), strict=True)
+    return {name: PerRank(values) for name, values in columns}
 
 
 def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -193,15 +201,15 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     )
 
 
-def _out(result: Tensor, layer: Layer, *, widen: bool) -> Tensor:
+def _out(result: Tensor, layer: Layer, declared: Result, *, widen: bool) -> Tensor:
     """The result in the tensor's declared type; a layer may compute in a wider one."""
-    declared = layer.outputs[0]
     if tuple(result.shape) != declared.shape:
         raise ProofFailed(
             f"{layer.name} gives {list(result.shape)} but declares {list(declared.shape)}."
         )
-    if declared.dtype in LARGEST and result.dtype == torch.float32:
-        return result  # codes that were not rounded, see :mod:`.quantizers`
+    is_codes = declared.dtype in LARGEST or declared.dtype == FP4
+    if is_codes and result.dtype == torch.float32:
+        return result  # not rounded, see :mod:`.quantizers`; those of 4 bits are always numbers
     if result.dtype != declared.dtype and not _may_convert(result.dtype, declared.dtype):
         raise ProofFailed(f"{layer.name} gives {result.dtype} but declares {declared.dtype}.")
     is_wide = widen and declared.dtype in HALF

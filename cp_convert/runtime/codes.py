@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from ..ir.nvfp4 import DEQUANTIZE_BLOCKS, QUANTIZE_DEQUANTIZE_BLOCKS
 from ..ir.program import Lowered, copied, module_of, shape, tensor_of
 from ..ir.quantize import (
     DEQUANTIZE,
@@ -26,10 +27,10 @@ from ..ir.quantize import (
     LOWEST,
     QUANTIZE,
     QUANTIZE_DEQUANTIZE,
-    QUANTIZERS,
 )
-from ..ir.writer import Writer
 from ..job import FP8_FROM
+from . import codes4
+from .codes4 import Tables
 
 aten: Final = torch.ops.aten
 _STEP: Final = 16
@@ -50,7 +51,7 @@ def by_torch(program: Lowered, *, products: bool) -> Lowered:
             has sizes or a type that torch does not multiply, is computed as before.
     """
     graph, state = copied(program.graph_module.graph), dict(program.state)
-    if not any(node.target in QUANTIZERS for node in graph.nodes):
+    if not any(node.target in _WRITERS for node in graph.nodes):
         return program
     write = _Codes(graph, state)
     if products:
@@ -68,29 +69,12 @@ def by_torch(program: Lowered, *, products: bool) -> Lowered:
     return replace(program, graph_module=module_of(program.graph_module, graph), state=state)
 
 
-class _Codes(Writer):
-    """Writes, and keeps scales as tensors of one number among a program's own parameters.
-
-    A GPU divides by a number by multiplying with its inverse, which is another code next to a tie.
-    """
+class _Codes(Tables):
+    """Writes, and shares the codes of what several layers read."""
 
     def __init__(self, graph: fx.Graph, state: dict[str, torch.Tensor]) -> None:
-        super().__init__(graph)
-        self.state = state
-        self._scales: dict[float, fx.Node] = {}
+        super().__init__(graph, state)
         self._rows: dict[tuple[fx.Node, float], fx.Node] = {}
-        *_, self._last = graph.find_nodes(op="placeholder")
-
-    def scale(self, value: float) -> fx.Node:
-        """A tensor of ``value``, float32."""
-        if value not in self._scales:
-            with self.graph.inserting_after(self._last):
-                made = self.graph.placeholder(f"scale_of_codes_{len(self._scales)}")
-            tensor = torch.tensor(value, dtype=torch.float32)
-            made.meta["val"] = self.mode.from_tensor(tensor)
-            self._scales[value] = self._last = made
-            self.state[made.name] = tensor
-        return self._scales[value]
 
     def rows(self, x: fx.Node, scale: float) -> fx.Node:
         """FP8 codes of ``x`` as a matrix; layers that read the same share them."""
@@ -158,4 +142,6 @@ _WRITERS: Final[dict[Any, Callable[..., fx.Node]]] = {
     QUANTIZE: _quantize,
     DEQUANTIZE: _dequantize,
     QUANTIZE_DEQUANTIZE: _both,
+    DEQUANTIZE_BLOCKS: codes4.dequantized,
+    QUANTIZE_DEQUANTIZE_BLOCKS: codes4.rounded,
 }

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from ..ir import ops, quantize  # noqa: F401  define cp::*
+from ..ir import nvfp4, ops, quantize  # noqa: F401  define cp::*
 from ..ir.layout import Layout
 from ..ir.program import Arguments, arguments, shape, with_argument
 
@@ -565,6 +565,13 @@ def _blocks(node: fx.Node) -> list[Rule]:
     return _same(node, range(1, len(shape(node))))
 
 
+def _blocks_of_4_bits(node: fx.Node) -> list[Rule]:
+    """NVFP4: along every dimension but the last, whose blocks have a scale in common."""
+    given = range(len(operands(node)))
+    dims = range(len(shape(node)) - 1)
+    return [Rule(dict.fromkeys(given, d), d) for d in dims if shape(node)[d] > 1]
+
+
 def _shard(node: fx.Node) -> list[Rule]:
     """A part along one axis of the mesh, of which another axis takes other dimensions."""
     rank, dim = len(shape(node)), arguments(node)["dim"]
@@ -575,6 +582,7 @@ RulesOf = Callable[[fx.Node], list[Rule]]
 
 
 _QUANTIZERS: Final = (cp.quantize, cp.dequantize, cp.quantize_dequantize)
+_OF_4_BITS: Final = dict.fromkeys(nvfp4.BLOCK_QUANTIZERS, _blocks_of_4_bits)
 
 
 def _table() -> dict[Any, RulesOf]:
@@ -619,7 +627,7 @@ def _table() -> dict[Any, RulesOf]:
         (_reduction(None), (aten.var, aten.std, aten.any, aten.all, aten.prod, aten.argmax,
                             aten.argmin, aten.logsumexp, aten.linalg_vector_norm)),
     ]  # fmt: skip
-    table: dict[Any, RulesOf] = {ops.ATTENTION: _attention}
+    table: dict[Any, RulesOf] = {ops.ATTENTION: _attention, **_OF_4_BITS}
     for rule, packets in rows:
         for packet in packets:
             for name in packet.overloads():

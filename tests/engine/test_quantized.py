@@ -67,8 +67,9 @@ def converted(tmp_path: Path, model: str = FLUX, **options: Any) -> tuple[Manife
     """A small FLUX in FP8, or another model, and what its first engine says of itself."""
     (tmp_path / "flux.py").write_text(model)
     job = Job(
-        model=tmp_path / "flux.py", out=tmp_path / "out", strategy="ulysses", world=2,
-        **{"precision": "bf16", "weights_mode": "external", **options},
+        model=tmp_path / "flux.py", out=tmp_path / "out",
+        **{"strategy": "ulysses", "world": 2, "precision": "bf16", "weights_mode": "external",
+           **options},
     )  # fmt: skip
     manifest = convert(job, select("auto", job.compute_capabilities), Progress())
     return manifest, read_plan(tmp_path / "out" / manifest.engines[0].file)
@@ -87,7 +88,7 @@ def checkpoint(path: Path, made: Any = tensors_of, algorithm: str = "FP8") -> Pa
     return write(path, made(module, layers), algorithm)
 
 
-def check_proof(manifest: Manifest) -> None:
+def check_proof(manifest: Manifest, world: int = 2) -> None:
     """All three statements, of the networks too."""
     told, network = manifest.quantization, manifest.proof.network
     assert told is not None
@@ -98,18 +99,18 @@ def check_proof(manifest: Manifest) -> None:
     for errors in (manifest.proof.algebra, network.algebra):
         assert max(e.max for e in errors) < 1e-5
     for errors in (told.codes.ranks, told.codes.networks):
-        assert len(errors) == 2
+        assert len(errors) == world
         assert max(e.max for e in errors) <= told.codes.bound.max
     assert manifest.proof.control.max > 1e-3
 
 
-def check_run(out: Path, inputs: dict[str, Any], dense: torch.Tensor) -> None:
+def check_run(out: Path, inputs: dict[str, Any], dense: torch.Tensor, most: float = 0.2) -> None:
     """Two processes over gloo."""
     assert all(check.problem is None for check in folder.verify(out))
     torch.save(cast_inputs(inputs, torch.bfloat16), out.parent / "inputs.pt")
     both = outputs_of([out], 2, out.parent)
     assert torch.equal(both[0][0][0], both[1][0][0])
-    assert 1e-4 < (both[0][0][0].float() - dense).norm() / dense.norm() < 0.2
+    assert 1e-4 < (both[0][0][0].float() - dense).norm() / dense.norm() < most
 
 
 def dense_of(model: Path) -> tuple[dict[str, Any], torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Single files of FP8 codes as ComfyUI writes them, in the authors' names, from their layout."""
+"""Single files of codes as ComfyUI writes them, in the authors' names, from their layout."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from tests.model.fp8_files import of_4_bits
 
 FP8 = torch.float8_e4m3fn
 STYLES = ("fp8_scaled", "comfy_quant", "metadata")
@@ -153,6 +155,34 @@ def quantized(
         described = {"format_version": "1.0", "layers": dict.fromkeys(layers, told)}
         metadata = {"_quantization_metadata": json.dumps(described)}
     return tensors, metadata
+
+
+def in_nvfp4(
+    named: dict[str, Tensor], layers: list[str], *, inputs: bool = True
+) -> dict[str, Tensor]:
+    """The weights of ``layers`` in NVFP4, the even column above, scales of blocks in tiles."""
+    tensors = dict(named)
+    for number, layer in enumerate(layers):
+        codes, blocks, whole = of_4_bits(named[f"{layer}.weight"].float())
+        tensors[f"{layer}.weight"] = codes % 16 * 16 + codes // 16
+        tensors[f"{layer}.weight_scale"] = tiled(blocks)
+        tensors[f"{layer}.weight_scale_2"] = whole
+        if inputs:
+            tensors[f"{layer}.input_scale"] = torch.tensor(0.0018 + 0.00001 * number)
+        tensors[f"{layer}.comfy_quant"] = as_json({"format": "nvfp4"})
+    return tensors
+
+
+def tiled(blocks: Tensor) -> Tensor:
+    """Tiles of 128 rows and 4 columns, one after the other; of a tile, row r, column c is the byte
+    ``16 * (r % 32) + 4 * (r // 32) + c`` (cuBLAS)."""
+    rows, columns = blocks.shape
+    down, across = -(-rows // 128), -(-columns // 4)
+    r, c = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    tile = r // 128 * across + c // 4
+    found = torch.zeros(down * across * 512, dtype=torch.uint8)
+    found[512 * tile + 16 * (r % 32) + 4 * (r % 128 // 32) + c % 4] = blocks.view(torch.uint8)
+    return found.reshape(128 * down, 4 * across).view(FP8)
 
 
 def as_json(told: object) -> Tensor:

@@ -1,4 +1,4 @@
-"""FP8 and INT8 checkpoints as ModelOpt exports them, written from their documented layout."""
+"""Checkpoints as ModelOpt exports them, written from their documented layout."""
 
 import json
 from pathlib import Path
@@ -36,6 +36,47 @@ def smoothed(module: nn.Module, layers: list[str]) -> dict[str, Tensor]:
         found[f"{layer}.input_scale"] = torch.tensor(0.04 + 0.0001 * number)
         found[f"{layer}.pre_quant_scale"] = factors
     return found
+
+
+def in_nvfp4(module: nn.Module, layers: list[str], rank: int = 0) -> dict[str, Tensor]:
+    """The same in NVFP4: codes in pairs, scales of blocks; with factors and a low rank if asked."""
+    torch.manual_seed(5)
+    found = {name: t.detach().bfloat16().contiguous() for name, t in module.state_dict().items()}
+    for number, layer in enumerate(layers):
+        weight = module.state_dict()[f"{layer}.weight"].float()
+        if rank:
+            factors = torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
+            down = 0.05 * torch.randn(rank, weight.shape[1])
+            up = 0.05 * torch.randn(weight.shape[0], rank)
+            found[f"{layer}.pre_quant_scale"] = factors
+            found[f"{layer}.svdquant_lora_a"] = down.bfloat16()
+            found[f"{layer}.svdquant_lora_b"] = up.bfloat16()
+            weight = weight / factors.float() - up.bfloat16().float() @ down.bfloat16().float()
+        codes, blocks, whole = of_4_bits(weight)
+        found[f"{layer}.weight"] = codes
+        found[f"{layer}.weight_scale"] = blocks
+        found[f"{layer}.weight_scale_2"] = whole
+        found[f"{layer}.input_scale"] = torch.tensor(0.0018 + 0.00001 * number)
+    return found
+
+
+def of_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, the even column in the lower half; scales of blocks, and of all."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    whole = weight.abs().max() / (6 * 448)
+    rows = weight.unflatten(1, (-1, 16))
+    blocks = (rows.abs().amax(-1) / 6 / whole).to(FP8)
+    ratio = (rows / (blocks.float() * whole)[..., None]).flatten(1)
+    codes = (ratio.abs()[..., None] - numbers).abs().argmin(-1) + 8 * (ratio < 0)
+    return (codes[:, 0::2] + 16 * codes[:, 1::2]).to(torch.uint8), blocks, whole.clone()
+
+
+def numbers_of(codes: Tensor, blocks: Tensor, whole: Tensor) -> Tensor:
+    """What they stand for, float32."""
+    numbers = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    both = torch.stack((codes % 16, codes // 16), -1).flatten(1).int()
+    steps = (blocks.float() * whole).repeat_interleave(16, 1)
+    return torch.cat((numbers, -numbers))[both] * steps
 
 
 def write(folder: Path, tensors: dict[str, Tensor], algorithm: str = "FP8") -> Path:

@@ -12,8 +12,9 @@ from cp_convert.capture.decompose import decompose
 from cp_convert.capture.linear8 import choose
 from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.capture.trace import trace
+from cp_convert.ir.nvfp4 import BLOCK_QUANTIZERS, PAIRS
 from cp_convert.ir.program import Lowered
-from cp_convert.ir.quantize import QUANTIZERS
+from cp_convert.ir.quantize import FP8, QUANTIZERS
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.calibrate import largest_inputs
 from cp_convert.prove.lockstep import run
@@ -29,7 +30,7 @@ def given(dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @cache
-def in_fp8(dtype: torch.dtype, *keep: str) -> Lowered:
+def in_fp8(dtype: torch.dtype, *keep: str, codes: torch.dtype = FP8) -> Lowered:
     torch.manual_seed(0)
     model = Model().eval().requires_grad_(False).to(dtype)
     for block in model.blocks:  # so that what the codes say weighs as much as what passes by
@@ -39,7 +40,7 @@ def in_fp8(dtype: torch.dtype, *keep: str) -> Lowered:
     dense = decompose(traced, table())
     chosen, _ = choose(dense, keep)
     largest = largest_inputs(dense, chosen, [flat_inputs(dense, given(dtype))])
-    return quantized(dense, chosen, Measured(largest))[0]
+    return quantized(dense, chosen, Measured(largest, codes))[0]
 
 
 def computed(program: Lowered, dtype: torch.dtype) -> Tensor:
@@ -64,6 +65,16 @@ def test_written_out_they_give_the_same_codes(dtype: torch.dtype) -> None:
     assert count(before, *QUANTIZERS) == 6  # q and k of a block read the same input
     assert count(after, *QUANTIZERS, PRODUCT) == 0
     assert torch.equal(computed(after, dtype), computed(before, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nvfp4_is_written_out_to_the_same_codes(dtype: torch.dtype) -> None:
+    before = in_fp8(dtype, codes=PAIRS)
+    after = by_torch(before, products=True)
+    assert count(before, *BLOCK_QUANTIZERS) == 6
+    assert count(after, *BLOCK_QUANTIZERS, PRODUCT) == 0
+    assert torch.equal(computed(after, dtype), computed(before, dtype))
+    assert off(in_fp8(dtype), before, dtype) > 0.01  # other codes would be seen
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

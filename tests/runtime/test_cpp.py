@@ -164,6 +164,24 @@ class Case:
         ]
         return {"world": world, "io": io, "layers": layers, "misbehave": misbehave}
 
+    def add_weight(self, weight: m.Weight, seen: dict[str, Any]) -> None:
+        """One more, that engines bind and see in their way."""
+        (self.bundle / weight.file).write_bytes(bytes(range(weight.bytes)))
+        told, _ = bundle.read(self.bundle)
+        engines = []
+        for one in told.engines:
+            path = self.bundle / one.file
+            engine = json.loads(path.read_bytes())
+            engine["io"].append({"name": weight.name, "mode": "input", **seen})
+            path.write_text(json.dumps(engine))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            size = path.stat().st_size
+            engines.append(msgspec.structs.replace(one, bytes=size, sha256=digest))
+        weights = [*told.weights, weight]
+        replace_manifest(
+            self.bundle, msgspec.structs.replace(told, engines=engines, weights=weights)
+        )
+
     def run(self, *options: object, **settings: object) -> Done:
         words = [self.bundle, "--inputs", self.folder / "in.safetensors", *options]
         return self.runner(words, self.folder / "log", {**self.settings, **settings})
@@ -374,6 +392,29 @@ def test_no_bundle_is_told(case: Case) -> None:
     assert "manifest.json is not a manifest" in case.refusal(6)
     (case.bundle / "manifest.json").unlink()
     assert "manifest.json cannot be read" in case.refusal(6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "shape", "taken", "counted", "fits"),
+    [
+        ("float8_e4m3fn", [4, 4], "float8_e4m3fn", [4, 4], True),
+        ("uint8", [4, 4], "float4_e2m1fn_x2", [4, 8], True),
+        ("uint8", [4, 4], "float4_e2m1fn_x2", [4, 4], False),
+        ("float8_e4m3fn", [4, 4], "float4_e2m1fn_x2", [4, 8], False),
+    ],
+)
+def test_weights_that_are_codes(
+    case: Case, stored: str, shape: list[int], taken: str, counted: list[int], fits: bool
+) -> None:
+    """Two codes of 4 bits lie in a byte; the engine counts codes, the manifest bytes."""
+    case.write()
+    codes = weight_entry("codes", "codes.bin", bytes(range(16)), 0, dtype=stored, shape=shape)
+    case.add_weight(codes, {"dtype": taken, "shape": counted})
+    if fits:
+        done = case.run()
+        assert done.code == 0, done.stderr
+    else:
+        assert f"another codes than the manifest's {stored} [4, 4]" in case.refusal(6)
 
 
 def test_an_engine_with_other_bindings_is_damage(case: Case) -> None:

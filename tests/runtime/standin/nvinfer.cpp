@@ -29,7 +29,8 @@ struct Array {
 const std::map<std::string, std::pair<DataType, int>> types = {
     {"float32", {DataType::kFLOAT, 4}}, {"float16", {DataType::kHALF, 2}},
     {"bfloat16", {DataType::kBF16, 2}}, {"int64", {DataType::kINT64, 8}},
-    {"bool", {DataType::kBOOL, 1}},
+    {"bool", {DataType::kBOOL, 1}}, {"float8_e4m3fn", {DataType::kFP8, 1}},
+    {"uint8", {DataType::kUINT8, 1}}, {"float4_e2m1fn_x2", {DataType::kFP4, 1}},
 };
 
 // NCCL as TensorRT finds it: by name, when a communicator comes.

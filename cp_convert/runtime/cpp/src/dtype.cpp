@@ -37,12 +37,23 @@ double float16(const std::byte* element) {
   return (bits >> 15) != 0 ? -size : size;
 }
 
+// E4M3: one sign bit, 4 bits of exponent with bias 7, 3 of fraction; no infinity.
+double float8_e4m3fn(const std::byte* element) {
+  const int bits = std::to_integer<int>(*element);
+  const int exponent = (bits >> 3) & 15;
+  const int fraction = bits & 7;
+  double size = exponent == 0 ? std::ldexp(fraction, -9) : std::ldexp(fraction + 8, exponent - 10);
+  if ((bits & 127) == 127) size = std::nan("");
+  return (bits >> 7) != 0 ? -size : size;
+}
+
 using nvinfer1::DataType;
 
 constexpr DType types[] = {
     {"float32", "F32", DataType::kFLOAT, 4, plain<float>},
     {"float16", "F16", DataType::kHALF, 2, float16},
     {"bfloat16", "BF16", DataType::kBF16, 2, bfloat16},
+    {"float8_e4m3fn", "F8_E4M3", DataType::kFP8, 1, float8_e4m3fn},
     {"int64", "I64", DataType::kINT64, 8, plain<std::int64_t>},
     {"int32", "I32", DataType::kINT32, 4, plain<std::int32_t>},
     {"int8", "I8", DataType::kINT8, 1, plain<std::int8_t>},

@@ -39,6 +39,17 @@ bool equal(const nvinfer1::Dims& dims, const std::vector<std::int64_t>& shape) {
   return true;
 }
 
+// The shape that an engine tells of a tensor that it takes by this type; {-1} where it cannot.
+// Codes of 4 bits lie in bytes, two in each, and an engine counts the codes.
+std::vector<std::int64_t> counted(const Tensor& tensor, nvinfer1::DataType type) {
+  if (type == tensor.dtype->tensorrt) return tensor.shape;
+  if (type != nvinfer1::DataType::kFP4 || tensor.dtype->tensorrt != nvinfer1::DataType::kUINT8)
+    return {-1};
+  auto shape = tensor.shape;
+  if (!shape.empty()) shape.back() *= 2;
+  return shape;
+}
+
 }  // namespace
 
 TensorRt::TensorRt(const Manifest& manifest, const std::optional<std::string>& path)
@@ -107,8 +118,8 @@ void Session::check_binding(const Tensor& tensor, nvinfer1::TensorIOMode mode) c
   if (engine_->getTensorIOMode(name) != mode)
     throw damaged(text("the engine has no ",
                        mode == nvinfer1::TensorIOMode::kINPUT ? "input " : "output ", name, "."));
-  if (engine_->getTensorDataType(name) != tensor.dtype->tensorrt ||
-      !equal(engine_->getTensorShape(name), tensor.shape))
+  const auto type = engine_->getTensorDataType(name);
+  if (!equal(engine_->getTensorShape(name), counted(tensor, type)))
     throw damaged(text("the engine has another ", name, " than the manifest's ",
                        tensor.described(), "."));
 }

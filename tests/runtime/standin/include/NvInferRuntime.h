@@ -25,6 +25,8 @@ enum class DataType : int32_t {
   kFP8 = 6,
   kBF16 = 7,
   kINT64 = 8,
+  kINT4 = 9,
+  kFP4 = 10,
 };
 
 enum class TensorIOMode : int32_t { kNONE = 0, kINPUT = 1, kOUTPUT = 2 };
