@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
+from ..ir import extents  # noqa: F401  defines what sizes lowers
 from ..ir.numbers import holds
 from ..ir.ops import COLLECTIVES
 from ..ir.quantize import QUANTIZERS
@@ -21,7 +22,7 @@ from ..trt.libraries import (
     get_trt_tensor,
     trt,
 )
-from . import quantizers
+from . import quantizers, sizes
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
@@ -40,7 +41,14 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in (*_COLLECTIVES, "attention", "fused_attention", "result", *_QUANTIZERS):
+    for operator in (
+        *_COLLECTIVES,
+        "attention",
+        "fused_attention",
+        "result",
+        *_QUANTIZERS,
+        *sizes.LOWERINGS,
+    ):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -324,4 +332,5 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "fused_attention": _fused_attention,
     "result": _result,
     **{operator: getattr(quantizers, operator) for operator in _QUANTIZERS},
+    **sizes.LOWERINGS,
 }
