@@ -41,12 +41,13 @@ def extent(
     scale, offset, under = own
     size = write.over(write.plus(write.times(length.get_output(0), under), -offset), scale)
     divisor, constant, of_size, *of_slots = told
-    total = write.plus(write.times(size, of_size), constant)
+    # These numbers may be a rank's own: the layers are the same whatever they are.
+    total = write.sum(write.product(size, of_size), write.number(constant))
     for factor, start in zip(of_slots, range(0, len(slots), 5), strict=True):
-        if factor:
-            scale, offset, under, over, times = slots[start : start + 5]
-            whole = write.plus(write.times(size, scale), offset + under * over - 1)
-            total = write.sum(total, write.times(write.over(whole, under * over), times * factor))
+        scale, offset, under, over, times = slots[start : start + 5]
+        whole = write.plus(write.times(size, scale), offset + under * over - 1)
+        part = write.over(whole, under * over)
+        total = write.sum(total, write.product(part, times * factor))
     return write.over(total, divisor)
 
 
@@ -77,9 +78,13 @@ class _Writer:
         """With a number added."""
         return self._of(a, self.number(number), _SUM) if number else a
 
-    def times(self, a: Tensor, number: int) -> Tensor:
+    def product(self, a: Tensor, number: int) -> Tensor:
         """Multiplied by a number."""
-        return a if number == 1 else self._of(a, self.number(number), _PRODUCT)
+        return self._of(a, self.number(number), _PRODUCT)
+
+    def times(self, a: Tensor, number: int) -> Tensor:
+        """The same, without a layer where the number is 1."""
+        return a if number == 1 else self.product(a, number)
 
     def over(self, a: Tensor, number: int) -> Tensor:
         """Divided by a number, rounded down; there is no remainder but in ceilings."""

@@ -85,6 +85,7 @@ def lifted(ready: Mapping[int, Ready], job: Job) -> Emitted:
     used = {n: ready[n] for n in span.fitted(job.multiple)}
     sizes = Range(span.name, span.first, span.last, span.step, _slots(used, job))
     _check_ranks(sizes, job)
+    _check_frozen(ready)
     _check_alike(used)
     largest = used[max(used)]
     names = largest.begun.captured.bindings if largest.begun.loaded.source.external else {}
@@ -150,27 +151,29 @@ def _check_ranks(sizes: Range, job: Job) -> None:
             )
 
 
-def _check_alike(ready: Mapping[int, Ready]) -> None:
-    """Refuse what is no part of the programs and differs: frozen values, folded weights."""
+def _check_frozen(ready: Mapping[int, Ready]) -> None:
+    """Refuse arguments that are no tensors, hence part of the program, and differ."""
     (n, first), *others = ready.items()
+    known = first.begun.captured.signature
     for m, other in others:
-        a, b = first.begun.captured.signature, other.begun.captured.signature
-        for name in a.frozen.keys() | b.frozen.keys():
-            if (a.frozen.get(name), a.digests.get(name)) != (
-                b.frozen.get(name),
-                b.digests.get(name),
-            ):
+        own = other.begun.captured.signature
+        for name in known.frozen.keys() | own.frozen.keys():
+            a, b = ((one.frozen.get(name), one.digests.get(name)) for one in (known, own))
+            if a != b:
                 raise CannotLift(
-                    f"the argument {name} is no tensor, and part of the program: "
-                    f"{a.frozen.get(name)!r} at {n} and {b.frozen.get(name)!r} at {m}.",
+                    f"the argument {name} is part of the program, and is another at {n} and {m}: "
+                    f"{a[0]} and {b[0]}.",
                     hint=OTHER_WAY,
                 )
-        if (
-            first.emitted.layout != other.emitted.layout
-            or first.emitted.names != other.emitted.names
-        ):
+
+
+def _check_alike(ready: Mapping[int, Ready]) -> None:
+    """Refuse what is beside the programs and differs: layouts of engines, folded weights."""
+    (n, first), *others = ((n, one.emitted) for n, one in ready.items())
+    for m, other in others:
+        if (first.layout, first.names) != (other.layout, other.names):
             raise CannotLift(f"the engines are other ones at {n} and {m}.", hint=OTHER_WAY)
-        _check_constants(n, first.emitted, m, other.emitted)
+        _check_constants(n, first, m, other)
 
 
 def _check_constants(n: int, first: Emitted, m: int, other: Emitted) -> None:

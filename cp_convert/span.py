@@ -10,6 +10,9 @@ from .errors import UsageError
 FITTED: Final = 4
 """Sizes that a program is lifted from: three coefficients at most, and one more to hold at."""
 
+MOST: Final = 1 << 16
+"""Sizes of a range: every expression is looked at, and every size named, at each of them."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -44,6 +47,11 @@ class Span:
         first, last, step = [*map(int, numbers), 1][:3]
         if first < 1 or step < 1 or last <= first:
             raise UsageError(f"--dynamic {text}: a range begins at 1 or more, and ends later.")
+        if (last - first) // step >= MOST:
+            raise UsageError(
+                f"--dynamic {text}: these are more than {MOST} sizes.",
+                hint="take steps: NAME=FIRST:LAST:STEP.",
+            )
         return cls(name, first, first + (last - first) // step * step, step)
 
     @property

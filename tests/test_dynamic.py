@@ -106,6 +106,15 @@ def test_models_that_are_others_from_size_to_size(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_argument_that_is_part_of_the_program(model_file: Write, tmp_path: Path) -> None:
+    path = model_file(
+        *SIZED, ("def forward(self, x):", "def forward(self, x, count):"),
+        ('{"x": torch', '{"count": tokens, "x": torch'),
+    )  # fmt: skip
+    with pytest.raises(CannotLift, match=r"the argument count is part of the program, .* 40 and"):
+        converted(path, tmp_path / "out", "allgather-kv", 3, dynamic=Span("tokens", 16, 40))
+
+
 def test_a_range_in_which_a_rank_has_no_tokens(model_file: Write, tmp_path: Path) -> None:
     with pytest.raises(CannotLift, match="at tokens=9 the last of 4 ranks holds padding alone"):
         converted(

@@ -40,6 +40,12 @@ def test_what_is_no_range_of_sizes(text: str) -> None:
         Span.read(text)
 
 
+def test_a_range_can_be_too_fine() -> None:
+    assert len(Span.read("tokens=1:65536").values) == 65536
+    with pytest.raises(UsageError, match="more than 65536 sizes"):
+        Span.read("tokens=1:65537")
+
+
 def test_sizes_have_padding_where_any_has() -> None:
     span = Span("text", 64, 512)
     fitted, proven = span.fitted(8), span.proven(8)

@@ -65,7 +65,7 @@ class _Writer:
         self._graph, self._sizes, self._rank = program.graph_module.graph, sizes, rank
         self._nodes = list(self._graph.nodes)
         self._document = document
-        self._extents: dict[tuple[int, ...], fx.Node] = {}
+        self._extents: dict[tuple[bool, tuple[int, ...]], fx.Node] = {}
         self._after = list(self._graph.find_nodes(op="placeholder"))[-1]
         self._slots = [n for one in sizes.slots for n in msgspec.structs.astuple(one)]
         self._source = self._given()
@@ -124,21 +124,26 @@ class _Writer:
         self._graph.erase_node(node)
         new.name = node.name
 
-    def number(self, told: Told, times: int = 1) -> Any:
-        """A whole number, or the node that computes it, ``times`` over."""
+    def number(self, told: Told, times: int | None = None) -> Any:
+        """A whole number, or the node that computes it.
+
+        Args:
+            told: the number or expression.
+            times: how many times that; all ranks' programs have the same nodes, whatever it is.
+        """
         if not isinstance(told, dict):
-            return told * times
+            return told * (1 if times is None else times)
         under, *factors = told[SIZE]
-        known = (under, *(times * one for one in factors))
-        if known not in self._extents:
+        known = (under, *(one if times is None else times * one for one in factors))
+        if (times is None, known) not in self._extents:
             source, dim, own = self._source
             with self._graph.inserting_after(self._after):
                 node = self._graph.call_function(
                     EXTENT, (source, dim, own, list(known), self._slots)
                 )
             node.meta["val"] = value(known, self._sizes.row(self._sizes.last))
-            self._after = self._extents[known] = node
-        return self._extents[known]
+            self._after = self._extents[times is None, known] = node
+        return self._extents[times is None, known]
 
     def numbers(self, told: Sequence[Told]) -> list[Any]:
         """See :meth:`number`."""
