@@ -64,6 +64,30 @@ def test_sizes_are_switched(model_file: Callable[..., Path], tmp_path: Path) -> 
     check(path, Span("tokens", 13, 64), "ulysses", [13, 64, 30, 41, 13, 32], tmp_path)
 
 
+def test_the_stand_in_takes_every_size(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """One rank, with no padding at all."""
+    pytest.importorskip("diffusers")
+    from cp_convert.diffusers import load_transformer
+
+    path = model_file(
+        *SIZED,
+        ("return self.leave(mixed.transpose(1, 2).flatten(2))",
+         "return (self.leave(mixed.transpose(1, 2).flatten(2)),)"),
+    )  # fmt: skip
+    converted(path, tmp_path / "out", "ulysses", 1, dynamic=Span("tokens", 4, 40))
+    python = SimpleNamespace(**runpy.run_path(str(path)))
+    model = python.build_model()
+    with load_transformer(tmp_path / "out", executor="torch", device="cpu") as transformer:
+        for n in (4, 40, 7, 12):
+            given = python.example_inputs(n)
+            with torch.no_grad():
+                (want,) = model(**given)
+            (own,) = transformer(**given)
+            assert (own - want).abs().max() <= 1e-5 * want.abs().max()
+        with pytest.raises(UsageError, match="the nearest size is 40"):
+            transformer(**python.example_inputs(41))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "span", "strategy", "sizes"),
