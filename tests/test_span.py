@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cp_convert.common import shared_by
 from cp_convert.errors import UsageError
 from cp_convert.job import Job, Span
 from cp_convert.model import preset
@@ -105,6 +106,13 @@ def test_what_a_range_does_not_go_with(options: dict[str, Any], words: str) -> N
         job(**{"dynamic": Span("text", 9, 40), "world": 4} | options)
     assert words in refused.value.message
     assert "variants" in str(refused.value.hint)
+
+
+def test_jobs_of_other_worlds_trace_a_range_at_other_sizes() -> None:
+    span = Span("text", 9, 40)
+    same, other = (shared_by(job(dynamic=span, world=world)) for world in (3, 4))
+    assert same == shared_by(job(dynamic=span, world=3, strategy="ring")) != other
+    assert shared_by(job(world=3)) == shared_by(job(world=4))
 
 
 def test_one_of_what_is_not_the_size_is_taken() -> None:
