@@ -102,7 +102,7 @@ def lift(programs: Mapping[int, Packed], sizes: Range) -> Packed:
     """
     documents = {n: msgspec.msgpack.decode(one.document) for n, one in programs.items()}
     _check_nodes(documents)
-    lifted = _Lifting(rebuilt(programs, documents, OTHER_WAY), sizes).result()
+    lifted = _Lifting(rebuilt(programs, documents, sizes.last, OTHER_WAY), sizes).result()
     lifted[_RANGE] = msgspec.to_builtins(sizes)
     return Packed(msgspec.msgpack.encode(lifted), programs[max(programs)].tensors)
 

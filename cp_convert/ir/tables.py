@@ -21,12 +21,15 @@ _ATTRIBUTE: Final = "attribute "
 Documents = dict[int, dict[str, Any]]
 
 
-def rebuilt(programs: Mapping[int, Packed], documents: Documents, refused: str) -> Documents:
+def rebuilt(
+    programs: Mapping[int, Packed], documents: Documents, last: int, refused: str
+) -> Documents:
     """The documents without tables whose contents follow the size.
 
     Args:
         programs: by size; numbers of the largest become everyone's.
         documents: theirs, with the same nodes in the same order.
+        last: the largest size of the range.
         refused: what to try where there is no other way.
 
     Raises:
@@ -50,6 +53,13 @@ def rebuilt(programs: Mapping[int, Packed], documents: Documents, refused: str) 
                 "to size: it is computed from the size, and not from an input.",
                 where=reader(documents[max(programs)], index),
                 hint=refused,
+            )
+        if max(programs) < last:  # whose table has more rows than any that is known
+            raise CannotLift(
+                f"a table of the program grows with the size, and that of {last} is not known: the "
+                f"program was made at {max(programs)}, as it has padding there.",
+                where=reader(documents[max(programs)], index),
+                hint=f"let the range end at {max(programs)}.",
             )
         documents = {n: _with_rows(d, index, grown, n) for n, d in documents.items()}
     return documents

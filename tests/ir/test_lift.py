@@ -145,6 +145,14 @@ def ones(write: Writer, root: nn.Module, x: fx.Node, n: int) -> fx.Node:
     return write.op(aten.add.Tensor, x, held(write, root, torch.ones(n, 2)))
 
 
+@pytest.mark.parametrize("made", [rows, rows_and_zeros])
+def test_a_table_has_the_rows_of_the_last_size(made: Made) -> None:
+    with pytest.raises(CannotLift, match="that of 12 is not known") as refused:
+        lifted(made, last=12)
+    assert refused.value.hint == "let the range end at 11."
+    assert lifted(ones, last=12).document
+
+
 @pytest.mark.parametrize("made", [rows, rows_and_zeros, ones])
 def test_tables_that_grow_with_the_size(made: Made) -> None:
     whole = lifted(made)

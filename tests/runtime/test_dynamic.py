@@ -94,8 +94,8 @@ def test_the_stand_in_takes_every_size(model_file: Callable[..., Path], tmp_path
     [
         (FLUX, Span("text", 9, 40), "ulysses", [9, 40, 17, 24]),
         (FLUX, Span("batch", 2, 6), "ring", [2, 6, 3, 5]),
-        (WAN, Span("frames", 3, 12), "ring", [3, 12, 7, 8]),
-        (QWEN, Span("text", 9, 40), "allgather-kv", [9, 40, 17, 24]),
+        (WAN, Span("frames", 3, 11), "ring", [3, 11, 7, 8]),
+        (QWEN, Span("text", 9, 39), "allgather-kv", [9, 39, 17, 24]),
     ],
     ids=["flux-text", "flux-batch", "wan-frames", "qwen-text"],
 )
