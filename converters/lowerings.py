@@ -10,6 +10,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import torch
 
+from ..ir import extents  # noqa: F401  defines what sizes lowers
 from ..ir.numbers import holds
 from ..ir.nvfp4 import BLOCK_QUANTIZERS
 from ..ir.ops import COLLECTIVES
@@ -22,7 +23,7 @@ from ..trt.libraries import (
     get_trt_tensor,
     trt,
 )
-from . import packed16, quantizers
+from . import packed16, quantizers, sizes
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
@@ -41,7 +42,14 @@ def register(workarounds: Mapping[str, Workaround]) -> None:
     Args:
         workarounds: by operator, see :func:`.workarounds.active`.
     """
-    for operator in (*_COLLECTIVES, "attention", "fused_attention", "result", *_QUANTIZERS):
+    for operator in (
+        *_COLLECTIVES,
+        "attention",
+        "fused_attention",
+        "result",
+        *_QUANTIZERS,
+        *sizes.LOWERINGS,
+    ):
         row = workarounds.get(operator)
         lowering = LOWERINGS[row.instead if row else operator]
         dynamo_tensorrt_converter(
@@ -341,4 +349,5 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "fused_attention": _fused_attention,
     "result": _result,
     **{operator: getattr(quantizers, operator) for operator in _QUANTIZERS},
+    **sizes.LOWERINGS,
 }

@@ -50,7 +50,7 @@ def arranged(
             choice = cheapest(dense, _rounds(loaded, groups=terms.groups), terms, tuple(own))
         clock.progress.note(choice.why(terms.hardware, job.tp))
         return _decided(loaded, choice), choice.arranged
-    mesh, axis = job.mesh, job.mesh.sequence(own)
+    mesh, axis = job.mesh, replace(job.mesh.sequence(own), unit=job.unit)
     with clock.stage("split") if mesh.others else nullcontext():
         guided, divided = along_others(dense, mesh, plan)
     with clock.stage("shard"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +13,7 @@ from typing import Any, Final
 import psutil
 
 from .mesh import SEQUENCE, Mesh
+from .span import Span as Span
 
 STRATEGY_NAMES: Final = ("allgather-kv", "ring", "stream-kv", "ulysses", "usp")
 FUSED: Final = "fused"
@@ -52,12 +53,14 @@ class Variant:
         resolution: of a preset; ``None``: its usual one.
         batch: how many samples a preset's inputs hold; ``None``: one.
         text: how many tokens a preset's text has; ``None``: the resolution's.
+        size: of a range, one of its sizes; ``None``: the model is not converted for a range.
     """
 
     name: str | None = None
     resolution: str | None = None
     batch: int | None = None
     text: int | None = None
+    size: int | None = None
 
     @property
     def within(self) -> str:
@@ -116,6 +119,7 @@ class Asked:
         batches: how many samples a preset's inputs hold; none: one.
         texts: how many tokens a preset's text has; none: as many as the resolution says.
         variants: names among those of the model file; none takes all.
+        dynamic: a range of sizes for one engine; ``None``: an engine has one.
         exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
         quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
         keep: patterns of the paths of linear layers that are left in the precision.
@@ -166,6 +170,7 @@ class Asked:
     batches: tuple[int, ...] = ()
     texts: tuple[int, ...] = ()
     variants: tuple[str, ...] = ()
+    dynamic: Span | None = None
     exchange: str | None = None
     quantize: str | None = None
     keep: tuple[str, ...] = ()
@@ -184,6 +189,8 @@ class Asked:
     @property
     def shapes(self) -> tuple[Variant, ...]:
         """What is asked of a preset: every resolution with every batch and every text length."""
+        if self.dynamic is not None:
+            return self.sizes
         asked: tuple[Sequence[Any], ...] = (self.resolutions, self.batches, self.texts)
         found = [Variant(None, *one) for one in product(*(values or (None,) for values in asked))]
         if len(found) == 1:
@@ -199,6 +206,38 @@ class Asked:
     def mesh(self) -> Mesh:
         """How the ranks are arranged."""
         return Mesh.of(self.world, self.cfg, self.tp)
+
+    @property
+    def unit(self) -> int:
+        """Slots of a padded sequence that a rank has a multiple of.
+
+        Of two ranks and a range of sizes it is two: odd lengths alone, which is all that is padded
+        otherwise, would not tell one slot of padding from the number one.
+        """
+        is_padded = self.dynamic is not None and not self.dynamic.divides(2)
+        return 2 if is_padded and self.mesh.size(SEQUENCE) == 2 else 1
+
+    @property
+    def multiple(self) -> int:
+        """What the length of a spread sequence is padded to a multiple of."""
+        return self.mesh.size(SEQUENCE) * self.unit
+
+    @property
+    def sizes(self) -> tuple[Variant, ...]:
+        """What a range of sizes is traced at, the largest first; nothing where there is none."""
+        if self.dynamic is None:
+            return ()
+        name, sizes = self.dynamic.name, self.dynamic.proven(self.multiple)
+        of_preset = name in ("batch", "text") and self.is_preset
+        one = Variant(
+            resolution=next(iter(self.resolutions), None),
+            batch=next(iter(self.batches), None),
+            text=next(iter(self.texts), None),
+        )
+        found = [replace(one, name=f"{name}-{n}", size=n) for n in reversed(sizes)]
+        if of_preset and name == "batch":
+            return tuple(replace(v, batch=v.size) for v in found)
+        return tuple(replace(v, text=v.size) for v in found) if of_preset else tuple(found)
 
     @property
     def named_groups(self) -> str | None:

@@ -32,7 +32,8 @@ def shared_by(job: Job) -> tuple[object, ...]:
     An option that is new counts until it is said that it does not.
     """
     told = [getattr(job, one.name) for one in fields(job) if one.name not in _LATER]
-    return *told, job.strategy == FUSED, job.mesh.size(SEQUENCE) > 1
+    # The world decides at which sizes of a range a model is traced.
+    return *told, job.strategy == FUSED, job.mesh.size(SEQUENCE) > 1, job.sizes
 
 
 @dataclass

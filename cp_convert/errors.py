@@ -11,7 +11,8 @@
     ├── CannotConvert       exit 3   this model, with this strategy, has no right answer here
     │   ├── CannotTrace              torch.export, or the model's own forward, refused
     │   ├── CannotShard              a plan or an attention that cannot be split as asked
-    │   └── CannotLower              an operator without a TensorRT lowering
+    │   ├── CannotLower              an operator without a TensorRT lowering
+    │   └── CannotLift               programs of several sizes that are not one
     ├── ProofFailed         exit 4   the ranks together do not compute what the model computes
     ├── BuildFailed         exit 5   TensorRT refused the network
     ├── DamagedBundle       exit 6   a bundle that is incomplete, altered or no bundle
@@ -107,6 +108,12 @@ class CannotLower(CannotConvert):
     """An operator of the program has no TensorRT lowering."""
 
     title = "Cannot lower the model"
+
+
+class CannotLift(CannotConvert):
+    """Programs of one model at several sizes differ in more than their sizes."""
+
+    title = "Cannot convert for a range of sizes"
 
 
 class ProofFailed(ConvertError):

@@ -27,6 +27,7 @@ from .asked import USUAL_PRECISION as USUAL_PRECISION
 from .asked import VARIANT_NAME as VARIANT_NAME
 from .asked import WEIGHTS_MODES as WEIGHTS_MODES
 from .asked import Asked
+from .asked import Span as Span
 from .asked import Variant as Variant
 from .errors import UsageError
 from .mesh import SEQUENCE, TENSOR
@@ -70,6 +71,35 @@ class Job(Asked):
         self._check_errors()
         _check_model(self.model)
         self._check_shapes()
+        if self.dynamic is not None:
+            self._check_dynamic(self.dynamic)
+
+    def _check_dynamic(self, span: Span) -> None:
+        """A range goes with what it was proven with, and with nothing else."""
+        known = ("batch", "text")
+        if self.is_preset and span.name not in known:
+            raise UsageError(
+                f"--dynamic {span.words}: a preset's range is of {' or '.join(known)}.",
+                hint="--resolution, repeated, makes variants: an engine for each size.",
+            )
+        beside = {
+            f"--mesh {self.mesh.words}": bool(self.mesh.others),
+            f"--strategy {self.strategy}": self.strategy in (AUTO, FUSED, "usp"),
+            f"--quantize {self.quantize}": self.quantize is not None,
+            f"--exchange {self.exchange}": self.exchange is not None,
+            "--split-after": bool(self.split_after),
+            "--variant": bool(self.variants),
+            "several --resolution": len(self.resolutions) > 1,
+            f"--{span.name}": bool({"batch": self.batches, "text": self.texts}.get(span.name)),
+            "several --batch": len(self.batches) > 1,
+            "several --text": len(self.texts) > 1,
+        }
+        for option in (option for option, given in beside.items() if given):
+            raise UsageError(
+                f"--dynamic {span.words} and {option}: the two do not go together.",
+                hint="leave one of them out; variants are the other way to several sizes.",
+            )
+        span.proven(self.multiple)
 
     def _check_shapes(self) -> None:
         shapes = {"resolution": self.resolutions, "batch": self.batches, "text": self.texts}

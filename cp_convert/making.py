@@ -24,11 +24,22 @@ from .common import Common
 from .engine.fold_weights import store
 from .engine.pool import Pool
 from .ir.records import Loaded, Made, StoredProgram
+from .ir.serialize import pack
 from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM
 from .progress import Clock
-from .stages import Begun, begin, build_engines, check_networks, measured, prove_program
+from .ranging import check_range, ranged
+from .stages import (
+    Begun,
+    begin,
+    build_engines,
+    check_networks,
+    emitted,
+    measured,
+    prove_program,
+)
 
+Keys = list[str | None]
 _AHEAD: Final = 2
 """Variants whose engines are being built while another is traced: each is held in memory."""
 
@@ -56,20 +67,22 @@ def make(
     told: list[Manifest] = []
     keys: dict[str, str] = {}
     programs: list[str | None] = []
+    build = _all_built if job.dynamic is None else _range_built
     constants: dict[str, tuple[Weight, ...]] = {}
     with (
         Pool(job.workers, job.memory_limit) as pool,  # ends before the folder does
-        closing(_all_built(loaded, common, placing, pool, cache, clock)) as all_built,
+        closing(build(loaded, common, placing, pool, cache, clock)) as all_built,
     ):
         for made, program in all_built:
-            made = check_networks(made, clock)
+            check = check_networks if made.emitted.lifted is None else check_range
+            made = check(made, clock)
             made = replace(made, weights=_weights(made, placing, constants, clock))
             made = replace(made, program=_stored(made, placing, clock))
             told.append(describe(made, clock.seconds))
             own = made.built.keys
             for e in told[-1].engines:
                 keys[e.file] = own.get((e.piece, e.rank), own.get((e.piece, 0), ""))
-            programs.append(program)
+            programs += program
     return joined(told), keys, programs
 
 
@@ -80,22 +93,38 @@ def _all_built(
     pool: Pool,
     cache: Cache,
     clock: Clock,
-) -> Generator[tuple[Made, str | None]]:
+) -> Generator[tuple[Made, Keys]]:
     """Every variant with the key of its program; engines are built while the next is traced."""
-    waiting: deque[tuple[Future[Made], str | None]] = deque()
+    waiting: deque[tuple[Future[Made], Keys]] = deque()
     with (
         closing(_all_begun(loaded, common, cache, clock)) as all_begun,
         pool.beside() as threads,
     ):
         for begun in all_begun:
             ready = prove_program(begun, clock, placing)
-            waiting.append((threads.submit(build_engines, ready, pool, cache, clock), begun.key))
+            waiting.append((threads.submit(build_engines, ready, pool, cache, clock), [begun.key]))
             if len(waiting) > _AHEAD:
                 building, key = waiting.popleft()
                 yield building.result(), key
         while waiting:
             building, key = waiting.popleft()
             yield building.result(), key
+
+
+def _range_built(
+    loaded: Loaded,
+    common: Common,
+    placing: Placing,
+    pool: Pool,
+    cache: Cache,
+    clock: Clock,
+) -> Generator[tuple[Made, Keys]]:
+    """One program for a range of sizes, with the keys of those that it was made from."""
+    with closing(_all_begun(loaded, common, cache, clock)) as all_begun:
+        begun = list(all_begun)
+    done, proofs = ranged([emitted(one, clock, placing) for one in begun], loaded.job, clock)
+    made = build_engines(done, pool, cache, clock)
+    yield replace(made, proofs=proofs), [one.key for one in begun]
 
 
 def _all_begun(loaded: Loaded, common: Common, cache: Cache, clock: Clock) -> Generator[Begun]:
@@ -135,7 +164,9 @@ def _stored(made: Made, placing: Placing, clock: Clock) -> StoredProgram | None:
     with clock.stage("store"):
         names = made.captured.bindings if source.external else {}
         loaded = made.loaded
-        files = write_program(emitted.rewritten, names, loaded.folder, loaded.within)
+        lifted = emitted.lifted
+        packed = pack(emitted.rewritten, described=names) if lifted is None else lifted.stored
+        files = write_program(packed, names, loaded.folder, loaded.within)
         bound = set(emitted.names.values())
         rest = (placing.weights[name] for name in names.values() if name not in bound)
         return StoredProgram(*files, tuple(one for of_one in rest for one in of_one))

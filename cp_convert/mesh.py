@@ -30,10 +30,12 @@ class Axis:
     Attributes:
         name: what the axis is called, such as ``"cp"``.
         groups: disjoint groups of ranks that communicate along this axis; together every rank.
+        unit: slots of a spread sequence are padded to a multiple of it on every rank.
     """
 
     name: str
     groups: tuple[tuple[int, ...], ...]
+    unit: int = 1
 
     def inner(self, size: int) -> Axis:
         """Groups of ``size`` neighbours: members ``0 .. size-1``, then the next."""

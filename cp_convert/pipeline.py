@@ -127,7 +127,7 @@ def _check_own_groups(loaded: Loaded, progress: Progress) -> None:
 def _costs(loaded: Loaded) -> Iterator[str]:
     """What several variants cost where engines hold the weights."""
     source, variants = loaded.source, loaded.variants
-    if len(variants) > 1 and not source.external:
+    if len(variants) > 1 and not source.external and loaded.job.dynamic is None:
         size = source.bytes * len(variants) * loaded.job.world
         yield (
             f"{len(variants)} variants for {loaded.job.world} ranks hold the weights in each of "

@@ -165,13 +165,32 @@ def prove_program(begun: Begun, clock: Clock, placing: Placing | None = None) ->
     Raises:
         ConvertError: the strategy or the mesh does not fit, or the proof failed.
     """
+    return proven(emitted(begun, clock, placing), clock)
+
+
+def emitted(begun: Begun, clock: Clock, placing: Placing | None = None) -> Ready:
+    """Shard, rewrite and lower, see :func:`prove_program`; nothing is proven yet.
+
+    Raises:
+        CannotConvert: the strategy or the mesh does not fit.
+    """
     loaded, one = arranged(begun.loaded, begun.captured, begun.table, clock)
     begun = replace(begun, loaded=loaded)
     rewritten = _rewritten(begun, one, clock)
     if placing is not None:
         placing.share(rewritten.divided.named(begun.captured.signature.parameters))
-    emitted = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
-    return Ready(begun, rewritten, emitted, _proven(begun, rewritten, emitted, clock))
+    lowered = _emitted(rewritten, begun.captured, begun.loaded.source, clock)
+    return Ready(begun, rewritten, lowered, None)
+
+
+def proven(ready: Ready, clock: Clock) -> Ready:
+    """The same with a proof, where one was asked for.
+
+    Raises:
+        ProofFailed: the ranks do not compute what the dense model does.
+    """
+    proof = _proven(ready.begun, ready.rewritten, ready.emitted, clock)
+    return replace(ready, proof=proof)
 
 
 def check_networks(made: Made, clock: Clock) -> Made:
@@ -291,24 +310,41 @@ def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Cl
 
 
 def _replayed(made: Made, clock: Clock) -> NetworkProof | None:
-    job, emitted, engines = made.loaded.job, made.emitted, made.built.engines
-    seconds = sum(engine.seconds for engine in engines)
-    if made.proof is None or not _pays(job, made.proof, seconds):
+    if made.proof is None or not pays(made, made.proof):
         return None
-    program = emitted.program
+    return replayed(made, made.proof, made.emitted.program, made.loaded.source, clock)
+
+
+def replayed(
+    made: Made, proof: Proof, program: Lowered, source: Source, clock: Clock
+) -> NetworkProof:
+    """All ranks' networks, run layer by layer.
+
+    Args:
+        made: with the networks.
+        proof: of ``program``.
+        program: that the networks were made from; of a range, at one size.
+        source: has its inputs.
+        clock: times the stage.
+
+    Raises:
+        ProofFailed: they do not compute what the model does.
+    """
+    job, emitted, engines = made.loaded.job, made.emitted, made.built.engines
     with clock.stage("replay"):
         networks, *later = networks_of(engines, len(emitted.programs))
-        inputs = flat_inputs(program, made.loaded.source.all_inputs)
+        inputs = flat_inputs(program, source.all_inputs)
         shared = {node: name for node, name in emitted.names.items() if node in program.own}
         whole = emitted.names.keys() - shared
         inputs |= {emitted.names[node]: program.state[node] for node in whole}
         own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        return prove_networks(networks, inputs, made.proof, program, device, own, later=later)
+        return prove_networks(networks, inputs, proof, program, device, own, later=later)
 
 
-def _pays(job: Job, proof: Proof, build_seconds: float) -> bool:
+def pays(made: Made, proof: Proof) -> bool:
     """Whether the networks are proven: two runs of all ranks, against the time of building."""
+    job, build_seconds = made.loaded.job, sum(engine.seconds for engine in made.built.engines)
     return job.proof == "network" or (
         job.proof == "auto" and 2 * proof.seconds_a_run <= build_seconds
     )

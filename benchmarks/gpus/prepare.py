@@ -7,6 +7,7 @@ from pathlib import Path
 from cp_convert.bundle.program import write_program
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
+from cp_convert.ir.serialize import pack
 from cp_convert.mesh import Mesh
 from cp_convert.model.cast import DTYPES, cast_inputs, cast_module
 from cp_convert.model.instantiate import build, example_inputs
@@ -41,4 +42,5 @@ def prepare(case: Case, folder: Path, world: int) -> None:
         program, _ = rewrite(sharded, chosen, name, axis, table)
         target = folder / case.name / strategy
         target.mkdir(parents=True, exist_ok=True)
-        write_program(program, traced.parameters, target)
+        packed = pack(program, described=traced.parameters)
+        write_program(packed, traced.parameters, target)

@@ -18,11 +18,12 @@ from ..ir.sharded import Move
 from ..ir.signature import Applied, Signature
 from ..ir.source import Source
 from ..ir.tensors import Weight
-from ..job import Job, without
+from ..job import Job, Variant, without
 from ..mesh import AXES, SEQUENCE, Axis, bytes_sent
 from ..releases import NCCL, are_parts, doubt, first_for
 from ..version import __version__
 from . import manifest as m
+from .describe_dynamic import dynamic_entry
 from .describe_pieces import io_entries, pieces_entry, step_entry
 from .describe_proof import proof_entry
 from .describe_quantized import quantization
@@ -81,6 +82,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         command=job.command,
         pieces=pieces_entry(made),
         step=step_entry(made),
+        dynamic=dynamic_entry(made),
     )
 
 
@@ -162,7 +164,7 @@ def _program(stored: StoredProgram) -> m.Program:
 
 
 def _request(job: Job, source: Source) -> m.Request:
-    own = source.variant
+    own = Variant() if job.dynamic else source.variant
     return m.Request(
         tiny=job.tiny,
         resolution=own.resolution,

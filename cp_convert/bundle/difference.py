@@ -84,7 +84,9 @@ def _model(manifest: Manifest) -> dict[str, str | None]:
 def _inputs(manifest: Manifest) -> Facts:
     shapes = {f"{io.mode} {io.name}": f"{io.dtype} {io.shape}" for io in manifest.io}
     frozen = {f"frozen {one.name}": one.value for one in manifest.frozen}
-    return {**shapes, **frozen, "freeze": _joined(sorted(manifest.request.freeze))}
+    told = manifest.dynamic
+    sizes = {} if told is None else {"sizes": told.words, "shapes": repr(told.shapes)}
+    return {**shapes, **sizes, **frozen, "freeze": _joined(sorted(manifest.request.freeze))}
 
 
 def _weights(manifest: Manifest) -> Facts:

@@ -282,7 +282,8 @@ def _digest(name: str, tensor: Tensor, at: Location) -> str:
 def bytes_needed(job: Job, source: Source) -> int:
     """Bytes that weights take in the bundle, at most."""
     if not source.external:
-        return job.world * source.bytes * (1 + len(source.others))
+        variants = 1 if job.dynamic is not None else 1 + len(source.others)
+        return job.world * source.bytes * variants
     own = to_write(source.parameters_outside, source.located, copy=job.copy_weights)
     return sum(tensor.nbytes for tensor in own.values())
 

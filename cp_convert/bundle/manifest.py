@@ -26,6 +26,9 @@ from .call import Struct as _Struct
 from .converted import Cast as Cast
 from .converted import Model as Model
 from .converted import Tool as Tool
+from .dynamic import Dynamic as Dynamic
+from .dynamic import Extent as Extent
+from .dynamic import ProvenSize as ProvenSize
 from .guidance import Guidance as Guidance
 from .pieces import Piece as Piece
 from .pieces import Step as Step
@@ -262,6 +265,7 @@ class Manifest(_Struct, frozen=True):
     ``pieces`` is empty where every rank has one engine; else each has one of every piece, and
     ``engines`` lists all ranks' of the first piece, then those of the next. ``step`` tells which
     of them a cache over steps may skip, or why it can skip none; null where there are no pieces.
+    ``dynamic`` is null where every engine has one size.
     """
 
     schema_version: Literal[7]
@@ -302,6 +306,7 @@ class Manifest(_Struct, frozen=True):
     command: str
     pieces: list[Piece] = msgspec.field(default_factory=list)
     step: Step | str | None = None
+    dynamic: Dynamic | None = None
 
 
 def decode(data: bytes) -> Manifest:

@@ -19,9 +19,10 @@ import msgspec
 
 from ..errors import DamagedBundle
 from ..files import sha256
+from ..ir.lift import fill, range_of
 from ..ir.program import Lowered
 from ..ir.records import StoredFile
-from ..ir.serialize import Packed, pack, unpack
+from ..ir.serialize import Packed, unpack
 from ..ir.tensors import mapped, save
 from .folder import PROGRAM, file_problem
 from .manifest import Manifest
@@ -38,19 +39,28 @@ class Stored:
     Attributes:
         program: parameters that stand in other files are on the ``meta`` device.
         names: of those, by placeholder.
+        lifted: the program for a range of sizes, of which ``program`` is the largest.
     """
 
     program: Lowered
     names: Mapping[str, str]
+    lifted: Packed | None = None
+
+    def at(self, size: int | None) -> Stored:
+        """The program at one size of its range; itself where that is fixed."""
+        if self.lifted is None or size is None:
+            return self
+        return Stored(unpack(fill(self.lifted, size)), self.names)
 
 
 def write_program(
-    program: Lowered, names: Mapping[str, str], folder: Path, within: str = ""
+    packed: Packed, names: Mapping[str, str], folder: Path, within: str = ""
 ) -> tuple[StoredFile, StoredFile]:
-    """Write ``program`` into the bundle at ``folder``.
+    """Write a program into the bundle at ``folder``.
 
     Args:
-        program: of all ranks, before Torch-TensorRT's lowering.
+        packed: of all ranks, before Torch-TensorRT's lowering; lifted where it is for a range of
+            sizes (:mod:`cp_convert.ir.lift`).
         names: by placeholder, parameters whose numbers stand elsewhere; others are copied.
         folder: the bundle's.
         within: the folder in it, ending in a slash, of the variant that this is; none: the bundle.
@@ -58,11 +68,8 @@ def write_program(
     Returns:
         what the manifest says of the two files.
 
-    Raises:
-        CannotLower: an operator or argument that has no name.
     """
     (folder / within / PROGRAM).mkdir(parents=True, exist_ok=True)
-    packed = pack(program, described=names)
     document = {"names": dict(names), **msgspec.msgpack.decode(packed.document)}
     text = json.dumps(_to_json(document), sort_keys=True, separators=(",", ":"), allow_nan=False)
     (folder / within / DOCUMENT).write_text(text)
@@ -103,7 +110,10 @@ def stored_at(folder: Path) -> Stored:
         document = _from_json(json.loads((folder / DOCUMENT).read_bytes()))
         names = document.pop("names")
         packed = Packed(msgspec.msgpack.encode(document), mapped(folder / TENSORS))
-        return Stored(unpack(packed), names)
+        sizes = range_of(document)
+        if sizes is None:
+            return Stored(unpack(packed), names)
+        return Stored(unpack(fill(packed, sizes.last)), names, packed)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedBundle(
             f"{folder / DOCUMENT} cannot be read: {error!r}.",

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from ..errors import UsageError
 from ..words import near
 from .manifest import Manifest, Variant, Weight
+from .sizes import at_size, size_called
 
 _OWN: Final = tuple(
     field for field in Variant.__struct_fields__ if field not in ("weights", "unused")
@@ -75,6 +76,8 @@ def variant_of(manifest: Manifest, name: str | None) -> Manifest:
     Raises:
         UsageError: there is no such variant, or several and none is named.
     """
+    if manifest.dynamic is not None and name is not None:
+        return at_size(manifest, size_called(manifest, name))
     names = names_of(manifest)
     known = [one for one in names if one is not None]
     if name is None and len(names) == 1:

@@ -169,6 +169,11 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     help="One of the model file's variants; repeatable.  [default: all of them]",
 )  # fmt: skip
 @click.option(
+    "--dynamic", type=options.Range(), metavar="NAME=FIRST:LAST[:STEP]",
+    help="One engine for a range of sizes: of an argument of example_inputs(), or of a preset's "
+    "batch or text.  [default: an engine has one size]",
+)  # fmt: skip
+@click.option(
     "-j", "--jobs", type=click.IntRange(1),
     help="How many engines are built at once, at most.  [default: one for each CPU]",
 )  # fmt: skip

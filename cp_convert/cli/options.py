@@ -18,7 +18,7 @@ import click
 
 from ..advise.hardware import names as hardware_names
 from ..errors import UsageError
-from ..job import EXCHANGES, PLANS, PRECISIONS
+from ..job import EXCHANGES, PLANS, PRECISIONS, Span
 from ..model.home import find_module
 from ..model.preset import names as preset_names
 from ..model.preset import path_of as preset_path
@@ -72,6 +72,16 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         if not all(word.isdecimal() for word in words):
             self.fail(f"{value!r} is no list of numbers; write 1,2,4.", param, ctx)
         return tuple(map(int, words))
+
+
+class Range(click.ParamType[Span]):
+    """A range of sizes."""
+
+    name = "range"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Span:
+        """``text=64:512``."""
+        return value if isinstance(value, Span) else Span.read(str(value))
 
 
 def _all(*options: Decorator) -> Decorator:

@@ -201,7 +201,7 @@ def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
 
 def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:
     """The variant that was run, where the bundle has several."""
-    if not manifest.variants:
+    if not manifest.variants and manifest.dynamic is None:
         return None
     from ..runtime.given import asked_variant  # late: torch
 

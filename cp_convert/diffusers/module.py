@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,13 +50,12 @@ class Transformer(Refusing, nn.Module):
         self.config = Config({**(opened.manifest.model.config or {}), **config})
         self.rank, self.world = opened.rank, opened.manifest.world
         self._opened, self._device = opened, device
-        views = dict(opened.manifests)
+        self._manifests = views = opened.manifests
         if pairs:  # such a bundle has no other variants
             views = {name: of_one_branch(one) for name, one in views.items()}
-        self._manifests = opened.manifests
         self._branches = Branches(opened.manifest, device, self._on_all_ranks) if pairs else None
         count = 1 if self._branches is None else self._branches.known.branches
-        self._arguments = {n: Arguments(one, device, count) for n, one in views.items()}
+        self._arguments = cache(lambda name: Arguments(views[name], device, count))
         self._ranks, self._ends = ranks, ends
         # diffusers asks a module's first parameter or buffer where the module is.
         marker = torch.empty(0, dtype=self.dtype, device=device)
@@ -93,7 +93,7 @@ class Transformer(Refusing, nn.Module):
             variant, given = self._bound(arguments)
             outputs = dict(self._branches.called(given))
         if return_dict is None:
-            return_dict = self._arguments[variant].defaults.get("return_dict")
+            return_dict = self._arguments(variant).defaults.get("return_dict")
         return answered(self._manifests[variant].forward.returned, outputs, return_dict)
 
     @torch.no_grad()
@@ -105,7 +105,7 @@ class Transformer(Refusing, nn.Module):
         """The variant that the arguments have the shapes of, and its inputs."""
         several = len(self._manifests) > 1
         variant = fitting(self._manifests, arguments) if several else next(iter(self._manifests))
-        return variant, self._arguments[variant].bound(arguments)
+        return variant, self._arguments(variant).bound(arguments)
 
     def _run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._opened.steps is not None:

@@ -67,7 +67,7 @@ def network_of(program: Lowered, external: Mapping[str, str] | None = None) -> T
         warnings.simplefilter("ignore")
         interpreter = TRTInterpreter(
             module,
-            [_input_spec(b.dtype, b.shape) for b in bindings],
+            [_input_spec(b.dtype, b.shape, b.least) for b in bindings],
             output_dtypes=[_plain(b.dtype) for b in program.outputs],
             compilation_settings=settings(),
             input_binding_names=[b.name for b in bindings],
@@ -164,10 +164,18 @@ def _plain(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _input_spec(dtype: torch.dtype, shape: Sequence[int]) -> Any:
+def _input_spec(dtype: torch.dtype, shape: Sequence[int], least: Sequence[int] = ()) -> Any:
     # An expanded tensor: Input would otherwise allocate and fill a sample of the full shape.
     sample = torch.zeros((), dtype=_plain(dtype)).expand(tuple(shape))
-    return Input(shape=tuple(shape), dtype=_plain(dtype), torch_tensor=sample)
+    if not least or tuple(least) == tuple(shape):
+        return Input(shape=tuple(shape), dtype=_plain(dtype), torch_tensor=sample)
+    return Input(
+        min_shape=tuple(least),
+        opt_shape=tuple(shape),
+        max_shape=tuple(shape),
+        dtype=_plain(dtype),
+        torch_tensor=sample,
+    )
 
 
 def _set_targets(config: Any, targets: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ..ir.engine import Engine
 from ..ir.network import Network
 from ..ir.program import Lowered
 from ..ir.records import Built, Emitted, Loaded
-from ..ir.serialize import pack
+from ..ir.serialize import Packed, pack
 from ..job import FUSED, Job
 from ..progress import Progress
 from .pool import Pool
@@ -46,6 +46,7 @@ class Wanted:
     ranks: Sequence[int]
     variant: str | None = None
     piece: int | None = None
+    lifted: Packed | None = None
 
     def task(self, rank: int, program: Path) -> Task:
         """What a worker is told; ``program`` is the packed one, and the engine goes beside it."""
@@ -58,6 +59,7 @@ class Wanted:
             targets=self.job.compute_capabilities,
             external=dict(self.names),
             network=self.job.proof in ("auto", "network"),
+            dynamic=self.lifted is not None,
         )
 
     @property
@@ -91,7 +93,11 @@ def build_pieces(
         piece = None if emitted.pieces is None else number
         program, variant = emitted.programs[number], loaded.source.variant.name
         names = emitted.names_in(program)
-        wanted = Wanted(job, loaded.backend, loaded.tool, program, names, ranks, variant, piece)
+        lifted = None if emitted.lifted is None else emitted.lifted.built
+        wanted = Wanted(
+            job, loaded.backend, loaded.tool, program, names, ranks,
+            variant=variant if lifted is None else None, piece=piece, lifted=lifted,
+        )  # fmt: skip
         folder = loaded.folder / loaded.within / piece_folder(piece)
         folder.mkdir(parents=True, exist_ok=True)
         return build_all(wanted, pool, cache, folder, progress)
@@ -126,7 +132,7 @@ def build_all(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: 
         BuildFailed: TensorRT refused a network, or a worker was killed.
     """
     file = folder / "program.safetensors"
-    packed = pack(wanted.program, described=wanted.names, provenance=False)
+    packed = wanted.lifted or pack(wanted.program, described=wanted.names, provenance=False)
     digest = packed.digest() if cache.folder is not None else ""
     tasks = {rank: wanted.task(rank, file) for rank in wanted.ranks}
     keys = {rank: wanted.key(task, digest) for rank, task in tasks.items()}

@@ -29,7 +29,7 @@ def specialise(lowered: Lowered, rank: int) -> Lowered:
             _slice(node, rank)
         elif node.target in ops.COLLECTIVES or node.target is ops.FUSED:
             *rest, flat, size = node.args
-            node.args = (*rest, _own_first(flat, size, rank), size)
+            node.args = (*rest, own_first(flat, size, rank), size)
     graph.lint()
     return replace(
         lowered,
@@ -43,12 +43,13 @@ def _slice(node: fx.Node, rank: int) -> None:
     x, dim, flat, size = node.args
     assert isinstance(x, fx.Node) and isinstance(dim, int)
     length = tensor_of(node).shape[dim]
-    start = _own_first(flat, size, rank).index(rank) * length
+    start = own_first(flat, size, rank).index(rank) * length
     node.target = torch.ops.aten.slice.Tensor
     node.args = (x, dim, start, start + length)
 
 
-def _own_first(flat: object, size: object, rank: int) -> list[int]:
+def own_first(flat: object, size: object, rank: int) -> list[int]:
+    """All groups one after another, the rank's own first."""
     assert isinstance(flat, Sequence) and isinstance(size, int)
     groups = sorted(split_groups(list(flat), size), key=lambda group: rank not in group)
     return [member for group in groups for member in group]

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ from .. import errors
 from ..backends import Backend
 from ..bundle.folder import output_error
 from ..errors import BuildFailed, ConvertError
-from ..ir.engine import Engine
-from ..ir.serialize import read_packed, unpack
-from .build import build, prepare
+from ..ir.engine import Engine, NetworkCollective
+from ..ir.lift import fill_last
+from ..ir.serialize import Packed, read_packed, unpack
+from .build import build, collectives_of, network_of, prepare
 from .specialise import specialise
+from .symbolic import symbolic
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Task:
         targets: compute capabilities; empty for the backend's own choice.
         external: by placeholder, the binding of a parameter that becomes an input.
         network: whether the network is read back for the proof.
+        dynamic: whether the program is for a range of sizes.
     """
 
     rank: int
@@ -55,6 +58,7 @@ class Task:
     targets: tuple[str, ...]
     external: Mapping[str, str]
     network: bool
+    dynamic: bool = False
 
     @property
     def log(self) -> Path:
@@ -85,10 +89,18 @@ def run(task: Task, answer: Connection) -> None:
 def _built(task: Task) -> bytes:
     prepare(task.backend, fused=task.fused)
     packed = read_packed(task.program)
-    program = specialise(unpack(packed), task.rank)
+    made = symbolic(packed, task.rank) if task.dynamic else specialise(unpack(packed), task.rank)
     known = [tensor.reshape(-1) for tensor in packed.tensors.values()] if task.network else None
-    engine = build(program, task.rank, task.path, task.targets, known=known, external=task.external)
+    engine = build(made, task.rank, task.path, task.targets, known=known, external=task.external)
+    if task.dynamic:
+        engine = replace(engine, collectives=_at_most(packed, task))
     return dumps((engine, _peak()), packed.tensors)
+
+
+def _at_most(packed: Packed, task: Task) -> tuple[NetworkCollective, ...]:
+    """What a program for a range sends at its largest size: its network knows no sizes."""
+    program = specialise(unpack(fill_last(packed)), task.rank)
+    return tuple(collectives_of(network_of(program, task.external).ctx.net))
 
 
 def dumps(value: Any, known: Mapping[str, Tensor]) -> bytes:

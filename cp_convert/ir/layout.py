@@ -33,9 +33,9 @@ class Layout:
     segments: tuple[Segment, ...]
 
     @classmethod
-    def even(cls, lengths: Sequence[int], size: int) -> Layout:
-        """Segments of these lengths, each padded as little as divides."""
-        return cls(size, tuple(Segment(n, -(-n // size)) for n in lengths))
+    def even(cls, lengths: Sequence[int], size: int, unit: int = 1) -> Layout:
+        """Segments of these lengths, each padded as little as gives ranks whole units of slots."""
+        return cls(size, tuple(Segment(n, unit * -(-n // (size * unit))) for n in lengths))
 
     @property
     def length(self) -> int:

@@ -34,12 +34,14 @@ class Binding:
         node: name of the graph's placeholder, or of the node that is returned.
         dtype: of the tensor.
         shape: the full, unsharded shape.
+        least: its smallest one, where it follows a size; empty: it does not.
     """
 
     name: str
     node: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    least: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

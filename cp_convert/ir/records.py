@@ -13,6 +13,7 @@ from ..job import Job
 from ..mesh import Axis
 from .attention import Outcome
 from .engine import Engine
+from .lift import Lifted
 from .linear8 import Linears
 from .program import Lowered, Program, names_in
 from .proof import NetworkProof, Proof
@@ -122,6 +123,7 @@ class Emitted:
         names: by placeholder, the binding of a weight that is an engine's input.
         constants: what forward computes from such weights alone, by binding.
         pieces: the same program cut into several, each with an engine of its own.
+        lifted: the same program for a range of sizes, of which this is the largest.
     """
 
     rewritten: Lowered
@@ -130,6 +132,7 @@ class Emitted:
     names: Mapping[str, str]
     constants: Mapping[str, Tensor]
     pieces: Pieces | None = None
+    lifted: Lifted | None = None
 
     @property
     def programs(self) -> tuple[Lowered, ...]:
@@ -187,7 +190,10 @@ class StoredProgram:
 
 @dataclass(frozen=True)
 class Made:
-    """All that a finished conversion found; ``proof`` is ``None`` where none was asked for."""
+    """All that a finished conversion found; ``proof`` is ``None`` where none was asked for.
+
+    ``proofs`` and ``network_proofs`` are those of a range's sizes.
+    """
 
     loaded: Loaded
     captured: Captured
@@ -198,3 +204,5 @@ class Made:
     network_proof: NetworkProof | None
     weights: tuple[Weight, ...] = ()
     program: StoredProgram | None = None
+    proofs: Mapping[int, Proof | None] = field(default_factory=dict)
+    network_proofs: Mapping[int, NetworkProof] = field(default_factory=dict)

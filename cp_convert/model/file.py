@@ -20,10 +20,11 @@ from torch import nn
 
 from ..errors import ModelFileError
 from ..ir.source import Example
+from ..job import Variant
 from ..mesh import Axis
 from .home import Home, at_home, home_of
 from .returned import Blame, inputs_from, model_from, names_from, required
-from .variants import told_variants
+from .variants import sized, told_variants
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Given:
 
 
 def from_file(
-    path: Path, world: int, module: str | None = None, wanted: Sequence[str] = ()
+    path: Path,
+    world: int,
+    module: str | None = None,
+    wanted: Sequence[str] = (),
+    sizes: Sequence[Variant] = (),
+    size: str = "",
 ) -> Given:
     """Import the model file at ``path`` and build what it describes.
 
@@ -63,6 +69,8 @@ def from_file(
         world: the world size.
         module: its dotted name, where it was named by that.
         wanted: names of its variants; none: all.
+        sizes: of a range, instead of variants.
+        size: the argument of ``example_inputs`` that they are given as.
 
     Raises:
         ModelFileError: it cannot be imported, lacks a function, or one of them fails.
@@ -76,10 +84,8 @@ def from_file(
         modules = [_call(python, "build_model", path, **rank) for rank in ranks]
         blame = Blame(path, "build_model", python.build_model)
         modules = [model_from(one, blame) for one in modules]
-        examples = [
-            Example(variant, _inputs(python, path, told, modules[0]))
-            for variant, told in told_variants(python, path, wanted)
-        ]
+        told = sized(python, path, sizes, size) if sizes else told_variants(python, path, wanted)
+        examples = [Example(one, _inputs(python, path, given, modules[0])) for one, given in told]
         inputs = examples[0].inputs
         groups = _groups(python, path, world)
     return Given(

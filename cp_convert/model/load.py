@@ -121,7 +121,8 @@ def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
     with unallocated() if mapped or not allocate else nullcontext():
         if job.is_preset:
             return _from_preset(job, allocate, located)
-        return from_file(job.model, job.world, job.module, job.variants)
+        size = "" if job.dynamic is None else job.dynamic.name
+        return from_file(job.model, job.world, job.module, job.variants, job.sizes, size)
 
 
 def _ranks(given: Given) -> tuple[nn.Module, ...]:

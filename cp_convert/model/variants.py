@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,11 @@ _HINT: Final = (
 )
 
 
-def told_variants(
-    python: ModuleType, path: Path, wanted: Collection[str]
-) -> list[tuple[Variant, Mapping[str, Any]]]:
+Told = list[tuple[Variant, Mapping[str, Any]]]
+"""Variants, each with what ``example_inputs()`` is called with."""
+
+
+def told_variants(python: ModuleType, path: Path, wanted: Collection[str]) -> Told:
     """The variants of a model file, each with what ``example_inputs()`` is called with.
 
     Args:
@@ -48,6 +51,29 @@ def told_variants(
         if name not in known:
             raise UsageError(f"--variant {name}: {path} has none.", hint=near(name, list(known)))
     return [(Variant(name), known[name]) for name in wanted or known]
+
+
+def sized(python: ModuleType, path: Path, sizes: Sequence[Variant], name: str) -> Told:
+    """A range's sizes, each with what ``example_inputs()`` is called with.
+
+    Args:
+        python: the file, imported.
+        path: where it is.
+        sizes: of the range.
+        name: of the argument that is the size.
+
+    Raises:
+        UsageError: ``example_inputs()`` has no such argument.
+    """
+    function = getattr(python, "example_inputs", None)
+    known = inspect.signature(function).parameters if callable(function) else {}
+    kinds = [one.kind for one in known.values()]
+    if known and name not in known and inspect.Parameter.VAR_KEYWORD not in kinds:
+        raise UsageError(
+            f"--dynamic {name}: example_inputs() of {path} has no such argument.",
+            hint=near(name, list(known)),
+        )
+    return [(one, {name: one.size}) for one in sizes]
 
 
 def _checked(told: Any, path: Path) -> dict[str, Mapping[str, Any]]:
@@ -160,10 +186,11 @@ def check_alone(examples: Sequence[Example], job: Job, *, coded: bool) -> None:
     """
     if len(examples) == 1:
         return
+    many = f"{len(examples)} variants" if job.dynamic is None else f"--dynamic {job.dynamic.words}"
     beside = f"--mesh {job.mesh.words}" if job.mesh.others else ""
     beside = beside or ("layers in 8 bits" if coded or job.quantize is not None else "")
     if beside:
         raise UsageError(
-            f"{len(examples)} variants and {beside}: a bundle has one of the two.",
+            f"{many} and {beside}: a bundle has one of the two.",
             hint="a bundle for each shape, or several shapes without.",
         )

@@ -203,7 +203,7 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _out(result: Tensor, layer: Layer, declared: Result, *, widen: bool) -> Tensor:
     """The result in the tensor's declared type; a layer may compute in a wider one."""
-    if tuple(result.shape) != declared.shape:
+    if not _fits(result, declared.shape):
         raise ProofFailed(
             f"{layer.name} gives {list(result.shape)} but declares {list(declared.shape)}."
         )
@@ -214,6 +214,13 @@ def _out(result: Tensor, layer: Layer, declared: Result, *, widen: bool) -> Tens
         raise ProofFailed(f"{layer.name} gives {result.dtype} but declares {declared.dtype}.")
     is_wide = widen and declared.dtype in HALF
     return result.float() if is_wide else result.to(declared.dtype)
+
+
+def _fits(result: Tensor, shape: Sequence[int]) -> bool:
+    """Whether it has the shape; -1 is a dimension that is known only when the network runs."""
+    return result.dim() == len(shape) and all(
+        told in (-1, here) for here, told in zip(result.shape, shape, strict=True)
+    )
 
 
 def _may_convert(have: torch.dtype, want: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..bundle.manifest import Frozen, Manifest, Weight, of_rank
+from ..bundle.sizes import AllSizes
 from ..bundle.variants import all_variants, variant_of
 from ..errors import ConvertError, RunFailed, UsageError
 from ..ir.frozen_value import leaves
@@ -35,8 +36,7 @@ class Choice:
     """
 
     def __init__(self, manifest: Manifest, only: Name = None, communicator: Any = None) -> None:
-        views = all_variants(manifest) if only is None else [variant_of(manifest, only)]
-        self.manifests = {one.request.variant: one for one in views}
+        self.manifests = views_of(manifest, only)
         self._communicator = communicator
 
     def picked(self, arguments: Mapping[str, Any]) -> tuple[Name, dict[str, Tensor]]:
@@ -63,6 +63,23 @@ class Choice:
         return name, given
 
 
+def views_of(manifest: Manifest, only: Name = None) -> Mapping[Name, Manifest]:
+    """The manifest of every variant, or of every size of a range, by name.
+
+    Args:
+        manifest: of the bundle.
+        only: the name of the one that is wanted; ``None``: all are.
+
+    Raises:
+        UsageError: there is no variant ``only``.
+    """
+    if only is not None:
+        return {only: variant_of(manifest, only)}
+    if manifest.dynamic is not None:
+        return AllSizes(manifest)
+    return {one.request.variant: one for one in all_variants(manifest)}
+
+
 def weights_of(
     manifests: Mapping[Name, Manifest], rank: int, *, programs: bool
 ) -> tuple[dict[str, Weight], dict[Name, list[Weight]]]:
@@ -75,6 +92,8 @@ def weights_of(
         rank: which reads it.
         programs: whether weights that only the stored programs read are among them.
     """
+    if isinstance(manifests, AllSizes):
+        manifests = {None: manifests.manifest}
     shared: dict[str, Weight] = {}
     own: dict[Name, list[Weight]] = {}
     for name, one in manifests.items():
@@ -124,6 +143,8 @@ def fitting(manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any]) ->
         UsageError: there is none; the nearest is named, with the dimensions that differ.
     """
     values = {name: dict(leaves(whole, name)) for name, whole in arguments.items()}
+    if isinstance(manifests, AllSizes):
+        return manifests.fitting(_shapes(values))
     misfits = {name: _misfits(one, values) for name, one in manifests.items()}
     fit = [name for name, found in misfits.items() if not found]
     if len(fit) > 1:
@@ -148,6 +169,15 @@ class Misfit(NamedTuple):
 
     distance: float
     text: str
+
+
+def _shapes(values: Values) -> dict[str, list[int]]:
+    return {
+        path: list(value.shape)
+        for argument in values.values()
+        for path, value in argument.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _misfits(manifest: Manifest, values: Values) -> list[Misfit]:

@@ -120,7 +120,9 @@ def _job(manifest: Manifest) -> Job:
         resolutions=_listed(request.resolution),
         batches=_listed(request.batch),
         texts=_listed(request.text),
-        variants=() if model.source.endswith(".toml") else _listed(request.variant),
+        variants=()
+        if model.source.endswith(".toml") or manifest.dynamic is not None
+        else _listed(request.variant),
     )
 
 

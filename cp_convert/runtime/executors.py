@@ -190,7 +190,7 @@ def _wanted(manifest: Manifest, variant: str | None, communicator: Any) -> Manif
         UsageError: there is no such variant.
         RunFailed: other ranks open others.
     """
-    if not manifest.variants:
+    if not manifest.variants and manifest.dynamic is None:
         return manifest if variant is None else variant_of(manifest, variant)
     from .choice import check_same  # late: torch
     from .groups import checked_world, everyone  # late: torch

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..bundle.manifest import Manifest
-from ..bundle.variants import all_variants, variant_of
+from ..bundle.sizes import at_size
+from ..bundle.variants import variant_of
 from ..errors import UsageError
 from ..ir.tensors import mapped
 from .arguments import check_tensor, inputs_of
-from .choice import fitting
+from .choice import fitting, views_of
 
 
 def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Manifest:
@@ -20,16 +21,18 @@ def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Man
 
     Args:
         manifest: of the bundle.
-        name: of the variant.
+        name: of the variant, or of a size in a range.
         file: a safetensors file of inputs.
 
     Raises:
         UsageError: there is no such variant, or none has such inputs.
         WeightsError: the file is no safetensors file.
     """
-    views = {one.request.variant: one for one in all_variants(manifest)}
     if name is not None:
         return variant_of(manifest, name)
+    if manifest.dynamic is not None and file is None:
+        return at_size(manifest, manifest.dynamic.last)
+    views = views_of(manifest)
     if len(views) == 1 or file is None:
         return next(iter(views.values()))
     return views[fitting(views, mapped(Path(file)))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ..bundle.call import Io
 from ..bundle.folder import file_problem
 from ..bundle.parts import Part
 from ..errors import BackendMissing, DamagedBundle, RunFailed
@@ -62,6 +64,7 @@ class Context:
         self._given: dict[str, Tensor] = {}
         self._copies: dict[str, Tensor] = {}
         self._bound: dict[str, Tensor] = {}
+        self._sized: dict[str, Tensor] = {}
         self._engine = self._deserialized(folder, verify=verify)
         strategies = rank.trt.ExecutionContextAllocationStrategy if user_managed else None
         self._context = (
@@ -150,6 +153,29 @@ class Context:
                 hint="does the engine belong to this manifest? `cp-convert verify` tells.",
             )
 
+    def resize(self, io: Sequence[Io]) -> None:
+        """Take inputs of these shapes, and return outputs of them, from the next forward on.
+
+        Outputs keep the memory of the largest size; a captured graph is captured again.
+
+        Args:
+            io: the bindings at one size of the engine's range.
+
+        Raises:
+            RunFailed: TensorRT refused a shape.
+        """
+        for one in io:
+            if one.mode == "output":
+                whole = self._outputs[one.name].view(-1)
+                self._sized[one.name] = whole[: math.prod(one.shape)].view(one.shape)
+            elif not self._context.set_input_shape(one.name, tuple(one.shape)):
+                raise RunFailed(
+                    f"rank {self._rank.number}: TensorRT refused the shape {list(one.shape)} of "
+                    f"{one.name}.{self._quoted()}",
+                    hint="does the engine belong to this manifest? `cp-convert verify` tells.",
+                )
+        self._copies, self._graph = {}, None
+
     def run(self, given: Mapping[str, Tensor], *, graph: bool) -> dict[str, Tensor]:
         """A forward; outputs are overwritten by the next.
 
@@ -168,7 +194,7 @@ class Context:
             if graph:  # only now: the first forward allocates, which a graph must not
                 self._graph = self._gpu.captured(lambda: self._run(stream))
         self._gpu.after()
-        return dict(self._outputs)
+        return {**self._outputs, **self._sized}
 
     def _run(self, stream: int) -> None:
         if not self._context.execute_async_v3(stream):
@@ -194,4 +220,5 @@ class Context:
         self._graph = None
         self._context = None
         self._engine = None
-        self._given, self._copies, self._outputs, self._bound = {}, {}, {}, {}
+        self._given, self._copies, self._bound = {}, {}, {}
+        self._outputs, self._sized = {}, {}

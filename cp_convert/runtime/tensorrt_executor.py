@@ -148,6 +148,8 @@ class TensorRTExecutor:
         self.gpu = gpu or Gpu(device_of(rank, device))
         self.choice = Choice(manifest, variant, communicator)
         self._wants_graph = graph
+        self._engines = engines_of(manifest, self.choice)
+        self._size: str | None = None
         self._contexts: dict[tuple[str | None, int], Context] = {}
         self._chains: dict[str | None, Chain] = {}
         self._memory: Tensor | None = None
@@ -169,14 +171,14 @@ class TensorRTExecutor:
         rank = Rank(self.rank, self.gpu, self._trt, self._runtime, self._logger)
         parts = {
             (name, number): part
-            for name, one in self.choice.manifests.items()
+            for name, one in self._engines.items()
             for number, part in enumerate(parts_of(one, self.rank))
         }
         several = len(parts) > 1
         for place, part in parts.items():
             self._contexts[place] = Context(rank, part, folder, user_managed=several, verify=verify)
             told("the engine")
-        self._chains = {name: self._chain(name) for name in self.choice.manifests}
+        self._chains = {name: self._chain(name) for name in self._engines}
         shared, own = weights_of(self.choice.manifests, self.rank, programs=False)
         bound = partial(
             bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told
@@ -195,7 +197,7 @@ class TensorRTExecutor:
             self._communicate(communicator)
 
     def _chain(self, variant: str | None) -> Chain:
-        told = self.choice.manifests[variant].step
+        told = self._engines[variant].step
         step = _step(told) if isinstance(told, Step) else None
         contexts = [one for (name, _), one in self._contexts.items() if name == variant]
         parts = [partial(one.run, graph=self._wants_graph) for one in contexts]
@@ -224,7 +226,12 @@ class TensorRTExecutor:
     def run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
         self.gpu.use()
-        return self._chains[variant](given)
+        if self.manifest.dynamic is None:
+            return self._chains[variant](given)
+        if variant != self._size:
+            self._contexts[None, 0].resize(self.choice.manifests[variant].io)
+            self._size = variant
+        return self._chains[None](given)
 
     def __call__(self, **arguments: Any) -> dict[str, Tensor]:
         """See :class:`.executors.Executor`; outputs are overwritten by the next call."""
@@ -256,6 +263,11 @@ class TensorRTExecutor:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def engines_of(manifest: Manifest, choice: Choice) -> Mapping[str | None, Manifest]:
+    """By variant the manifest of its engines; all sizes of a range have those of the largest."""
+    return choice.manifests if manifest.dynamic is None else {None: manifest}
 
 
 def _step(told: Step) -> split.Step:

@@ -5,16 +5,17 @@ It is what the engines are compared with, and what runs where no TensorRT does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
 from ..bundle.manifest import Manifest
 from ..bundle.program import Stored, read_program
+from ..bundle.sizes import AllSizes, size_called
 from ..engine.specialise import specialise
 from ..errors import BackendMissing
 from ..ir.program import Lowered, names_in
@@ -66,7 +67,7 @@ class TorchExecutor:
         self.choice = Choice(manifest, variant, communicator)
         stored = {
             name: read_program(one, folder, verify=verify)
-            for name, one in self.choice.manifests.items()
+            for name, one in _programs(self.choice).items()
         }
         told("program")
         wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
@@ -75,12 +76,17 @@ class TorchExecutor:
         called = partial(
             Called, rank=rank, groups=names, device=self.device, compiled=compiled, graph=graph
         )
-        self._called = {
-            name: CalledPieces(name, one, _modules(self.choice.manifests[name]), called, steps)
-            for name, one in stored.items()
-        }
+        made = partial(CalledPieces, called=called, steps=steps)
+        self._called: Mapping[str | None, CalledPieces] = (
+            CalledSizes(manifest, next(iter(stored.values())), made)
+            if manifest.dynamic is not None
+            else {
+                name: made(name, one, _modules(self.choice.manifests[name]))
+                for name, one in stored.items()
+            }
+        )
         shared, own = weights_of(self.choice.manifests, rank, programs=True)
-        used = {name for one in self._called.values() for name in one.names}
+        used = {name for one in stored.values() for name in one.names.values()}
         bound = partial(bound_weights, folder=folder, device=self.device, verify=verify, told=told)
         self._weights = bound([w for w in shared.values() if w.name in used])
         self._own = {name: bound(weights) for name, weights in own.items()}
@@ -159,6 +165,47 @@ class CalledPieces:
         """Free their graphs."""
         for one in self._all:
             one.close()
+
+
+class CalledSizes(Mapping[str | None, CalledPieces]):
+    """A program for a range of sizes: made for a size when that is first asked for.
+
+    Args:
+        manifest: of the bundle.
+        stored: as the bundle holds it.
+        made: makes of a program, by its size's name, what computes it.
+    """
+
+    def __init__(
+        self, manifest: Manifest, stored: Stored, made: Callable[..., CalledPieces]
+    ) -> None:
+        self._manifest, self._stored, self._made = manifest, stored, made
+        self._held: dict[str | None, CalledPieces] = {}
+
+    def __getitem__(self, name: str | None) -> CalledPieces:
+        if name not in self._held:
+            size = size_called(self._manifest, str(name))
+            if len(self._held) == SIZES:
+                self._held.pop(next(iter(self._held))).close()
+            self._held[name] = self._made(name, self._stored.at(size), [])
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str | None]:
+        return iter(list(self._held))
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+SIZES: Final = 16
+"""Of a range, how many a rank remembers the program of; the oldest is forgotten."""
+
+
+def _programs(choice: Choice) -> Mapping[str | None, Manifest]:
+    """The manifests of all programs that are opened; sizes of a range have one."""
+    if isinstance(choice.manifests, AllSizes):
+        return {None: choice.manifests.manifest}
+    return choice.manifests
 
 
 def _modules(manifest: Manifest) -> list[str]:

@@ -88,6 +88,12 @@ def check_servable(manifest: Manifest, bundle: Path) -> None:
             "backend loads those of tensorrt"
         )
         options["--backend"] = "tensorrt"
+    if manifest.dynamic is not None:
+        reasons.append(
+            f"its engines are for a range of sizes ({manifest.dynamic.words}), which was never "
+            "tried there"
+        )
+        options["--dynamic"] = None
     if manifest.pieces:
         reasons.append(
             f"every rank has {len(manifest.pieces)} engines, and a model of Triton's is one"

@@ -233,7 +233,7 @@ class Walk(PartWriter):
         if kind == "gather":
             self.env[node] = Value(whole=self._whole(x))
             return
-        layout = Layout.even([shape(x)[dim]], self.axis.size)
+        layout = Layout.even([shape(x)[dim]], self.axis.size, self.axis.unit)
         held = [place for place in self.env[x].parts if place[0] == dim]
         place = held[0] if held else (dim, layout)
         if layout.length < self.axis.size:
@@ -255,7 +255,8 @@ class Walk(PartWriter):
 
     def _even(self, length: int, cuts: frozenset[int]) -> Layout:
         ends = sorted({0, length, *cuts})
-        return Layout.even([b - a for a, b in pairwise(ends)], self.axis.size)
+        lengths = [b - a for a, b in pairwise(ends)]
+        return Layout.even(lengths, self.axis.size, self.axis.unit)
 
     def _cuts(self, node: fx.Node, rule: Rule, position: int) -> frozenset[int]:
         """Where an operand that nothing else decides on is best cut."""

@@ -14,6 +14,7 @@ from ..bundle.folder import Check
 from ..bundle.manifest import Attention, Manifest, Proof, of_rank
 from ..bundle.variants import all_variants
 from ..mesh import SEQUENCE
+from .dynamic import range_rows, shape_of
 from .lora import sets_table
 from .mesh import axes_rows, guidance_line, ranks_of, tensor_line
 from .pieces import engines_table, pieces_line, pieces_table, steps_line
@@ -46,6 +47,7 @@ def converted(screen: Screen, manifest: Manifest, out: Path) -> None:
     )
     for row in (
         ("proof", _proof_line(manifest.proof)),
+        *range_rows(manifest),
         *quantized_rows(manifest),
         ("weights", _weights_line(manifest)),
         *(("guidance", line) for line in [guidance_line(manifest)] if line is not None),
@@ -159,6 +161,7 @@ def _facts(manifest: Manifest) -> Table:
         ("backend", _backend_line(manifest)),
         ("runs on", runs_on_line(manifest)),
         ("proof", _proof_line(manifest.proof)),
+        *range_rows(manifest),
         *quantized_rows(manifest),
         (
             "created",
@@ -232,9 +235,7 @@ def _io_table(manifest: Manifest) -> Table:
     whole = "the whole" if manifest.pieces else "every engine"
     table = table_of(f"Bindings of {whole}", "mode", "name", "dtype", "shape")
     for io in manifest.io:
-        table.add_row(
-            io.mode, escape(io.name), io.dtype, " x ".join(map(str, io.shape)) or "scalar"
-        )
+        table.add_row(io.mode, escape(io.name), io.dtype, shape_of(io, manifest.dynamic))
     return table
 
 

@@ -9,6 +9,7 @@ from html import escape
 from ..bundle.manifest import Manifest, Proof, of_rank
 from ..bundle.variants import all_variants
 from ..version import __version__
+from .dynamic import range_rows, shape_of
 from .mesh import axes_of, guidance_line, place_of, ranks_of
 from .page import STYLE
 from .pieces import COLUMNS as PIECES
@@ -53,9 +54,10 @@ def _of_variant(manifest: Manifest, *, several: bool) -> str:
         ]),
         _bars("Memory of one rank, at most", _memory(manifest)),
         _table("Proof", ("what", "largest relative error"), _proof(manifest.proof)),
+        _table("Sizes", ("what", ""), range_rows(manifest)),
         _table("Pieces", PIECES, piece_rows(manifest)),
         _table("Bindings", ("mode", "name", "dtype", "shape"), (
-            (io.mode, io.name, io.dtype, " x ".join(map(str, io.shape))) for io in manifest.io
+            (io.mode, io.name, io.dtype, shape_of(io, manifest.dynamic)) for io in manifest.io
         )),
     )  # fmt: skip
     if not several:

@@ -108,6 +108,10 @@ def stand_in(log: Log, *, communicates: bool = True, takes: bool = True) -> Any:
             self.bound[name] = memory
             return True
 
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            log.append(f"shape {name} {shape}")
+            return takes
+
         def execute_async_v3(self, stream_handle: int) -> bool:
             log.append(f"execute {stream_handle}")
             read = ctypes.c_float.from_address
@@ -397,6 +401,7 @@ def test_why_a_release_cannot(
         ("IExecutionContext", "set_device_memory", "memory: "),
         ("IExecutionContext", "set_communicator", "communicator: "),
         ("IExecutionContext", "set_tensor_address", "name: str, memory: "),
+        ("IExecutionContext", "set_input_shape", "name: str, shape: "),
         ("IExecutionContext", "execute_async_v3", "stream_handle: "),
         ("ILogger", "log", "severity: "),
     ],

@@ -62,6 +62,9 @@ Manifest manifest_of(const json& all, const fs::path& folder) {
   if (all.contains("pieces") && !all.at("pieces").empty())
     throw usage(text(folder.string(), ": every rank has ", all.at("pieces").size(),
                      " engines, one after another, and cp_run runs one; convert without --split-after."));
+  if (all.contains("dynamic") && !all.at("dynamic").is_null())
+    throw usage(text(folder.string(), ": the engines are for a range of sizes, and cp_run runs engines of one; "
+                     "convert without --dynamic."));
   found.engines = engines_of(all.at("engines"), folder, found.world);
   for (const json& entry : all.at("weights")) found.weights.push_back(weight_of(entry, folder));
   const json& bound = all.at("proof").at("bound");
