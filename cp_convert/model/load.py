@@ -30,6 +30,7 @@ from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
 from .tp_plan import taken
+from .unread import are_unread
 from .variants import check_alone, check_apart, with_variants
 from .weights import Filled, check_finite, load_weights
 
@@ -58,7 +59,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     """
     located, coded = _located(job) if allocate else ({}, {})
     check_codes(job, coded)
-    given = _given(job, allocate, located)
+    given = _given(job, allocate, located, coded)
     precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
     ties = _cast(given, job, dtype)
@@ -114,13 +115,15 @@ def _branched(
     return branched(inputs, given.module, job.cfg, combine, kept=kept, frozen=freeze)
 
 
-def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
+def _given(
+    job: Job, allocate: bool, located: Mapping[str, Location], coded: Mapping[str, Coded]
+) -> Given:
     """The model as it is described; where its numbers come from files, it takes no memory yet."""
     is_large = _is_external(job, sum(at.size for at in located.values()))
     mapped = job.weights is not None and (job.is_preset or is_large)
     with unallocated() if mapped or not allocate else nullcontext():
         if job.is_preset:
-            return _from_preset(job, allocate, located)
+            return _from_preset(job, allocate, located, coded)
         return from_file(job.model, job.world, job.module, job.variants)
 
 
@@ -152,7 +155,7 @@ def _filled_in(
         lazily = external and not job.copy_weights
         filled = _filled(given, job, located, ties, coded, lazily=lazily)
     if not job.is_preset:
-        check_has_numbers(given.module, job.model)
+        check_has_numbers(given.module, job.model, besides=filled.codes)
     if job.weights is None:
         for one in _ranks(given):
             check_finite(one)
@@ -213,6 +216,7 @@ def _filled(
         coded=coded,
         allowed=job.allow_cast,
         lazily=lazily,
+        unread=are_unread(job, coded),
     )
 
 
@@ -243,7 +247,9 @@ def _signature(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors}
 
 
-def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
+def _from_preset(
+    job: Job, allocate: bool, located: Mapping[str, Location], coded: Mapping[str, Coded]
+) -> Given:
     preset = read(job.model)
     config = preset.config
     if job.weights is not None:
@@ -257,7 +263,7 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
             config,
             tiny=job.tiny,
             random=allocate and job.weights is None,
-            bytes_each=_bytes_each(job, located) if allocate else 0,
+            bytes_each=_bytes_each(job, located, coded) if allocate else 0,
         ),
         examples=tuple(examples),
         plan={},
@@ -274,13 +280,15 @@ def _example(preset: Preset, config: Mapping[str, Any], asked: Variant, *, tiny:
     )
 
 
-def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
+def _bytes_each(job: Job, located: Mapping[str, Location], coded: Mapping[str, Coded]) -> int:
     """Memory that a parameter takes while the model is loaded; none where a file is mapped."""
     dtype = DTYPES[job.precision or _usual(job, (), located)]
     if job.weights is None:
         return torch.float32.itemsize
     in_place = _is_external(job, sum(at.size for at in located.values()))
-    return 0 if in_place and all(at.dtype == dtype for at in located.values()) else dtype.itemsize
+    unread = coded if are_unread(job, coded) else {}
+    others = [at for name, at in located.items() if name not in unread]
+    return 0 if in_place and all(at.dtype == dtype for at in others) else dtype.itemsize
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:
