@@ -25,6 +25,7 @@ from .file import Given, from_file
 from .formats import check_codes, told, without_scales
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
+from .live import Live, taken_off
 from .meta import stand_in, unallocated
 from .preset import Preset, read
 from .returned import check_has_numbers
@@ -58,14 +59,15 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
     located, coded = _located(job) if allocate else ({}, {})
-    check_codes(job, coded)
     given = _given(job, allocate, located, coded)
+    live = _live(given, job)
     precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
     ties = _cast(given, job, dtype)
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
     filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
+    filled = live.fill(filled, given.module) if allocate else filled
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -81,7 +83,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         located=filled.located,
         casts=filled.casts,
         codes=filled.codes,
-        told=(*_entered(job), *filled.told, *told(job, coded)),
+        told=(*_entered(job), *filled.told, *told(job, coded or live.coded)),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -89,6 +91,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         tp_plan=taken(given.tp_plan, given.module, job),
     )
     return with_variants(source, examples)
+
+
+def _live(given: Given, job: Job) -> Live:
+    """What ``build_model()`` has quantized, and the module has no more."""
+    live = taken_off(given.module, job, alone=not given.peers)
+    check_codes(job, live.coded)
+    return live
 
 
 def _bare(given: Given) -> Filled:
@@ -178,7 +187,9 @@ def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
     """Where the files hold the model's tensors, and which are stored as codes."""
     if job.weights is None:
         return {}, {}
-    return without_scales(locate(_folder(job)), _folder(job))
+    located, coded = without_scales(locate(_folder(job)), _folder(job))
+    check_codes(job, coded)
+    return located, coded
 
 
 def _folder(job: Job) -> Path:
