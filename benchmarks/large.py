@@ -128,12 +128,13 @@ def memory(process: psutil.Process) -> tuple[int, int]:
     """Bytes that a process and its children hold: with pages of mapped files, and without."""
     whole = own = 0
     for one in [process, *process.children(recursive=True)]:
-        try:
-            maps = one.memory_maps(grouped=False)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        try:  # the system's own sums: adding up the maps took as much time as a conversion
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()[1:]
+        except OSError:
             continue
-        whole += sum(m.pss for m in maps)
-        own += sum(m.anonymous for m in maps)
+        told = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        whole += told["Pss"]
+        own += told["Anonymous"]
     return whole, own
 
 
