@@ -1,11 +1,12 @@
 """Whole conversions of large models with external weights: ``python -m benchmarks.large``.
 
 For every preset, safetensors shards of random weights are written first (``--weights FOLDER`` keeps
-them for the next run), then it is converted, each time in a process of its own. Printed are the
-seconds of every stage and of the whole process, the largest memory that it and its children held
-together (proportional set size, sampled twice a second: pages of mapped files that several
-processes share count once; and without file pages, which the system takes back when it needs them),
-and the size of the bundle beside the weights.
+them for the next run; ``--format modelopt-fp8`` writes a quantized checkpoint as ModelOpt exports
+it, with holes for the codes and true scales), then it is converted, each time in a process of its
+own. Printed are the seconds of every stage and of the whole process, the largest memory that it and
+its children held together (proportional set size, sampled twice a second: pages of mapped files
+that several processes share count once; and without file pages, which the system takes back when it
+needs them), and the size of the bundle beside the weights.
 """
 
 from __future__ import annotations
@@ -71,29 +72,69 @@ def write_weights(preset: str, folder: Path, *, sparse: bool = False) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def write_quantized(preset: str, folder: Path) -> None:
+    """The blocks' linear layers in FP8, as ModelOpt's export of a diffusers model has them."""
+    told = read(path_of(preset))
+    with unallocated():
+        module = build(told, told.config, tiny=False, random=False, bytes_each=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    of_blocks = {
+        f"{name}.weight"
+        for name, one in module.named_modules()
+        if isinstance(one, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
+    }
+    found: dict[str, torch.Tensor] = {}
+    for number, (name, tensor) in enumerate(module.state_dict().items()):
+        dtype = torch.float8_e4m3fn if name in of_blocks else torch.bfloat16
+        found[name] = torch.empty((), dtype=dtype).expand(tensor.shape)
+        if name in of_blocks:
+            layer = name.removesuffix(".weight")
+            found[f"{layer}.weight_scale"] = torch.tensor(2e-4 + 1e-7 * number)
+            found[f"{layer}.input_scale"] = torch.tensor(0.03 + 1e-5 * number)
+    save_holes(found, folder / "diffusion_pytorch_model.safetensors")
+    quantized = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["proj_out"]}
+    config = {**told.config, "_class_name": told.kind, "quantization_config": quantized}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+KINDS = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+"""The format's names of types."""
+
+
 def save_holes(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file of tensors like these, with a hole where the numbers would be."""
+    """A safetensors file of tensors like these, with a hole where the numbers would be.
+
+    Single numbers, which are scales, are written.
+    """
     header, end = {}, 0
+    places: dict[int, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        begin, end = end, end + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + tensor.itemsize * tensor.numel()
+        told = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**told, "data_offsets": [begin, end]}
+        if not tensor.dim():
+            places[begin] = tensor
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers that do not lie at their size's multiples are copied
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+        for begin, one in places.items():
+            file.seek(8 + len(text) + begin)
+            file.write(one.numpy().tobytes())
 
 
 def memory(process: psutil.Process) -> tuple[int, int]:
     """Bytes that a process and its children hold: with pages of mapped files, and without."""
     whole = own = 0
     for one in [process, *process.children(recursive=True)]:
-        try:
-            maps = one.memory_maps(grouped=False)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        try:  # the system's own sums: adding up the maps took as much time as a conversion
+            lines = Path(f"/proc/{one.pid}/smaps_rollup").read_text().splitlines()[1:]
+        except OSError:
             continue
-        whole += sum(m.pss for m in maps)
-        own += sum(m.anonymous for m in maps)
+        told = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
+        whole += told["Pss"]
+        own += told["Anonymous"]
     return whole, own
 
 
@@ -134,6 +175,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="ulysses")
     parser.add_argument("--weights", type=Path, help="a folder to keep the weights in")
     parser.add_argument("--sparse", action="store_true", help="weights that are holes in files")
+    parser.add_argument("--format", choices=["bf16", "modelopt-fp8"], default="bf16")
     parser.add_argument("--runs", type=int, default=1, help="each row is the median run of so many")
     parser.add_argument("--again", action="store_true", help="twice each, with an empty cache")
     args = parser.parse_args()
@@ -143,7 +185,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
             weights = (args.weights or Path(scratch)) / preset
-            if not weights.is_dir():
+            if not weights.is_dir() and args.format == "modelopt-fp8":
+                write_quantized(preset, weights)
+            elif not weights.is_dir():
                 write_weights(preset, weights, sparse=args.sparse)
             for world in args.worlds.split(","):
                 for layout in args.layouts.split(","):

@@ -38,8 +38,8 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
             chosen, kept = linear8.stored_layers(dense, codes, measured=measured, keep=job.keep)
             lacking = [n for n in chosen if not codes[str(n.args[1])].is_multiplied]
             every = list(sets_of(dense, example, job.calibration)) if lacking else []
-            given = products8.Stored(codes, largest_inputs(dense, lacking, every, device))
-            sets = len(every)
+            largest = largest_inputs(dense, lacking, every, device) if lacking else {}
+            given, sets = products8.Stored(codes, largest), len(every)
         else:
             every, dtype = (
                 list(sets_of(dense, example, job.calibration)),
@@ -50,15 +50,16 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
             given = products8.Measured(largest, dtype)
             weights, sets = linear8.weights_of(chosen, names), len(every)
         program, scales = products8.quantized(dense, chosen, given, codes)
-        lost = losses(dense, scales, example, device) if scales else {}
-    layers = tuple(_layer(n, scales[n.name], lost[n.name], codes) for n in chosen)
+        unread = any(one.is_meta for one in dense.state.values())  # then nothing is computed
+        lost = losses(dense, scales, example, device) if scales and not unread else {}
+    layers = tuple(_layer(n, scales[n.name], lost.get(n.name), codes) for n in chosen)
     types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
     own: Any = next(name for name, dtype in _TYPES.items() if dtype in types)
     linears = Linears(dense, layers, kept, weights, sets, own)
     return replace(captured, dense=program, linears=linears)
 
 
-def _layer(node: fx.Node, own: Codes, loss: float, codes: Mapping[str, Codes]) -> Layer:
+def _layer(node: fx.Node, own: Codes, loss: float | None, codes: Mapping[str, Codes]) -> Layer:
     """What is told of a layer; ``codes`` are those of the checkpoint, by placeholder."""
     stored = codes.get(str(node.args[1]))
     given: Scales = "none" if stored is None else "both" if stored.is_multiplied else "weight"

@@ -83,6 +83,7 @@ def lifted(ready: Mapping[int, Ready], job: Job) -> Emitted:
     span = job.dynamic
     assert span is not None
     used = {n: ready[n] for n in span.fitted(job.multiple)}
+    _check_chunks(used, job)
     sizes = Range(span.name, span.first, span.last, span.step, _slots(used, job))
     _check_ranks(sizes, job)
     _check_frozen(ready)
@@ -136,6 +137,18 @@ def _segments(rewritten: Rewritten) -> Iterator[Segment]:
     layouts += [layout for both in sharded.places.values() for layout in both]
     for layout in layouts:
         yield from layout.segments
+
+
+def _check_chunks(ready: Mapping[int, Ready], job: Job) -> None:
+    """Refuse a ring over more or fewer tokens, of which it cuts every rank's into equal parts."""
+    ranks = job.mesh.size(SEQUENCE)
+    lengths = {tuple(one.length for one in _segments(ready[n].rewritten)) for n in ready}
+    if job.strategy == "ring" and ranks > 2 and len(lengths) > 1:
+        raise CannotLift(
+            f"ring gathers a {ranks}th of every rank's tokens at a time, and how many those are "
+            "goes up by steps.",
+            hint=f"take allgather-kv, ulysses or stream-kv; {OTHER_WAY}",
+        )
 
 
 def _check_ranks(sizes: Range, job: Job) -> None:

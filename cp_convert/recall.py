@@ -115,7 +115,8 @@ def _values(source: Source) -> Iterator[object]:
     for name, parameter in sorted(_parameters(source).items()):
         at = source.located.get(name)
         where = None if at is None else (states[at.file], at.offset, at.size, str(at.dtype))
-        yield name, _kind(parameter), where or _digest(parameter)
+        own = source.codes[name].codes if name in source.codes else parameter
+        yield name, _kind(parameter), where or _digest(own)
     for one in (source, *source.others):
         yield one.variant
         for path, leaf in pytree.tree_flatten_with_path(one.inputs)[0]:

@@ -30,7 +30,8 @@ class Exchange(Struct, frozen=True):
 class Layer(Struct, frozen=True):
     """A linear layer that multiplies codes, and the scales: what a code of 1 stands for.
 
-    ``loss`` is its own: what its output differs by with the example inputs (root mean square).
+    ``loss`` is its own: what its output differs by with the example inputs (root mean square); null
+    where nothing was computed (``--proof none`` and a checkpoint that has all scales).
     ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
     ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
     ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before. In
@@ -40,7 +41,7 @@ class Layer(Struct, frozen=True):
     module: str
     input_scale: float | None
     weight_scale: float
-    loss: float
+    loss: float | None
     given: Literal["both", "weight", "none"] = "none"
     rows: bool = False
     smooth: bool = False

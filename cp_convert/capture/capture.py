@@ -12,10 +12,12 @@ import msgspec
 from ..cache.store import Cache
 from ..errors import CannotLower
 from ..ir.frozen_value import digest_of
+from ..ir.program import Lowered
 from ..ir.records import Captured, Traced
 from ..ir.serialize import pack, read_packed, unpack
 from ..ir.signature import Signature
 from ..ir.source import Source
+from ..model.meta import with_memory
 from ..progress import Clock
 from .decompose import decompose
 from .trace import trace
@@ -30,7 +32,7 @@ def traced(source: Source, clock: Clock) -> Traced:
     Raises:
         CannotTrace, CannotShard: see :func:`.trace.trace`.
     """
-    with clock.stage("trace"):
+    with clock.stage("trace"), with_memory(source.module):
         program, applied = trace(
             source.module,
             source.inputs,
@@ -67,7 +69,7 @@ def capture(
     if found is not None:
         return found
     with clock.stage("decompose"):
-        dense = decompose(trace.program, table)
+        dense = _without_lent(source, trace, decompose(trace.program, table))
     frozen = {constant.name: repr(constant.value) for constant in trace.program.frozen}
     hashed = {constant.name: digest_of(constant.value) for constant in trace.program.frozen}
     digests = {name: digest for name, digest in hashed.items() if digest is not None}
@@ -81,6 +83,14 @@ def capture(
             pack(dense, described=dense.state).write(folder / _PROGRAM)
             (folder / _SIGNATURE).write_bytes(msgspec.json.encode(signature))
     return Captured(dense, signature)
+
+
+def _without_lent(source: Source, trace: Traced, dense: Lowered) -> Lowered:
+    """Parameters without numbers have none again: what is computed from them fails, or is none."""
+    held = dict(source.module.named_parameters(remove_duplicate=False))
+    named = trace.program.parameters
+    empty = {n: held[named[n]].detach() for n in dense.state if held[named[n]].is_meta}
+    return replace(dense, state={**dense.state, **empty})
 
 
 def _recalled(source: Source, cache: Cache, key: str) -> Captured | None:

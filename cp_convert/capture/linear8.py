@@ -33,6 +33,8 @@ _STEP: Final = 16
 """Rows and columns of a weight come in multiples of it where FP8 is multiplied."""
 _FEWEST: Final = 2 * BLOCK
 """Columns that NVFP4 is multiplied with; TensorRT computes with one block in half precision."""
+_TOKENS: Final = 16
+"""Rows of a matrix that are tokens without a batch, and not a vector for each of the batch."""
 
 
 def choose(
@@ -94,7 +96,7 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
         return KEEP
     if has_blocks and (not _is_in_a_block(node) or "embed" in path):
         return "an embedder or the output"
-    if len(shape(node.args[0])) < 3:
+    if len(sizes := shape(node.args[0])) < 3 and sizes[0] < _TOKENS:
         return "modulation: it computes a vector, not tokens"
     if weight.name not in program.state or any(u.target is not LINEAR for u in weight.users):
         return "its weight is computed, or read elsewhere too"

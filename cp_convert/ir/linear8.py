@@ -20,7 +20,8 @@ class Layer:
         module: its path.
         input_scale, weight_scale: what a code of 1 stands for; the input's is ``None`` where each
             token has its own.
-        loss: its own: the root mean square of what its output differs by, over the output's.
+        loss: its own: the root mean square of what its output differs by, over the output's;
+            ``None`` where nothing was computed.
         given: which of the two scales are the checkpoint's.
         rows: whether each row of the weight has a scale, of which ``weight_scale`` is the largest.
         smooth: whether the input's columns are multiplied by the checkpoint's factors before.
@@ -29,7 +30,7 @@ class Layer:
     module: str
     input_scale: float | None
     weight_scale: float
-    loss: float
+    loss: float | None
     given: Scales = "none"
     rows: bool = False
     smooth: bool = False

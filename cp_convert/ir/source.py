@@ -125,7 +125,7 @@ class Source:
         located: where the user's files hold the parameters.
         casts: types of weights that were changed.
         codes: parameters that are stored as codes; the module has the numbers that they stand for,
-            rounded to its precision.
+            rounded to its precision, or none (on ``meta``) where no stage computes with them.
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
         branches: how guidance branches stand in ``inputs``.

@@ -51,29 +51,34 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
         return
     if job.mesh.others:
         raise UsageError(
-            f"{job.weights} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
+            f"{_named(job)} is quantized, and --mesh {job.mesh.words}: codes and other axes than "
             "the sequence's were never proven together.",
             hint="a checkpoint that is not quantized, or no --cfg and --tp.",
         )
     if job.quantize is not None and all(one.is_multiplied for one in coded.values()):
         raise UsageError(
-            f"--quantize {job.quantize}: {job.weights} is quantized already.",
+            f"--quantize {job.quantize}: {_named(job)} is quantized already.",
             hint="leave one of the two out.",
         )
     own = KINDS[kind_of(coded)]
     if job.quantize is not None and job.quantize.upper() != own:
         raise UsageError(
-            f"--quantize {job.quantize}: the weights of {job.weights} are {own} codes.",
+            f"--quantize {job.quantize}: the weights of {_named(job)} are {own} codes.",
             hint=f"--quantize {own.lower()} gives their inputs scales.",
         )
     if old := without(own.lower(), job.compute_capabilities):
         first = ".".join(map(str, MULTIPLIED_FROM[own.lower()]))
         raise UsageError(
-            f"{job.weights} with --compute-capability {', '.join(old)}: its weights are {own}, "
+            f"{_named(job)} with --compute-capability {', '.join(old)}: its weights are {own}, "
             f"which is multiplied from {first} on.",
             hint="leave these targets out, name the checkpoint that is not quantized, or take the "
             "numbers in the job's precision (--allow-cast float8).",
         )
+
+
+def _named(job: Job) -> str:
+    """Who has quantized the weights: a checkpoint, or the model file."""
+    return str(job.weights or job.model)
 
 
 def kind_of(coded: Mapping[str, Coded]) -> torch.dtype:

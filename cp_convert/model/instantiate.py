@@ -16,6 +16,8 @@ from ..errors import CannotTrace, ModelFileError, UsageError, WeightsError
 from .preset import Input, Preset, evaluate
 
 SEED: Final = 0
+_QUANTIZED: Final = "quantization_config"
+"""What a quantizer tells of its files beside the class's own arguments."""
 
 
 def published_config(preset: Preset, folder: Path) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def published_config(preset: Preset, folder: Path) -> dict[str, Any]:
             f"{file} is not {preset.title}: {listed}.",
             hint="copy the preset's TOML, change it, and convert that file.",
         )
-    return {n: v for n, v in told.items() if not n.startswith("_")}
+    return {n: v for n, v in told.items() if not n.startswith("_") and n != _QUANTIZED}
 
 
 def model_class(preset: Preset) -> type[nn.Module]:

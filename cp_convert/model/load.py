@@ -25,11 +25,13 @@ from .file import Given, from_file
 from .formats import check_codes, told, without_scales
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
+from .live import Live, taken_off
 from .meta import stand_in, unallocated
 from .preset import Preset, read
 from .returned import check_has_numbers
 from .ties import Ties
 from .tp_plan import taken
+from .unread import are_unread
 from .variants import check_alone, check_apart, with_variants
 from .weights import Filled, check_finite, load_weights
 
@@ -57,14 +59,15 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
     located, coded = _located(job) if allocate else ({}, {})
-    check_codes(job, coded)
-    given = _given(job, allocate, located)
+    given = _given(job, allocate, located, coded)
+    live = _live(given, job)
     precision = job.precision or _usual(job, _ranks(given), located)
     dtype = DTYPES[precision]
     ties = _cast(given, job, dtype)
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
     filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
+    filled = live.fill(filled, given.module) if allocate else filled
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -80,7 +83,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         located=filled.located,
         casts=filled.casts,
         codes=filled.codes,
-        told=(*_entered(job), *filled.told, *told(job, coded)),
+        told=(*_entered(job), *filled.told, *told(job, coded or live.coded)),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -88,6 +91,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         tp_plan=taken(given.tp_plan, given.module, job),
     )
     return with_variants(source, examples)
+
+
+def _live(given: Given, job: Job) -> Live:
+    """What ``build_model()`` has quantized, and the module has no more."""
+    live = taken_off(given.module, job, alone=not given.peers)
+    check_codes(job, live.coded)
+    return live
 
 
 def _bare(given: Given) -> Filled:
@@ -114,13 +124,15 @@ def _branched(
     return branched(inputs, given.module, job.cfg, combine, kept=kept, frozen=freeze)
 
 
-def _given(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
+def _given(
+    job: Job, allocate: bool, located: Mapping[str, Location], coded: Mapping[str, Coded]
+) -> Given:
     """The model as it is described; where its numbers come from files, it takes no memory yet."""
     is_large = _is_external(job, sum(at.size for at in located.values()))
     mapped = job.weights is not None and (job.is_preset or is_large)
     with unallocated() if mapped or not allocate else nullcontext():
         if job.is_preset:
-            return _from_preset(job, allocate, located)
+            return _from_preset(job, allocate, located, coded)
         size = "" if job.dynamic is None else job.dynamic.name
         return from_file(job.model, job.world, job.module, job.variants, job.sizes, size)
 
@@ -153,7 +165,7 @@ def _filled_in(
         lazily = external and not job.copy_weights
         filled = _filled(given, job, located, ties, coded, lazily=lazily)
     if not job.is_preset:
-        check_has_numbers(given.module, job.model)
+        check_has_numbers(given.module, job.model, besides=filled.codes)
     if job.weights is None:
         for one in _ranks(given):
             check_finite(one)
@@ -176,7 +188,9 @@ def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
     """Where the files hold the model's tensors, and which are stored as codes."""
     if job.weights is None:
         return {}, {}
-    return without_scales(locate(_folder(job)), _folder(job))
+    located, coded = without_scales(locate(_folder(job)), _folder(job))
+    check_codes(job, coded)
+    return located, coded
 
 
 def _folder(job: Job) -> Path:
@@ -214,6 +228,7 @@ def _filled(
         coded=coded,
         allowed=job.allow_cast,
         lazily=lazily,
+        unread=are_unread(job, coded),
     )
 
 
@@ -244,7 +259,9 @@ def _signature(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     return {name: (tuple(t.shape), t.dtype) for name, t in tensors}
 
 
-def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> Given:
+def _from_preset(
+    job: Job, allocate: bool, located: Mapping[str, Location], coded: Mapping[str, Coded]
+) -> Given:
     preset = read(job.model)
     config = preset.config
     if job.weights is not None:
@@ -258,7 +275,7 @@ def _from_preset(job: Job, allocate: bool, located: Mapping[str, Location]) -> G
             config,
             tiny=job.tiny,
             random=allocate and job.weights is None,
-            bytes_each=_bytes_each(job, located) if allocate else 0,
+            bytes_each=_bytes_each(job, located, coded) if allocate else 0,
         ),
         examples=tuple(examples),
         plan={},
@@ -275,13 +292,15 @@ def _example(preset: Preset, config: Mapping[str, Any], asked: Variant, *, tiny:
     )
 
 
-def _bytes_each(job: Job, located: Mapping[str, Location]) -> int:
+def _bytes_each(job: Job, located: Mapping[str, Location], coded: Mapping[str, Coded]) -> int:
     """Memory that a parameter takes while the model is loaded; none where a file is mapped."""
     dtype = DTYPES[job.precision or _usual(job, (), located)]
     if job.weights is None:
         return torch.float32.itemsize
     in_place = _is_external(job, sum(at.size for at in located.values()))
-    return 0 if in_place and all(at.dtype == dtype for at in located.values()) else dtype.itemsize
+    unread = coded if are_unread(job, coded) else {}
+    others = [at for name, at in located.items() if name not in unread]
+    return 0 if in_place and all(at.dtype == dtype for at in others) else dtype.itemsize
 
 
 def _plan(given: Given, job: Job) -> Mapping[str, Any]:

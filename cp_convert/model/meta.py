@@ -30,6 +30,27 @@ def stand_in(module: nn.Module) -> None:
         replace(module, parameter, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
 
 
+@contextmanager
+def with_memory(module: nn.Module) -> Iterator[None]:
+    """Parameters without numbers are lent memory that nobody writes to, so that it takes none.
+
+    Traces see a plain tensor then. Its contents mean nothing: what outlives this must not hold it.
+    """
+    held = [(owner, name, p) for owner in module.modules() for name, p in _empty(owner)]
+    lent = {p: nn.Parameter(torch.empty(p.shape, dtype=p.dtype), False) for _, _, p in held}
+    for owner, name, parameter in held:
+        owner._parameters[name] = lent[parameter]
+    try:
+        yield
+    finally:
+        for owner, name, parameter in held:
+            owner._parameters[name] = parameter
+
+
+def _empty(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in owner._parameters.items() if p is not None and p.is_meta]
+
+
 def replace(module: nn.Module, parameter: nn.Parameter, value: Tensor) -> None:
     """Put ``value`` in the place of ``parameter`` wherever it stands, so that ties stay."""
     new = nn.Parameter(value, requires_grad=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -102,14 +102,14 @@ def _has_module(value: Any, name: str) -> bool:
     return isinstance(getattr(value, name, None), nn.Module)
 
 
-def check_has_numbers(module: nn.Module, path: Path) -> None:
-    """Refuse parameters without memory.
+def check_has_numbers(module: nn.Module, path: Path, besides: Collection[str] = ()) -> None:
+    """Refuse parameters without memory, ``besides`` those whose codes are all that is read.
 
     Raises:
         ModelFileError: some are on the ``meta`` device.
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    if empty := [name for name, tensor in tensors if tensor.is_meta]:
+    if empty := [name for name, one in tensors if one.is_meta and name not in besides]:
         raise ModelFileError(
             f"build_model() leaves {len(empty)} tensors without numbers, on the meta device: "
             f"{_some(empty)}.",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from .coded import KINDS, Coded, shape_of
 from .follow import followed
 from .formats import FLOAT8
 from .meta import replace
+from .mismatch import mismatched
 from .names import Matched, by_name, inside, match, unused
 from .original import Renaming, mapping_of, place_of, renamed
 from .quantized import check_floating, check_types, check_unmatched
 from .ties import Ties
-
-_SHOWN: Final = 8
+from .unread import read_numbers, without_numbers
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Found:
     """One tensor for the model.
 
     Attributes:
-        tensor: as stored, mapped and not read yet; or computed from such.
+        tensor: as stored, mapped and not read yet; or computed from such; without memory where
+            nobody reads what ``codes`` stand for.
         at: where a file holds these numbers; ``None`` where they were computed.
         told: where it comes from, in words.
         codes: that ``tensor`` was computed from, and are to stay codes.
@@ -68,8 +69,8 @@ class Filled:
 class _Files:
     """The files, each mapped once; they are those whose headers were read."""
 
-    def __init__(self, stored: Mapping[str, Location], *, upcast: bool) -> None:
-        self._stored, self._upcast = stored, upcast
+    def __init__(self, stored: Mapping[str, Location], *, upcast: bool, unread: bool) -> None:
+        self._stored, self._upcast, self._unread = stored, upcast, unread
         self._mapped: dict[Path, Tensor] = {}
 
     def tensor(self, name: str) -> Tensor:
@@ -85,20 +86,21 @@ class _Files:
             at.check_unchanged()
         return tensor_at(at, self._mapped[at.file])
 
-    def found(self, name: str, coded: Coded | None, dtype: torch.dtype) -> Found:
-        """The tensor of a stored name, or in ``dtype`` the numbers that its codes stand for."""
+    def found(self, name: str, coded: Coded | None, like: Tensor) -> Found:
+        """The tensor of a stored name, or as ``like`` is the numbers that its codes stand for."""
         at = self._stored[name]
-        return self.read(self.tensor(name), at, f"{name} of {at.file.name}", coded, dtype)
+        return self.read(self.tensor(name), at, f"{name} of {at.file.name}", coded, like)
 
     def read(
-        self, tensor: Tensor, at: Location | None, told: str, coded: Coded | None, dtype: Any
+        self, tensor: Tensor, at: Location | None, told: str, coded: Coded | None, like: Tensor
     ) -> Found:
         """The same of a tensor that was mapped, or made of such."""
         if coded is None:
             return Found(tensor, at, told)
         if coded.is_swapped:  # no engine reads codes in this order: they are written anew
             tensor, at = (tensor << 4) | (tensor >> 4), None
-        numbers = coded.numbers(tensor, dtype)
+        numbers = without_numbers(coded, tensor, like) if self._unread else None
+        numbers = coded.numbers(tensor, like.dtype) if numbers is None else numbers
         if self._upcast and coded.dtype == FP8:
             return Found(numbers, None, told, upcast=tensor.dtype)
         return Found(numbers, at, told, coded.of(tensor))
@@ -119,6 +121,7 @@ def load_weights(
     coded: Mapping[str, Coded] | None = None,
     allowed: Collection[str] = (),
     lazily: bool = False,
+    unread: bool = False,
 ) -> Filled:
     """Put the tensors of ``stored`` into ``module``, in the module's own dtypes.
 
@@ -134,6 +137,7 @@ def load_weights(
         allowed: casts that the user asked for; ``float8`` is one.
         lazily: whether numbers that stay where they are remain unread; who reads them first
             has to see whether they are finite.
+        unread: whether parameters that are codes get no numbers, see :mod:`.unread`.
 
     Raises:
         WeightsError: names, shapes or types that are not the model's, tied names that disagree,
@@ -141,13 +145,18 @@ def load_weights(
     """
     wanted = module.state_dict(keep_vars=True)
     ties = Ties.of(module) if ties is None else ties
-    found, told = _found(module, wanted, stored, ties, allowed, path, coded or {})
+    files = _Files(stored, upcast=FLOAT8 in allowed, unread=unread)
+    found, told = _found(module, wanted, stored, files, ties, allowed, path, coded or {})
     ties.check_agreement(
-        found, lambda n: found[n].tensor.to(wanted[n].dtype), lambda n: found[n].told
+        found,
+        lambda n: read_numbers(found[n].tensor, found[n].codes, wanted[n].dtype),
+        lambda n: found[n].told,
     )
     casted = _put(module, wanted, found, lazily=lazily)
-    codes = {name: one.codes for name, one in found.items() if one.codes is not None}
-    return Filled(_places(module, found, ties), casted, told, codes)
+    named = _named(module, found, ties)
+    located = {name: one.at for name, one in named.items() if one.at is not None}
+    codes = {name: one.codes for name, one in named.items() if one.codes is not None}
+    return Filled(located, casted, told, codes)
 
 
 def _put(
@@ -161,25 +170,25 @@ def _put(
             if (kind := one.upcast or one.tensor.dtype) != own.dtype:
                 casts[_name(kind), _name(own.dtype)] += 1
             value = one.tensor.to(own.dtype)
-            is_there = one.at is not None and one.codes is None
+            is_there = one.at is not None and (one.codes is None or value.is_meta)
             stays = is_there and value is one.tensor and isinstance(own, nn.Parameter)
             if not (lazily and stays):
                 _check_finite(name, one, value)
-            if own.is_meta:
+            if own.is_meta or value.is_meta:
                 replace(module, own, value)
             else:
                 own.copy_(value)
     return tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
 
 
-def _places(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Location]:
-    """Where parameters stand as they are; of tied names, the first that is there tells it."""
-    located = {}
+def _named(module: nn.Module, found: Mapping[str, Found], ties: Ties) -> dict[str, Found]:
+    """What every parameter was given; of tied names, the first that is there tells it."""
+    named = {}
     for name, _ in module.named_parameters(remove_duplicate=False):
         own = next((n for n in ties.same.get(name, (name,)) if n in found), None)
-        if own is not None and (at := found[own].at) is not None:
-            located[name] = at
-    return located
+        if own is not None:
+            named[name] = found[own]
+    return named
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -190,6 +199,7 @@ def _found(
     module: nn.Module,
     wanted: Mapping[str, Tensor],
     stored: Mapping[str, Location],
+    files: _Files,
     ties: Ties,
     allowed: Collection[str],
     path: Path,
@@ -197,22 +207,21 @@ def _found(
 ) -> tuple[dict[str, Found], tuple[str, ...]]:
     """The model's tensors, under its names, under others, or in its authors' own."""
     matched = match(wanted, stored, ties)
-    files = _Files(stored, upcast=FLOAT8 in allowed)
     shapes = {n: shape_of(stored[o].shape, coded.get(o)) for n, o in matched.names.items()}
     if matched.fits:
         types = {name: own for name, own in matched.names.items() if own not in coded}
         check_types(types, stored, wanted, allowed)
         _check_shapes(matched, shapes, wanted, path)
         found = {
-            name: files.found(own, coded.get(own), wanted[name].dtype)
+            name: files.found(own, coded.get(own), wanted[name])
             for name, own in matched.names.items()
         }
         return found, matched.told
     mapping = mapping_of(module)
     if mapping is None or 2 * len(matched.names) >= len(wanted):
         check_unmatched({n: at for n, at in stored.items() if n not in coded}, allowed)
-        raise _mismatch(matched, shapes, wanted, path)
-    mismatch = partial(_mismatch, matched, shapes, wanted, path)
+        raise mismatched(matched, shapes, wanted, path)
+    mismatch = partial(mismatched, matched, shapes, wanted, path)
     tensors, scales = _mapped(module, mapping, stored, files, allowed, mismatch, coded)
     after = by_name(wanted, tensors, ties)
     _check_shapes(
@@ -222,7 +231,7 @@ def _found(
         path,
     )
     found = {
-        name: _original(name, tensor, files, scales.get(name), wanted[name].dtype)
+        name: _original(name, tensor, files, scales.get(name), wanted[name])
         for name, tensor in tensors.items()
     }
     return found, _told(found, len(stored) - len(inside(stored)[1]))
@@ -262,18 +271,16 @@ def _check_shapes(
     path: Path,
 ) -> None:
     if not matched.fits or any(shape != wanted[n].shape for n, shape in shapes.items()):
-        raise _mismatch(matched, shapes, wanted, path)
+        raise mismatched(matched, shapes, wanted, path)
 
 
 def _markers(stored: Mapping[str, Location]) -> dict[str, Location]:
     return {name: at for name, at in stored.items() if name == "scaled_fp8"}
 
 
-def _original(
-    name: str, tensor: Tensor, files: _Files, coded: Coded | None, dtype: torch.dtype
-) -> Found:
+def _original(name: str, tensor: Tensor, files: _Files, coded: Coded | None, like: Tensor) -> Found:
     at = place_of(tensor, files.by_address)
-    return files.read(tensor, at, f"{name}, mapped by diffusers", coded, dtype)
+    return files.read(tensor, at, f"{name}, mapped by diffusers", coded, like)
 
 
 def _told(found: Mapping[str, Found], others: int) -> tuple[str, ...]:
@@ -283,44 +290,11 @@ def _told(found: Mapping[str, Found], others: int) -> tuple[str, ...]:
     return (told, unused(others)) if others else (told,)
 
 
-def _mismatch(
-    matched: Matched,
-    shapes: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, Tensor],
-    path: Path,
-    more: str = "",
-) -> WeightsError:
-    """All differences at once; ``shapes`` are those of the names that are there."""
-    other = [
-        f"{name}: {list(shape)} in the file, {list(wanted[name].shape)} in the model"
-        for name, shape in shapes.items()
-        if shape != tuple(wanted[name].shape)
-    ]
-    complaints = [
-        f"{len(names)} {what}: {_some(names)}."
-        for what, names in (
-            ("missing", matched.missing),
-            ("unexpected", matched.unexpected),
-            ("of another shape", other),
-        )
-        if names
-    ]
-    return WeightsError(
-        f"the tensors of {path.name} are not those of the model. {' '.join([*complaints, more])}",
-        where=str(path),
-        hint="check that the file belongs to this model and build_model() to this file.",
-    )
-
-
-def _some(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
-
-
 def _check_finite(name: str, found: Found, value: Tensor) -> None:
-    if is_finite(value):
+    held = found.codes.codes if value.is_meta and found.codes is not None else value
+    if is_finite(held):
         return
-    if is_finite(found.tensor):
+    if held is value and is_finite(found.tensor):
         raise WeightsError(
             f"{name} ({found.told}) holds numbers up to {found.tensor.abs().max().item():.3g}, "
             f"which {_name(value.dtype)} cannot hold.",

@@ -32,7 +32,8 @@ def _linears(told: Linears) -> str:
     what += f", {len(told.kept) - alone} left as they are"
     if alone:
         what += f", {alone} that read codes and multiply in the precision"
-    if not told.layers:
-        return what
-    worst = max(told.layers, key=lambda one: one.loss)
-    return f"{what}; the layer that loses most is {worst.module} ({worst.loss:.1e} of its output)"
+    lost = {one.module: one.loss for one in told.layers if one.loss is not None}
+    if not lost:
+        return f"{what}; what that loses was not computed" if told.layers else what
+    worst = max(lost, key=lost.__getitem__)
+    return f"{what}; the layer that loses most is {worst} ({lost[worst]:.1e} of its output)"

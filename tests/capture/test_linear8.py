@@ -68,6 +68,21 @@ def in_fp8(dense: Lowered, keep: Any = (), factor: float = 1.0) -> Lowered:
     return quantized(dense, chosen, Measured(largest))[0]
 
 
+def test_tokens_without_a_batch_are_tokens() -> None:
+    """As in Cosmos3: a matrix of tokens, where modulation has a row for each of the batch."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    for rows, count in ((24, 2), (2, 0)):
+        given = {"input": torch.randn(rows, 32)}
+        traced, _ = trace(blocks.eval().requires_grad_(False), given, {}, ())
+        dense = decompose(traced, table())
+        if count:
+            assert len(choose(dense)[0]) == count
+        else:
+            with pytest.raises(CannotConvert, match="modulation: it computes a vector"):
+                choose(dense)
+
+
 def test_blocks_are_quantized_and_what_surrounds_them_is_not() -> None:
     chosen, kept = choose(program())
     assert [module_path(n) for n in chosen] == [f"blocks.{i}.{n}" for i in (0, 1) for n in "qk"]

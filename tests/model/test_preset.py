@@ -30,6 +30,7 @@ from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
 from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import axis_of, networks_of, table
+from tests.model.fp8_files import tensors_of, write
 
 NAMES = preset.names()
 
@@ -161,6 +162,32 @@ def test_a_model_too_large_for_the_machine_is_told_before_it_is_built(
     assert path is not None
     with pytest.raises(CannotTrace, match=r"11\.9 B parameters, 44 GiB .* 8 GiB are free"):
         load(job(path))
+
+
+def test_a_folder_of_codes_needs_no_memory_for_their_numbers(
+    published: tuple[Path, Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ModelOpt's folder, whose config.json has more in it than the class takes."""
+    path, folder, module = published
+    named = dict(module.named_modules())
+    layers = [n for n, one in named.items() if isinstance(one, nn.Linear) and "blocks" in n]
+    write(tmp_path / "codes", tensors_of(module, layers))
+    places = (folder / "transformer" / "config.json", tmp_path / "codes" / "config.json")
+    first, second = (json.loads(place.read_text()) for place in places)
+    places[1].write_text(json.dumps(first | second))
+    large = tmp_path / "large.toml"
+    large.write_text(path.read_text().replace("parameters = 1\n", "parameters = 11_901_408_320\n"))
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory(8 * 2**30))
+    asked = replace(
+        job(large, weights=tmp_path / "codes", weights_mode="external", proof="none"),
+        precision="bf16",
+    )
+    source = load(asked)
+    assert len(source.codes) == len(layers) > 10
+    assert all(source.module.get_parameter(name).is_meta for name in source.codes)
+    with pytest.raises(CannotTrace, match=r"22 GiB .* 8 GiB are free"):
+        load(replace(asked, proof="auto"))
 
 
 # --- what presets say -----------------------------------------------------------------------------

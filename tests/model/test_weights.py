@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cp_convert.errors import WeightsError
+from cp_convert.ir.tensors import FLOAT8, is_finite
 from cp_convert.model import meta
 from cp_convert.model.checkpoint import locate
 from cp_convert.model.load import cast_module
@@ -317,3 +318,11 @@ def test_what_is_no_weights_path_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(WeightsError, match=message):
             load_weights(model(), path)
+
+
+@pytest.mark.parametrize("dtype", FLOAT8.values())
+def test_codes_that_are_no_numbers_are_known_by_their_bits(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    for one in every:
+        held = torch.stack([every[1], one, every[2]]).reshape(3, 1)
+        assert is_finite(held) == bool(one.float().isfinite())

@@ -1,0 +1,53 @@
+"""Weights that stay codes while nobody computes with the numbers that they stand for.
+
+In: a job, and which stored weights are codes. Out: whether their numbers are wanted, and what
+stands for them if not: a tensor without memory, which nothing can be computed from by mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ir.quantize import LARGEST
+from ..ir.source import Codes
+from ..job import Job
+from .coded import Coded
+from .formats import FLOAT8
+
+
+def are_unread(job: Job, coded: Mapping[str, Coded]) -> bool:
+    """Whether no stage of the job computes with the numbers of a checkpoint's codes.
+
+    A proof does, and so does whoever measures what flows (``--quantize``) or takes the numbers in
+    another type (``--allow-cast``).
+    """
+    is_cast = FLOAT8 in job.allow_cast
+    return bool(coded) and job.proof == "none" and job.quantize is None and not is_cast
+
+
+def without_numbers(coded: Coded, codes: Tensor, like: Tensor) -> Tensor | None:
+    """What stands for the numbers of ``codes`` in a model that has ``like`` in their place.
+
+    Returns:
+        ``None`` where numbers are wanted after all: tables, what ``like``'s type may not hold, and
+        codes in blocks.
+    """
+    if coded.blocks is not None:
+        return None
+    scale = torch.as_tensor(coded.weight_scale).max() * LARGEST[codes.dtype]
+    if coded.smooth is not None:
+        scale = scale * coded.smooth.max()
+    if not isinstance(like, nn.Parameter) or float(scale) > torch.finfo(like.dtype).max:
+        return None
+    return torch.empty(codes.shape, dtype=like.dtype, device="meta")
+
+
+def read_numbers(held: Tensor, codes: Codes | None, dtype: torch.dtype) -> Tensor:
+    """The numbers of one weight in ``dtype``: ``held``, or what its codes stand for after all."""
+    if codes is None or not held.is_meta:
+        return held.to(dtype)
+    own = Coded(codes.weight_scale, None, smooth=codes.smooth, dtype=codes.codes.dtype)
+    return own.numbers(codes.codes, dtype)

@@ -1,0 +1,304 @@
+"""Modules that ModelOpt has quantized live: by a stand-in with its attributes, and by the real one.
+
+The stand-in's quantizers compute what ModelOpt's do on a CPU, so that what comes out can be held
+against the module's own forward.
+"""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cp_convert.backends import BACKENDS
+from cp_convert.cache.store import Cache
+from cp_convert.capture.capture import capture, traced
+from cp_convert.engine.build import prepare
+from cp_convert.errors import ConvertError
+from cp_convert.ir.quantize import FP8
+from cp_convert.ir.records import Loaded
+from cp_convert.ir.source import Source
+from cp_convert.job import Job
+from cp_convert.model.load import load, surroundings
+from cp_convert.progress import Clock, Progress
+from cp_convert.prove import flat_inputs
+from cp_convert.prove.lockstep import run
+from cp_convert.quantizing import quantized
+from tests.conftest import table
+
+MODEL = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(8 * q, k, v)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x):
+        x = self.enter(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x)
+
+def plain():
+    torch.manual_seed(0)
+    return Model()
+
+def example_inputs():
+    torch.manual_seed(1)
+    return {"x": torch.randn(1, 32, 16)}
+"""
+
+STAND_IN = """
+class TensorQuantizer(nn.Module):
+    def __init__(self, num_bits=(4, 3), axis=None):
+        super().__init__()
+        self.num_bits, self.axis, self.block_sizes, self.unsigned = num_bits, axis, None, False
+        self.fake_quant, self.is_enabled, self._dynamic, self._if_calib = True, True, False, True
+        self.bias, self.rotate_is_enabled, self.pre_quant_scale = None, False, None
+
+    @property
+    def amax(self):
+        return getattr(self, "_amax", None)
+
+    def forward(self, x):
+        if self.pre_quant_scale is not None:
+            x = x * self.pre_quant_scale
+        if self._if_calib:
+            over = x.abs().amax(1, True) if self.axis == 0 else x.abs().amax()
+            self.register_buffer("_amax", over)
+        elif self.is_enabled and self.num_bits == (4, 3):
+            codes = (x * (448 / self.amax)).clamp(-448, 448).to(torch.float8_e4m3fn)
+            x = codes.to(x.dtype) / (448 / self.amax)
+        elif self.is_enabled:
+            x = (x * (127 / self.amax)).round().clamp(-128, 127) / (127 / self.amax)
+        return x
+
+class QuantLinear(nn.Linear):
+    def forward(self, x):
+        x, weight = self.input_quantizer(x), self.weight_quantizer(self.weight)
+        return functional.linear(x, weight, self.bias)
+
+class QuantLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(self.input_quantizer(x))
+
+for one in (QuantLinear, QuantLayerNorm, TensorQuantizer):
+    one.__module__ = "modelopt.torch.quantization.nn"
+
+def build_model():
+    model = plain()
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and "blocks" in name:
+            layer.__class__ = QuantLinear
+            layer.input_quantizer = TensorQuantizer(BITS)
+            layer.weight_quantizer = TensorQuantizer(BITS, 0 if BITS == 8 else None)
+            layer.output_quantizer = TensorQuantizer()
+            layer.output_quantizer.is_enabled = False
+            if BITS == 8:
+                factors = torch.linspace(0.5, 1.5, layer.weight.shape[1])
+                layer.weight.data /= factors
+                layer.input_quantizer.pre_quant_scale = factors
+    with torch.no_grad():
+        model(**example_inputs())
+    for one in model.modules():
+        if isinstance(one, TensorQuantizer):
+            one._if_calib = False
+    CHANGE
+    return model
+"""
+
+REAL = """
+import modelopt.torch.quantization as mtq
+
+def build_model():
+    model = plain()
+    mtq.quantize(model, mtq.CONFIG, lambda model: model(**example_inputs()))
+    mtq.disable_quantizer(model, lambda name: "blocks" not in name)
+    CHANGE
+    return model
+"""
+
+
+def loaded(folder: Path, code: str, **options: Any) -> Source:
+    (folder / "dit.py").write_text(MODEL + code)
+    asked = job(folder, **options)
+    with surroundings(asked):
+        return load(asked)
+
+
+def job(folder: Path, **options: Any) -> Job:
+    usual: dict[str, Any] = {"precision": "fp32", "weights_mode": "external"}
+    return Job(
+        model=folder / "dit.py", strategy="ulysses", world=2, out=folder / "out",
+        **usual | options,
+    )  # fmt: skip
+
+
+def stand_in(bits: str = "(4, 3)", change: str = "") -> str:
+    return STAND_IN.replace("BITS", bits).replace("CHANGE", textwrap.indent(change, "    ").strip())
+
+
+def real(config: str, change: str = "") -> str:
+    pytest.importorskip("modelopt.torch.quantization")
+    return REAL.replace("CONFIG", config).replace("CHANGE", change)
+
+
+def own_output(code: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the live module returns, and the same model without quantizers."""
+    space: dict[str, Any] = {"__name__": "dit"}
+    exec(MODEL + code, space)
+    with torch.no_grad():
+        return space["build_model"]()(x), space["plain"]()(x)
+
+
+LAYERS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "out")]
+
+
+def cases() -> Iterator[Any]:
+    yield pytest.param(lambda: stand_in("(4, 3)"), False, id="stand-in-fp8")
+    yield pytest.param(lambda: stand_in("8"), True, id="stand-in-int8")
+    for config, rows in (("FP8_DEFAULT_CFG", False), ("INT8_SMOOTHQUANT_CFG", True)):
+        yield pytest.param(lambda config=config: real(config), rows, id=config)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("made", "is_int8"), cases())
+def test_the_program_computes_what_the_live_module_does(
+    made: Any, is_int8: bool, tmp_path: Path
+) -> None:
+    prepare(BACKENDS["tensorrt-rtx"])
+    code = made()
+    source = loaded(tmp_path, code)
+    assert sorted(source.codes) == sorted(f"{layer}.weight" for layer in LAYERS)
+    assert {one.codes.dtype for one in source.codes.values()} == {torch.int8 if is_int8 else FP8}
+    assert not [name for name, _ in source.module.named_modules() if "quantizer" in name]
+    assert type(source.module.get_submodule("blocks.0.qkv")) is nn.Linear
+    assert type(source.module.get_submodule("blocks.0.norm")) is nn.LayerNorm
+    for name, one in source.codes.items():
+        assert (one.rows is not None) == (one.smooth is not None) == is_int8
+        assert source.parameters_outside[name] is one.codes
+    trace = traced(source, Clock(Progress()))
+    captured = capture(source, trace, table(), Cache(None), None, Clock(Progress()))
+    asked = Loaded(job(tmp_path), BACKENDS["tensorrt-rtx"], source, "", None, tmp_path)
+    program = quantized(asked, captured, Clock(Progress())).dense
+    (found,) = run(program, flat_inputs(program, source.inputs), 1)[0]
+    truth, without = own_output(code, source.inputs["x"])
+    loss = (truth - without).norm() / without.norm()
+    assert 1e-3 < loss < 0.1
+    if code.startswith("\nclass"):  # the real one rounds inputs of norms as well
+        assert (found - truth).norm() / truth.norm() < 0.05 * loss
+    else:
+        assert (found - truth).norm() / truth.norm() < loss
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.blocks[0].qkv.input_quantizer._dynamic = True", "qkv.input_quantizer has dynamic"),
+        ("model.blocks[0].qkv.weight_quantizer.block_sizes = {-1: 16}", "has scales of blocks"),
+        ("model.blocks[0].qkv.weight_quantizer.num_bits = (2, 1)", r"has num_bits \(2, 1\)"),
+        ("model.blocks[0].qkv.weight_quantizer.num_bits = 4", "has num_bits 4"),
+        ("model.blocks[0].qkv.weight_quantizer.num_bits = 8", "types|scales"),
+        ("model.blocks[0].qkv.weight_quantizer.fake_quant = False", "holds compressed weights"),
+        ("model.blocks[0].qkv.weight_quantizer.is_enabled = False", "its input and not its weight"),
+        ("model.blocks[0].qkv.output_quantizer.is_enabled = True", "what the layer returns"),
+        ("model.blocks[0].qkv.input_quantizer._if_calib = True", "is being calibrated still"),
+        ("model.blocks[0].qkv.input_quantizer.unsigned = True", "without a sign"),
+        ("model.blocks[0].qkv.input_quantizer.rotate_is_enabled = True", "rotates"),
+        ("model.blocks[0].qkv.input_quantizer._amax *= 0", "has an amax of 0.0"),
+        ("model.blocks[0].qkv.input_quantizer._amax *= torch.nan", "has an amax of nan"),
+        ("model.blocks[0].qkv.input_quantizer._amax *= torch.inf", "has an amax of inf"),
+        ("del model.blocks[0].qkv.input_quantizer._amax", "has no amax"),
+        (
+            "model.blocks[0].qkv.weight_quantizer._amax = torch.ones(192, 1)",
+            "has 192 scales, and 1 are taken",
+        ),
+        (
+            "model.blocks[0].qkv.weight_quantizer = nn.Sequential(TensorQuantizer())",
+            "quantizes twice",
+        ),
+        (
+            "q = model.blocks[0].qkv.output_quantizer; q.rotate_is_enabled = True",
+            "what the layer returns",
+        ),
+        (
+            "model.blocks[0].qkv.input_quantizer.pre_quant_scale = -torch.ones(64)",
+            "has a pre_quant_scale that is none",
+        ),
+        (
+            "model.blocks[0].q_bmm_quantizer = TensorQuantizer()",
+            "blocks.0.q_bmm_quantizer quantizes attention",
+        ),
+        (
+            "model.blocks[1].qkv.weight = model.blocks[0].qkv.weight",
+            "blocks.1.qkv has the weight of blocks.0.qkv",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(change: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match=told) as caught:
+        loaded(tmp_path, stand_in(change=change))
+    assert caught.value.exit_code == 2
+    assert "ModelOpt" in str(caught.value)
+
+
+def test_options_that_would_change_the_numbers(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    for options, told in (
+        ({"allow_cast": ("float8",)}, "--allow-cast float8 is for files"),
+        ({"quantize": "fp8"}, "dit.py is quantized already"),
+        ({"cfg": 2}, "never proven together"),
+        ({"compute_capabilities": ("8.6",)}, "FP8, which is multiplied from 8.9 on"),
+    ):
+        with pytest.raises(ConvertError, match=told) as caught:
+            loaded(tmp_path, stand_in(), **options)
+        assert caught.value.exit_code == 2
+
+
+def test_what_is_switched_off_may_still_multiply(tmp_path: Path) -> None:
+    change = "\n".join(
+        f"model.blocks[0].qkv.{own}_quantizer.is_enabled = False" for own in ("input", "weight")
+    )
+    source = loaded(tmp_path, stand_in("8", change))
+    assert len(source.codes) == 3
+    plain = source.module.get_submodule("blocks.0.qkv").weight
+    truth, without = own_output(stand_in("8", change), source.inputs["x"])
+    space: dict[str, Any] = {"__name__": "dit"}
+    exec(MODEL, space)
+    assert torch.allclose(plain, space["plain"]().blocks[0].qkv.weight)
+    assert 1e-3 < (truth - without).norm() / without.norm() < 0.1
+
+
+def test_inputs_of_norms_are_left_and_told(tmp_path: Path) -> None:
+    change = (
+        "model.blocks[0].norm.__class__ = QuantLayerNorm\n"
+        "model.blocks[0].norm.input_quantizer = TensorQuantizer()"
+    )
+    source = loaded(tmp_path, stand_in(change=change))
+    assert type(source.module.get_submodule("blocks.0.norm")) is nn.LayerNorm
+    assert "inputs of 1 norms" in source.told[0]
+    assert source.told[1] == "4 linear layers quantized by ModelOpt in build_model()"
+
+
+@pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
+def test_what_the_real_one_quantizes_otherwise_is_refused(config: str, tmp_path: Path) -> None:
+    code = real(config)
+    with pytest.raises(ConvertError, match=r"blocks.0.qkv.(weight|input)_quantizer has"):
+        loaded(tmp_path, code)
