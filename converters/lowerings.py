@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..ir import extents  # noqa: F401  defines what sizes lowers
-from ..ir.numbers import holds
 from ..ir.nvfp4 import BLOCK_QUANTIZERS
 from ..ir.ops import COLLECTIVES
 from ..ir.quantize import QUANTIZERS
@@ -23,17 +22,13 @@ from ..trt.libraries import (
     get_trt_tensor,
     trt,
 )
-from . import packed16, quantizers, sizes
+from . import attention, packed16, quantizers, sizes
+from .attention import cast
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.
 Tensor: TypeAlias = Any
 Lowering = Callable[..., Tensor]
-_TORCH: Final = {
-    trt.float16: torch.float16,
-    trt.bfloat16: torch.bfloat16,
-    trt.float32: torch.float32,
-}
 
 
 def register(workarounds: Mapping[str, Workaround]) -> None:
@@ -99,10 +94,10 @@ def _in_float32(operator: str) -> Lowering:
         block = get_trt_tensor(ctx, x, f"{name}_block")
         if block.dtype != trt.bfloat16:
             return distributed(ctx, name, block, *args, **kwargs)
-        wide = _cast(ctx, f"{name}_wide", block, trt.float32)
+        wide = cast(ctx, f"{name}_wide", block, trt.float32)
         instead = f"{operator}_in_float32"
         moved = distributed(ctx, name, wide, *args, instead=instead, **kwargs)
-        return _cast(ctx, f"{name}_narrow", moved, trt.bfloat16)
+        return cast(ctx, f"{name}_narrow", moved, trt.bfloat16)
 
     return lowering
 
@@ -112,6 +107,8 @@ def _broadcast_in_float16(
 ) -> Tensor:
     """Numbers in float16 where they come in bfloat16, and the same in bfloat16 after."""
     block = get_trt_tensor(ctx, x, f"{name}_block")
+    if -1 in block.shape:  # a range of sizes, of which the longest dimension may be another
+        return _in_float32("broadcast")(ctx, name, block, *args, **kwargs)
     if block.dtype != trt.bfloat16:
         return _distributed("broadcast")(ctx, name, block, *args, **kwargs)
     packed = packed16.pack(ctx, name, block)
@@ -213,120 +210,6 @@ _REDUCE: Final = {
 }
 
 
-def _attention(
-    ctx: ConversionContext,
-    name: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """One ``IAttention``, whose query is scaled before (documentation, *IAttention*).
-
-    Torch-TensorRT's lowering of scaled_dot_product_attention makes the scale a half constant,
-    which shifts all logits the same way (bfloat16: by up to 0.4 percent).
-    """
-    q, k, v = (get_trt_tensor(ctx, x, f"{name}_{i}") for i, x in enumerate((query, key, value)))
-    layer = _attention_layer(ctx, name, q, k, v, scale)
-    layer.decomposable = True
-    if is_causal:
-        layer.causal_kind = trt.CausalMaskKind.LOWER_RIGHT
-    elif attn_mask is not None:
-        layer.mask = _mask(ctx, name, attn_mask, q)
-    return layer.get_output(0)
-
-
-def _attention_of_its_own_query(
-    ctx: ConversionContext,
-    name: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    *,
-    scale: float | None = None,
-    **others: Any,
-) -> Tensor:
-    """The same, and different from all that were added before, where these share its query."""
-    q, k = get_trt_tensor(ctx, query, f"{name}_0"), get_trt_tensor(ctx, key, f"{name}_1")
-    if q.dtype in (trt.float32, trt.bfloat16):  # whose exponents have room for the factor
-        layers = (ctx.net.get_layer(i) for i in range(ctx.net.num_layers))
-        before = [x for x in layers if x.name.endswith(_SCALED) and x.get_input(0).name == q.name]
-        if before:
-            scale = (q.shape[-1] ** -0.5 if scale is None else scale) * 2.0 ** len(before)
-            k = _scaled(ctx, f"{name}_key", k, 2.0 ** -len(before))
-    return _attention(ctx, name, q, k, value, scale=scale, **others)
-
-
-def _attention_layer(
-    ctx: ConversionContext, name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None
-) -> Any:
-    scaled = _scaled(ctx, name, q, q.shape[-1] ** -0.5 if scale is None else scale)
-    norm, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
-    layer = ctx.net.add_attention_v2(scaled, k, v, norm, causal)
-    assert layer is not None, f"TensorRT refused an attention of {q.shape} over {k.shape}"
-    return layer
-
-
-def _scaled(ctx: ConversionContext, name: str, q: Tensor, scale: float) -> Tensor:
-    """``q * scale``, rounded once to its type; see :mod:`cp_convert.engine.opmath`."""
-    whole = q if holds(scale, _TORCH[q.dtype]) else _cast(ctx, f"{name}_wide", q, trt.float32)
-    shape = (1,) * len(q.shape)
-    # A float32 constant that is cast: the proof in float32 arithmetic leaves casts out.
-    constant = ctx.net.add_constant(shape, np.full(shape, scale, np.float32))
-    constant.name = f"{name}_scale"
-    factor = _cast(ctx, f"{name}_scale_cast", constant.get_output(0), whole.dtype)
-    product = ctx.net.add_elementwise(whole, factor, trt.ElementWiseOperation.PROD)
-    product.name = f"{name}{_SCALED}"
-    return _cast(ctx, f"{name}_scaled_cast", product.get_output(0), q.dtype)
-
-
-_SCALED: Final = "_scaled"
-
-
-def _cast(ctx: ConversionContext, name: str, x: Tensor, dtype: Any) -> Tensor:
-    if x.dtype == dtype:
-        return x
-    layer = ctx.net.add_cast(x, dtype)
-    layer.name = name
-    return layer.get_output(0)
-
-
-def _mask(ctx: ConversionContext, name: str, mask: Any, q: Tensor) -> Tensor:
-    """A mask with the query's dimensions; of booleans, or of numbers in the query's type."""
-    given = get_trt_tensor(ctx, mask, f"{name}_mask")
-    if given.dtype != trt.bool:
-        given = _cast(ctx, f"{name}_mask_cast", given, q.dtype)
-    missing = len(q.shape) - len(given.shape)
-    if missing == 0:
-        return given
-    layer = ctx.net.add_shuffle(given)
-    layer.reshape_dims = (*(1,) * missing, *given.shape)
-    layer.name = f"{name}_mask_shape"
-    return layer.get_output(0)
-
-
-def _fused_attention(
-    ctx: ConversionContext,
-    name: str,
-    query: Any,
-    key: Any,
-    value: Any,
-    scale: float | None,
-    groups: Sequence[int],
-    size: int,
-) -> Tensor:
-    """One ``IAttention`` that exchanges K and V (documentation, *Multi-Device Attention*)."""
-    q, k, v = (get_trt_tensor(ctx, x, f"{name}_{i}") for i, x in enumerate((query, key, value)))
-    layer = _attention_layer(ctx, name, q, k, v, scale)
-    layer.name = f"fused attention {name}"
-    layer.num_ranks = size
-    return layer.get_output(0)
-
-
 def _result(ctx: ConversionContext, name: str, x: Any) -> Tensor:
     layer = ctx.net.add_identity(get_trt_tensor(ctx, x, f"{name}_input"))
     layer.name = f"result {name}"
@@ -344,9 +227,9 @@ LOWERINGS: Final[Mapping[str, Lowering]] = {
     "all_gather_by_all_to_all": _all_gather_by_all_to_all,
     "all_gather_of_parts_by_all_to_all": _all_gather_of_parts,
     "reduce_scatter_of_parts_by_all_to_all": _reduce_scatter_of_parts,
-    "attention": _attention,
-    "attention_of_its_own_query": _attention_of_its_own_query,
-    "fused_attention": _fused_attention,
+    "attention": attention.attention,
+    "attention_of_its_own_query": attention.attention_of_its_own_query,
+    "fused_attention": attention.fused_attention,
     "result": _result,
     **{operator: getattr(quantizers, operator) for operator in _QUANTIZERS},
     **sizes.LOWERINGS,

@@ -145,7 +145,7 @@ def _check_chunks(ready: Mapping[int, Ready], job: Job) -> None:
     lengths = {tuple(one.length for one in _segments(ready[n].rewritten)) for n in ready}
     if job.strategy == "ring" and ranks > 2 and len(lengths) > 1:
         raise CannotLift(
-            f"ring gathers a {ranks}th of every rank's tokens at a time, and how many those are "
+            f"ring gathers every rank's tokens in {ranks} parts, and how many are in each "
             "goes up by steps.",
             hint=f"take allgather-kv, ulysses or stream-kv; {OTHER_WAY}",
         )

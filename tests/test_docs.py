@@ -31,6 +31,7 @@ NOT_OURS = {
     "docs/multi_device.md",  # Triton's backend's
     "benchmarks/models.json",  # what benchmarks write
     "benchmarks/meshes.json",
+    "benchmarks/quantized_models.json",
 }
 
 

@@ -121,3 +121,11 @@ def test_a_range_in_which_a_rank_has_no_tokens(model_file: Write, tmp_path: Path
             model_file(*SIZED), tmp_path / "out", "allgather-kv", 4,
             dynamic=Span("tokens", 5, 40),
         )  # fmt: skip
+
+
+def test_a_ring_cuts_tokens_by_steps(model_file: Write, tmp_path: Path) -> None:
+    """More ranks than two: how long the parts are that it gathers is no multiple of the size."""
+    path = model_file(*SIZED)
+    with pytest.raises(CannotLift, match="tokens in 3 parts"):
+        converted(path, tmp_path / "out", "ring", 3, dynamic=Span("tokens", 13, 64))
+    assert not (tmp_path / "out").exists()
