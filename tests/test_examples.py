@@ -37,7 +37,7 @@ def assert_built_by_tensorrt(engine: Path) -> None:
 
 
 SELDOM = {
-    *(("flux", one) for one in ("stream-kv", "allgather-kv")),
+    *(("flux", one) for one in ("stream-kv", "ring", "allgather-kv")),
     *(("wan", one) for one in ("stream-kv", "ring", "allgather-kv")),
 }
 

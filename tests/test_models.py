@@ -77,7 +77,7 @@ def among_themselves(found: Sharded) -> int:
 
 LONG = {
     "ChronoEditTransformer3DModel", "Flux2Transformer2DModel", "HeliosTransformer3DModel",
-    "LTX2VideoTransformer3DModel",
+    "LTX2VideoTransformer3DModel", "LTXVideoTransformer3DModel", "MiniMaxH3Transformer3DModel",
 }  # fmt: skip
 
 
@@ -98,7 +98,11 @@ def test_declared_plans(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"), [(n, list(STRATEGIES)[i % 3]) for i, n in enumerate(NAMED)]
+    ("name", "strategy"),
+    [
+        pytest.param(n, list(STRATEGIES)[i % 3], marks=[pytest.mark.slow] if i > 3 else [])
+        for i, n in enumerate(NAMED)
+    ],
 )
 def test_found_plans(name: str, strategy: str) -> None:
     torch.manual_seed(0)

@@ -89,8 +89,15 @@ def workers(process: subprocess.Popen[bytes], out: Path) -> list[psutil.Process]
         return []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("while_building", [False, True])
+@pytest.mark.parametrize(
+    ("while_building", "number"),
+    [
+        (False, signal.SIGINT),
+        pytest.param(False, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(True, signal.SIGINT, marks=pytest.mark.slow),
+        (True, signal.SIGTERM),
+    ],
+)
 def test_stopped(
     number: int, while_building: bool, model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -123,7 +130,7 @@ def test_a_worker_that_is_killed_is_told(model_file: Callable[..., Path], tmp_pa
     assert list(out.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("room", [100_000, 1_000_000])
+@pytest.mark.parametrize("room", [pytest.param(100_000, marks=pytest.mark.slow), 1_000_000])
 def test_a_full_disk_is_told(room: int, model_file: Callable[..., Path], tmp_path: Path) -> None:
     """While weights are written here, while an engine is written there (a worker does that)."""
     limits = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))

@@ -81,8 +81,17 @@ def test_a_stopped_search_leaves_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("layout", ["shared", "per-rank"])
-@pytest.mark.parametrize("strategy", ["ulysses", "ring", "allgather-kv"])
+@pytest.mark.parametrize(
+    ("strategy", "layout"),
+    [
+        ("ulysses", "shared"),
+        ("ulysses", "per-rank"),
+        ("ring", "shared"),
+        pytest.param("ring", "per-rank", marks=pytest.mark.slow),
+        ("allgather-kv", "shared"),
+        pytest.param("allgather-kv", "per-rank", marks=pytest.mark.slow),
+    ],
+)
 def test_engines_without_weights_are_proven(strategy: str, layout: str, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     status = convert(

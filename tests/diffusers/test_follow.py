@@ -158,7 +158,16 @@ FATES: list[tuple[Callable[..., Any], Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("work", "first", "second"), FATES, ids=[f[0].__name__ for f in FATES])
+SELDOM = (thinks_long, unchecked, forgets_to_close)
+
+
+@pytest.mark.parametrize(
+    ("work", "first", "second"),
+    [
+        pytest.param(*f, id=f[0].__name__, marks=[pytest.mark.slow] if f[0] in SELDOM else [])
+        for f in FATES
+    ],
+)
 def test_both_ranks_end(
     out: Path, tmp_path: Path, work: Callable[..., Any], first: Any, second: Any
 ) -> None:

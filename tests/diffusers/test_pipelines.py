@@ -66,7 +66,11 @@ def by_seed(rank: int, name: str, out: Path) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "strategy", "world"),
-    [("flux", "ulysses", 2), ("qwen", "ulysses", 2), ("cosmos3", "allgather-kv", 3)],
+    [
+        ("flux", "ulysses", 2),
+        pytest.param("qwen", "ulysses", 2, marks=pytest.mark.slow),
+        pytest.param("cosmos3", "allgather-kv", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_every_rank_runs_the_pipeline(
     made: Made, tmp_path: Path, name: str, strategy: str, world: int

@@ -68,7 +68,12 @@ def test_it_is_the_published_model(name: str) -> None:
     assert all(x.numel() for x in outputs if isinstance(x, Tensor))
 
 
-@pytest.mark.parametrize("name", NAMES)
+OFTEN = ("flux.1-dev", "wan2.1-1.3b", "cosmos3-nano", "sd3.5-large")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_tiny_is_proven(name: str) -> None:
     """Program and networks, with the strategy that the preset proposes; the tokens it names."""
     prepare(BACKENDS["tensorrt-rtx"])

@@ -60,7 +60,7 @@ CASES = [
 THREE_AXES = CASES[-1]
 
 
-@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 4, 8])
 def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.world == world]
     made, expected = zip(

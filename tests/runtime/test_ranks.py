@@ -46,7 +46,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.world == world]
     made, expected = [], []

@@ -81,7 +81,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_ranks_return_what_the_dense_model_does(world: int, tmp_path: Path) -> None:
     cases = [case for case in CASES if case.world == world]
     made, expected = zip(
