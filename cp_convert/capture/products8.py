@@ -143,11 +143,17 @@ def quantized(
             something else than a linear layer reads.
     """
     names, alone = {node.name for node in chosen}, alone or {}
-    products, found = _Products(program), dict[str, Codes]()
-    for node in list(products.graph.find_nodes(op="call_function", target=LINEAR)):
+    products = _Products(program)
+    nodes = list(products.graph.find_nodes(op="call_function", target=LINEAR))
+    # All before any is replaced: a layer's input may be another's output.
+    found = {
+        node.name: given.codes(node, program.state[str(node.args[1])].detach())
+        for node in nodes
+        if node.name in names
+    }
+    for node in nodes:
         weight = str(node.args[1])
         if node.name in names:
-            found[node.name] = given.codes(node, program.state[weight].detach())
             products.put(node, found[node.name])
         elif weight in alone:
             products.put(node, replace(alone[weight], input_scale=None, by_token=False))

@@ -169,6 +169,22 @@ def test_int8_has_a_scale_for_each_row() -> None:
     assert all(0 < one < 0.03 for one in losses(program(), found, flat).values())
 
 
+def test_a_layer_that_reads_another_in_int8() -> None:
+    """Where a product's scale stands outside, its reader's input is no longer what was measured."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)).eval().requires_grad_(False)
+    x = torch.randn(1, 24, 16)
+    traced, _ = trace(module, {"input": x}, {}, ())
+    dense = decompose(traced, table())
+    flat = flat_inputs(dense, {"input": x})
+    chosen, _ = choose(dense)
+    largest = largest_inputs(dense, chosen, [flat])
+    done, found = quantized(dense, chosen, Measured(largest, torch.int8))
+    assert len(chosen) == len(found) == 2
+    ((got,),), ((plain,),) = run(done, flat, 1), run(dense, flat, 1)
+    assert 1e-4 < (got - plain).norm() / plain.norm() < 0.03
+
+
 def test_keep_reaches_layers_of_a_checkpoint() -> None:
     chosen, _ = choose(program())
     given = Measured(largest_inputs(program(), chosen, [flat_inputs(program(), inputs())]))
