@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .classes import in_process
 from .meshes_page import page
 
 TIMEOUT = 600
@@ -42,7 +40,7 @@ def main() -> None:
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
     for name in options.classes or classes():
         for meshes in _alike(options.meshes.split(",")):
-            found = in_process(name, meshes)
+            found = in_process(name, meshes, _begun, _proven, timeout=TIMEOUT, first="diffusers")
             known.setdefault(name, {}).update(found)
             options.results.write_text(json.dumps(known, indent=1, sort_keys=True))
             for mesh, result in found.items():
@@ -64,58 +62,14 @@ def _sizes(mesh: str) -> dict[str, int]:
     return dict.fromkeys(AXES, 1) | Mesh.sizes(mesh.replace("+", ","))
 
 
-def in_process(name: str, meshes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Results by mesh, of a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo", "diffusers", "cp_convert.stages"])
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(writer, name, meshes))
-    process.start()
-    writer.close()
-    found: dict[str, dict[str, Any]] = {}
-    failed, end = f"took longer than {TIMEOUT} s", time.monotonic() + TIMEOUT
-    try:
-        while len(found) < len(meshes) and reader.poll(max(0.0, end - time.monotonic())):
-            mesh, result = reader.recv()
-            found[mesh] = result
-    except EOFError:
-        process.join()
-        failed = f"ended with exit code {process.exitcode}"
-    process.kill()
-    return {mesh: found.get(mesh, {"failed": failed}) for mesh in meshes}
-
-
-def _answer(writer: Any, name: str, meshes: Sequence[str]) -> None:
-    for found in every(name, meshes):
-        writer.send(found)
-
-
-def every(name: str, meshes: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What became of the class ``name`` on ``meshes`` with as many branches, one by one."""
-    import torch
-
-    from cp_convert.errors import ConvertError
-
-    torch.set_num_threads(1)
-    try:
-        begun = _begun(name, _sizes(meshes[0])["cfg"])
-    except ConvertError as error:
-        yield from ((mesh, _stopped(error)) for mesh in meshes)
-        return
-    for mesh in meshes:
-        try:
-            yield mesh, {"proven": _proven(begun, mesh)}
-        except ConvertError as error:
-            yield mesh, _stopped(error)
-
-
-def _begun(name: str, cfg: int) -> Any:
+def _begun(name: str, meshes: Sequence[str]) -> Any:
     from benchmarks.models import Run, _loaded
     from cp_convert import stages
     from cp_convert.cache.store import Cache
     from cp_convert.model.branches import branched
     from cp_convert.progress import Clock, Progress
 
+    cfg = _sizes(meshes[0])["cfg"]
     loaded = _loaded(Run(name, "inferred", cfg), "ulysses", Path())
     inputs, branches = branched(
         loaded.source.inputs, loaded.source.module, cfg,
@@ -145,15 +99,6 @@ def _proven(begun: Any, mesh: str) -> dict[str, Any]:
         "held": 1 - divided.spared / loaded.source.bytes,
         "whole": [kept.reason for kept in divided.kept],
     }
-
-
-def _stopped(error: Any) -> dict[str, str]:
-    from cp_convert.errors import CannotConvert, UsageError
-
-    kind = "refused" if isinstance(error, CannotConvert | UsageError) else "failed"
-    where = f" [{error.where}]" if error.where else ""
-    text = re.sub(r" at 0x\w+|/\S*site-packages/", "", f"{error}{where}")  # this machine's
-    return {kind: " ".join(text.split())[:400]}
 
 
 if __name__ == "__main__":

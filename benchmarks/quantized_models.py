@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .meshes import _stopped
+from .classes import in_process
 from .quantized_page import page
 
 TIMEOUT = 900
@@ -41,7 +39,9 @@ def main() -> None:
     options = parser.parse_args()
     known = json.loads(options.results.read_text()) if options.results.exists() else {}
     for name in options.classes or classes():
-        found = in_process(name, options.kinds.split(","))
+        found = in_process(
+            name, options.kinds.split(","), _begun, _proven, timeout=TIMEOUT, first=_ONE_CLASS
+        )
         known.setdefault(name, {}).update(found)
         options.results.write_text(json.dumps(known, indent=1, sort_keys=True))
         for kind, result in found.items():
@@ -49,52 +49,7 @@ def main() -> None:
     options.out.write_text(page(known, len(classes())))
 
 
-def in_process(name: str, kinds: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Results by kind, of a process of its own, forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.zoo", _ONE_CLASS, "cp_convert.stages"])
-    reader, writer = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(writer, name, kinds))
-    process.start()
-    writer.close()
-    found: dict[str, dict[str, Any]] = {}
-    failed, end = f"took longer than {TIMEOUT} s", time.monotonic() + TIMEOUT
-    try:
-        while len(found) < len(kinds) and reader.poll(max(0.0, end - time.monotonic())):
-            kind, result = reader.recv()
-            found[kind] = result
-    except EOFError:
-        process.join()
-        failed = f"ended with exit code {process.exitcode}"
-    process.kill()
-    return {kind: found.get(kind, {"failed": failed}) for kind in kinds}
-
-
-def _answer(writer: Any, name: str, kinds: Sequence[str]) -> None:
-    for found in every(name, kinds):
-        writer.send(found)
-
-
-def every(name: str, kinds: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What became of the class ``name`` with each kind of codes, one by one."""
-    import torch
-
-    from cp_convert.errors import ConvertError
-
-    torch.set_num_threads(1)
-    try:
-        begun = _begun(name)
-    except ConvertError as error:
-        yield from ((kind, _stopped(error)) for kind in kinds)
-        return
-    for kind in kinds:
-        try:
-            yield kind, {"proven": _proven(begun, kind)}
-        except ConvertError as error:
-            yield kind, _stopped(error)
-
-
-def _begun(name: str) -> Any:
+def _begun(name: str, kinds: Sequence[str]) -> Any:
     """Measured, traced and decomposed, and not quantized yet."""
     from benchmarks.models import Run, _loaded
     from cp_convert import stages
