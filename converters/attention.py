@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
-import numpy as np
 import torch
 
 from ..ir.numbers import holds
 from ..trt.libraries import ConversionContext, get_trt_tensor, trt
+from .layers import cast, constant, elementwise
 
 # trt.ITensor; tensorrt ships no types.
 Tensor: TypeAlias = Any
@@ -81,26 +81,14 @@ def _attention_layer(
 def _scaled(ctx: ConversionContext, name: str, q: Tensor, scale: float) -> Tensor:
     """``q * scale``, rounded once to its type; see :mod:`cp_convert.engine.opmath`."""
     whole = q if holds(scale, _TORCH[q.dtype]) else cast(ctx, f"{name}_wide", q, trt.float32)
-    shape = (1,) * len(q.shape)
     # A float32 constant that is cast: the proof in float32 arithmetic leaves casts out.
-    constant = ctx.net.add_constant(shape, np.full(shape, scale, np.float32))
-    constant.name = f"{name}_scale"
-    factor = cast(ctx, f"{name}_scale_cast", constant.get_output(0), whole.dtype)
-    product = ctx.net.add_elementwise(whole, factor, trt.ElementWiseOperation.PROD)
-    product.name = f"{name}{_SCALED}"
-    return cast(ctx, f"{name}_scaled_cast", product.get_output(0), q.dtype)
+    factor = constant(ctx, f"{name}_scale", q, scale)
+    factor = cast(ctx, f"{name}_scale_cast", factor, whole.dtype)
+    product = elementwise(ctx, f"{name}{_SCALED}", whole, factor, "PROD")
+    return cast(ctx, f"{name}_scaled_cast", product, q.dtype)
 
 
 _SCALED: Final = "_scaled"
-
-
-def cast(ctx: ConversionContext, name: str, x: Tensor, dtype: Any) -> Tensor:
-    """``x`` in ``dtype``, itself where it has that."""
-    if x.dtype == dtype:
-        return x
-    layer = ctx.net.add_cast(x, dtype)
-    layer.name = name
-    return layer.get_output(0)
 
 
 def _mask(ctx: ConversionContext, name: str, mask: Any, q: Tensor) -> Tensor:

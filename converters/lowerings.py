@@ -23,7 +23,7 @@ from ..trt.libraries import (
     trt,
 )
 from . import attention, packed16, quantizers, sizes
-from .attention import cast
+from .layers import cast
 from .workarounds import Workaround
 
 # trt.ITensor; tensorrt ships no types.

@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 from typing import Any, Final, TypeAlias
 
-import numpy as np
-
 from ..trt.libraries import ConversionContext, trt
+from .layers import cast, constant, elementwise, unary
 
 # trt.ITensor; tensorrt ships no types.
 Tensor: TypeAlias = Any
@@ -24,18 +23,18 @@ _LEAST: Final = 2.0**-100
 
 def pack(ctx: ConversionContext, name: str, x: Tensor) -> Tensor:
     """Float16 of the shape of ``x`` (bfloat16), and one row more in its longest dimension."""
-    wide = _cast(ctx, f"{name}_wide", x, trt.float32)
-    magnitude = _unary(ctx, f"{name}_magnitude", wide, trt.UnaryOperation.ABS)
+    wide = cast(ctx, f"{name}_wide", x, trt.float32)
+    magnitude = unary(ctx, f"{name}_magnitude", wide, "ABS")
     every = (1 << len(x.shape)) - 1
     largest = ctx.net.add_reduce(magnitude, trt.ReduceOperation.MAX, every, True)
     largest.name = f"{name}_largest"
     exponent = _exponent(ctx, name, largest.get_output(0))
     factor = _power(ctx, f"{name}_factor", exponent, -1.0)
-    small = _product(ctx, f"{name}_small", wide, factor)
+    small = elementwise(ctx, f"{name}_small", wide, factor, "PROD")
     rows = ctx.net.add_concatenation(
         [
-            _cast(ctx, f"{name}_half", small, trt.float16),
-            _cast(ctx, f"{name}_row_half", _row(ctx, name, exponent, x.shape), trt.float16),
+            cast(ctx, f"{name}_half", small, trt.float16),
+            cast(ctx, f"{name}_row_half", _row(ctx, name, exponent, x.shape), trt.float16),
         ]
     )
     rows.axis = _longest(x.shape)
@@ -54,10 +53,12 @@ def unpack(ctx: ConversionContext, name: str, packed: Tensor) -> Tensor:
         ctx, f"{name}_numbers", packed, first,
         tuple(n - (dim == at) for dim, n in enumerate(shape)),
     )  # fmt: skip
-    told = _cast(ctx, f"{name}_exponent_wide", exponent, trt.float32)
+    told = cast(ctx, f"{name}_exponent_wide", exponent, trt.float32)
     factor = _power(ctx, f"{name}_back", told, 1.0)
-    wide = _cast(ctx, f"{name}_numbers_wide", numbers, trt.float32)
-    return _cast(ctx, f"{name}_narrow", _product(ctx, f"{name}_large", wide, factor), trt.bfloat16)
+    wide = cast(ctx, f"{name}_numbers_wide", numbers, trt.float32)
+    return cast(
+        ctx, f"{name}_narrow", elementwise(ctx, f"{name}_large", wide, factor, "PROD"), trt.bfloat16
+    )
 
 
 def _longest(shape: tuple[int, ...]) -> int:
@@ -67,22 +68,20 @@ def _longest(shape: tuple[int, ...]) -> int:
 
 def _exponent(ctx: ConversionContext, name: str, largest: Tensor) -> Tensor:
     """By which power of two all is divided: a whole number, in float32."""
-    least = _constant(ctx, f"{name}_least", largest, _LEAST)
-    there = ctx.net.add_elementwise(largest, least, trt.ElementWiseOperation.MAX)
-    there.name = f"{name}_there"
-    log = _unary(ctx, f"{name}_log", there.get_output(0), trt.UnaryOperation.LOG)
-    two = _product(ctx, f"{name}_log2", log, _constant(ctx, f"{name}_ln2", log, 1 / math.log(2)))
-    whole = _unary(ctx, f"{name}_whole", two, trt.UnaryOperation.CEIL)
-    top = _constant(ctx, f"{name}_top", whole, float(_TOP))
-    layer = ctx.net.add_elementwise(whole, top, trt.ElementWiseOperation.SUB)
-    layer.name = f"{name}_power"
-    return layer.get_output(0)
+    least = constant(ctx, f"{name}_least", largest, _LEAST)
+    there = elementwise(ctx, f"{name}_there", largest, least, "MAX")
+    log = unary(ctx, f"{name}_log", there, "LOG")
+    ln2 = constant(ctx, f"{name}_ln2", log, 1 / math.log(2))
+    two = elementwise(ctx, f"{name}_log2", log, ln2, "PROD")
+    whole = unary(ctx, f"{name}_whole", two, "CEIL")
+    top = constant(ctx, f"{name}_top", whole, float(_TOP))
+    return elementwise(ctx, f"{name}_power", whole, top, "SUB")
 
 
 def _power(ctx: ConversionContext, name: str, exponent: Tensor, sign: float) -> Tensor:
     """``2 ** (sign * exponent)``; that it is near it is enough, see above."""
-    ln2 = _constant(ctx, f"{name}_ln2", exponent, sign * math.log(2))
-    return _unary(ctx, name, _product(ctx, f"{name}_ln", exponent, ln2), trt.UnaryOperation.EXP)
+    ln2 = constant(ctx, f"{name}_ln2", exponent, sign * math.log(2))
+    return unary(ctx, name, elementwise(ctx, f"{name}_ln", exponent, ln2, "PROD"), "EXP")
 
 
 def _row(ctx: ConversionContext, name: str, exponent: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -101,30 +100,5 @@ def _slice(
     stride: int = 1,
 ) -> Tensor:
     layer = ctx.net.add_slice(x, start, size, (stride,) * len(size))
-    layer.name = name
-    return layer.get_output(0)
-
-
-def _constant(ctx: ConversionContext, name: str, like: Tensor, value: float) -> Tensor:
-    shape = (1,) * len(like.shape)
-    layer = ctx.net.add_constant(shape, np.full(shape, value, np.float32))
-    layer.name = name
-    return layer.get_output(0)
-
-
-def _product(ctx: ConversionContext, name: str, a: Tensor, b: Tensor) -> Tensor:
-    layer = ctx.net.add_elementwise(a, b, trt.ElementWiseOperation.PROD)
-    layer.name = name
-    return layer.get_output(0)
-
-
-def _unary(ctx: ConversionContext, name: str, x: Tensor, operation: Any) -> Tensor:
-    layer = ctx.net.add_unary(x, operation)
-    layer.name = name
-    return layer.get_output(0)
-
-
-def _cast(ctx: ConversionContext, name: str, x: Tensor, dtype: Any) -> Tensor:
-    layer = ctx.net.add_cast(x, dtype)
     layer.name = name
     return layer.get_output(0)

@@ -153,7 +153,7 @@ def quantized(
     }
     for node in nodes:
         weight = str(node.args[1])
-        if node.name in names:
+        if node.name in found:
             products.put(node, found[node.name])
         elif weight in alone:
             products.put(node, replace(alone[weight], input_scale=None, by_token=False))

@@ -116,13 +116,12 @@ def ring_over(
         parts = Fused(q_BHSD, repeated(own_2BHSD[0], ratio), scale, rows)
     else:
         parts = OnlineAttention(q_BHSD, scale, rows, longest(size, axis.size))
-    chunks = [
-        (cut, *chunk)
-        for cut in slices_of(size, axis.size)
-        if (chunk := chunk_of(cut, [held(member) for member in range(axis.size)]))[0]
-    ]  # others are padding alone
-    arriving = _arriving(own_2BHSD, [cut for cut, *_ in chunks], axis, parts.done, site)
-    for (_, slots, tokens), arrived in zip(chunks, arriving, strict=True):
+    members = [held(member) for member in range(axis.size)]
+    chunks = {cut: chunk_of(cut, members) for cut in slices_of(size, axis.size)}
+    cuts = [cut for cut, (slots, _) in chunks.items() if slots]  # others are padding alone
+    arriving = _arriving(own_2BHSD, cuts, axis, parts.done, site)
+    for cut, arrived in zip(cuts, arriving, strict=True):
+        slots, tokens = chunks[cut]
         k, v = (repeated(picked(x, 2, slots), ratio) for x in arrived)
         parts.add(k, v, tokens)
     return parts.result()
@@ -171,7 +170,8 @@ def _arriving(
 
     def gathered(cut: tuple[int, int], wait: Tensor | None) -> tuple[Tensor, ...]:
         part = picked(after(wait, own_2BHSD), 3, [cut])
-        whole = sent(lambda x: ops.all_gather(x, axis), part, eight=_is_eight(site, axis))
+        eight = "k" in site.eight and axis.size > 1
+        whole = sent(lambda x: ops.all_gather(x, axis), part, eight=eight)
         joined: Tensor = whole.unflatten(0, (axis.size, -1)).permute(1, 2, 3, 0, 4, 5)
         return joined.flatten(3, 4).unbind(0)
 
@@ -181,10 +181,6 @@ def _arriving(
         if following is not None:
             arriving = gathered(following, done())
         yield arrived
-
-
-def _is_eight(site: Site, axis: Axis) -> bool:
-    return "k" in site.eight and axis.size > 1
 
 
 class One:

@@ -62,14 +62,8 @@ class Plan:
         return [o.reads[:2] for o in self.operators if o.kind in ("fully_connected", "gemm")]
 
     def sent(self, kind: str) -> list[str]:
-        """The types of what every collective of one kind moves.
-
-        A broadcast is no operator of the program but stands between two of its pieces; what passes
-        from one to the other is named after it.
-        """
+        """The types of what every collective of one kind moves."""
         name = f"comm_{kind.replace('_', '')}"
-        if kind == "broadcast":
-            return [t for n, t in self.tensors.items() if re.match(r"broadcast .*_output\.", n)]
         return [o.reads[0] for o in self.operators if o.kind == name]
 
 

@@ -86,3 +86,14 @@ def write(folder: Path, tensors: dict[str, Tensor], algorithm: str = "FP8") -> P
     (folder / "config.json").write_text(json.dumps({"quantization_config": told}))
     save_file(tensors, folder / FILE)
     return folder
+
+
+def written_twice(file: Path, name: str) -> None:
+    """The header of ``file`` with the entry of ``name`` a second time."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, numbers = data[8 : 8 + size].rstrip(), data[8 + size :]
+    entry = header[header.index(f'"{name}":'.encode()) :].split(b"}")[0] + b"}"
+    header = header[:-1] + b"," + entry + b"}"
+    header += b" " * (-len(header) % 8)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)

@@ -28,42 +28,14 @@ from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
 from cp_convert.quantizing import quantized
 from tests.conftest import table
+from tests.model.test_modelopt import MODEL as PLAIN
 
-MODEL = """
-import torch
-from torch import nn
-from torch.nn import functional
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(64), nn.Linear(64, 192), nn.Linear(64, 64)
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(8 * q, k, v)
-        return x + self.out(mixed.transpose(1, 2).flatten(2))
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.enter, self.leave = nn.Linear(16, 64), nn.Linear(64, 16)
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, x):
-        x = self.enter(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.leave(x)
-
-def plain():
-    torch.manual_seed(0)
-    return Model()
-
-def example_inputs():
-    torch.manual_seed(1)
-    return {"x": torch.randn(1, 32, 16)}
-"""
+MODEL = (
+    PLAIN.replace("self.qkv, self.out =", "self.norm, self.qkv, self.out = nn.LayerNorm(64),")
+    .replace("self.qkv(x)", "self.qkv(self.norm(x))")
+    .replace("def build_model()", "def plain()")
+)
+"""With a norm, as ModelOpt puts quantizers there too; ``build_model`` is each test's."""
 
 STAND_IN = """
 class TensorQuantizer(nn.Module):

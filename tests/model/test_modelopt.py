@@ -11,7 +11,7 @@ from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import Job
 from cp_convert.model.load import load, surroundings
-from tests.model.fp8_files import FILE, FP8, smoothed, tensors_of, write
+from tests.model.fp8_files import FILE, FP8, smoothed, tensors_of, write, written_twice
 
 MODEL = """
 import torch
@@ -210,14 +210,7 @@ def test_what_is_no_such_int8_checkpoint(damage: Damage, told: str, tmp_path: Pa
 
 def test_a_scale_that_stands_twice(tmp_path: Path) -> None:
     file = write(tmp_path / "weights", tensors_of(module(), LAYERS)) / FILE
-    data = file.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header, numbers = data[8 : 8 + size].rstrip(), data[8 + size :]
-    name = b'"blocks.0.out.input_scale":'
-    entry = header[header.index(name) :].split(b"}")[0] + b"}"
-    header = header[:-1] + b"," + entry + b"}"
-    header += b" " * (-len(header) % 8)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    written_twice(file, "blocks.0.out.input_scale")
     with pytest.raises(WeightsError, match=r"blocks.0.out.input_scale.*twice|twice.*input_scale"):
         loaded(tmp_path)
 

@@ -12,7 +12,7 @@ from cp_convert.job import without
 from tests.model.comfy_files import FLUX_LAYERS, as_json, original_flux, smaller_flux
 from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
 from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, FP8, in_nvfp4, numbers_of, write
+from tests.model.fp8_files import FILE, FP8, in_nvfp4, numbers_of, write, written_twice
 from tests.model.test_comfy import built, made_of_flux
 from tests.model.test_comfy import loaded as opened
 from tests.model.test_modelopt import LAYERS, Damage, loaded, module, with_
@@ -121,14 +121,7 @@ def test_what_is_no_low_rank(damage: Damage, told: str, tmp_path: Path) -> None:
 
 def test_a_scale_that_stands_twice(tmp_path: Path) -> None:
     file = write(tmp_path / "weights", in_nvfp4(module(), LAYERS), "NVFP4") / FILE
-    data = file.read_bytes()
-    size = int.from_bytes(data[:8], "little")
-    header, numbers = data[8 : 8 + size].rstrip(), data[8 + size :]
-    name = b'"blocks.0.out.weight_scale_2":'
-    entry = header[header.index(name) :].split(b"}")[0] + b"}"
-    header = header[:-1] + b"," + entry + b"}"
-    header += b" " * (-len(header) % 8)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+    written_twice(file, "blocks.0.out.weight_scale_2")
     with pytest.raises(WeightsError, match=r"weight_scale_2.*twice|twice.*weight_scale_2"):
         loaded(tmp_path)
 
