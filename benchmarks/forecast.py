@@ -1,9 +1,10 @@
 """Forecasts beside measurements: ``python -m benchmarks.forecast FOLDER > docs/forecast.md``.
 
-In: the programs of ``benchmarks.two_gpus prepare FOLDER/world-W --world W`` for the worlds 1, 2 and
-8, and ``FOLDER/alone.jsonl``, which ``benchmarks.gpus.alone`` wrote on a GPU. Out: a page. It
-forecasts by the hardware file that is shipped for that GPU, whose curves do not come from these
-programs; and the speed-ups of FLUX.1-dev, whole, that others have published for several GPUs.
+In: the programs of ``benchmarks.two_gpus prepare FOLDER/world-W --world W`` for the worlds 1, 2, 4
+and 8, ``FOLDER/results.jsonl``, which ``benchmarks.two_gpus run`` wrote on two GPUs, and
+``FOLDER/alone.jsonl``, which ``benchmarks.gpus.alone`` wrote on one. Out: a page. It forecasts by
+the hardware file that is shipped for that GPU, whose curves do not come from these programs; and
+the speed-ups of FLUX.1-dev, whole, that others have published for several GPUs.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cp_convert.advise.estimate import estimate
+from cp_convert.advise.estimate import Work, estimate
 from cp_convert.advise.forecast import Forecast
 from cp_convert.advise.hardware import Hardware, read
 from cp_convert.advise.planning import forecast
@@ -25,7 +26,7 @@ from cp_convert.job import Job
 from cp_convert.model.preset import path_of
 from cp_convert.progress import Progress
 
-from .gpus.cases import FORECAST
+from .gpus.cases import FORECAST, STRATEGIES
 
 _TOKENS: Final = {"1024": "4,096+512", "2048": "16,384+512", "4096": "65,536+512"}
 _PUBLISHED: Final = (
@@ -43,21 +44,24 @@ _HEAD: Final = """# Forecasts beside measurements
 `cp-convert plan` and `--strategy auto` estimate a forward from the program that would be built: every product, attention and
 collective by a curve over its size, what stands between them as the kernels that compilers fuse it into
 ([`advise/kernels.py`](../cp_convert/advise/kernels.py)), a collective beside the work that does not wait for it. Curves are measured by
-`cp-convert calibrate`, in about twenty seconds a GPU, on single kernels; this page asks what whole programs made of such kernels take.
-`python -m benchmarks.forecast` prints it.
+`cp-convert calibrate`, in about twenty seconds, on single kernels and collectives; this page asks what whole programs made of such kernels take.
+`python -m benchmarks.forecast` prints it. FLUX.1-dev's width, 2 joint and 4 single blocks, bfloat16, torch 2.11, compiled, replayed as a CUDA graph; median of ten.
 
-## One GPU, with curves that were measured on it
+## Two GPUs, with curves that were measured on them
 
-FLUX.1-dev's width, 2 joint and 4 single blocks, bfloat16, on one NVIDIA H200 (torch 2.11, compiled, replayed as a CUDA graph; median of
-ten). For 2 and 8 ranks it is rank 0's program, **its collectives replaced by memory that is there already**: one GPU was lent, so this
-tests the arithmetic of a rank and the copies beside collectives, not the wires. `configs/hardware/h200.toml` has no measured collectives;
-its latency and share of the link are assumed. Curves are of kernels, not of these programs; but what is a kernel, and that a GELU and a layer
-norm stand for those between products, was settled while looking at the first two lengths. Ring on 8 ranks was not measured with the present
-executor.
+Two NVIDIA H200 of one host (NVLink), over NCCL; `configs/hardware/h200.toml` was measured on the same two just before.
 
-| tokens | ranks | program | measured ms | forecast ms | off by |
+"""
+_ALONE: Final = """## A rank of more, without its wires
+
+One NVIDIA H200: rank 0's program of 4 and of 8, **its collectives replaced by memory that is there already**, as four GPUs were not to be had. This tests the
+arithmetic of a rank and the copies beside collectives.
+
+"""
+_TABLE: Final = """| tokens | ranks | program | measured ms | forecast ms | off by |
 |---|---|---|---|---|---|
 """
+_REPLAYED: Final = ", replayed"
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,43 @@ class Row:
         )
 
 
-def rows(folder: Path, hardware: Hardware) -> list[Row]:
-    """Every program that was measured."""
+def over_wires(folder: Path, hardware: Hardware) -> list[Row]:
+    """Every program that ran on one GPU or on all, over the wire."""
     found = []
-    for line in (folder / "alone.jsonl").read_text().splitlines():
-        one: dict[str, Any] = json.loads(line)
-        is_dense = one["what"] == "dense, replayed"
-        if one["case"] in FORECAST and "ms" in one and (is_dense or "ranks" in one):
-            ranks = 1 if is_dense else int(one["ranks"])
-            what = "ulysses" if is_dense else str(one["what"])  # alone, all are the dense program
-            program = stored_at(folder / f"world-{ranks}" / one["case"] / what).program
-            told = estimate(program, hardware).compute * 1e3
-            tokens = _TOKENS[one["case"].rpartition("-")[2]]
-            found.append(Row(tokens, ranks, "dense" if is_dense else what, one["ms"], told))
+    for one in _lines(folder / "results.jsonl"):
+        what, _, replayed = str(one["what"]).partition(_REPLAYED)
+        if one["case"] in FORECAST and "ms" in one and not replayed and what != one["what"]:
+            ranks = 1 if what == "dense" else int(one["world"])
+            if what == "dense" or what in STRATEGIES:
+                told = _work(folder, one["case"], what, ranks, hardware).seconds
+                found.append(_row(one, what, ranks, told))
     return found
+
+
+def alone(folder: Path, hardware: Hardware) -> list[Row]:
+    """Every rank's arithmetic that was measured."""
+    return [
+        _row(one, one["what"], one["ranks"],
+             _work(folder, one["case"], one["what"], one["ranks"], hardware).compute)
+        for one in _lines(folder / "alone.jsonl")
+        if one["case"] in FORECAST and "ms" in one and "ranks" in one
+    ]  # fmt: skip
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    return map(json.loads, path.read_text().splitlines())
+
+
+def _work(folder: Path, case: str, what: str, ranks: int, hardware: Hardware) -> Work:
+    """Of what is stored; alone, every strategy's is the dense program."""
+    what = "ulysses" if what == "dense" else what
+    program = stored_at(folder / f"world-{ranks}" / case / what).program
+    return estimate(program, hardware)
+
+
+def _row(one: Mapping[str, Any], what: str, ranks: int, seconds: float) -> Row:
+    tokens = _TOKENS[str(one["case"]).rpartition("-")[2]]
+    return Row(tokens, ranks, what, float(one["ms"]), seconds * 1e3)
 
 
 def orders(found: Sequence[Row]) -> tuple[int, int]:
@@ -135,16 +162,25 @@ def speedup(told: Forecast, strategy: str, world: int, ulysses: int | None) -> f
     return option.speedup
 
 
-def main() -> int:
-    """The command line."""
-    found = rows(Path(sys.argv[1]), read("h200"))
+def table(found: Sequence[Row]) -> str:
+    """Rows, and what they say together."""
     off = [abs(row.off) for row in found]
     pairs, right = orders(found)
-    print(_HEAD + "\n".join(row.line for row in found))
-    print(
-        f"\nMedian {statistics.median(off):.0%}, largest {max(off):.0%}. Of {pairs} pairs of strategies that "
-        f"differ by more than a tenth, {right} stand in the measured order.\n"
+    order = (
+        f"Of {pairs} pairs of strategies that differ by more than a tenth, {right} stand in the measured order."
+        if pairs
+        else "No two strategies differ by more than a tenth."
     )
+    lines = "\n".join(row.line for row in found)
+    told = f"Median {statistics.median(off):.0%}, largest {max(off):.0%}. {order}"
+    return f"{_TABLE}{lines}\n\n{told}\n"
+
+
+def main() -> int:
+    """The command line."""
+    folder, hardware = Path(sys.argv[1]), read("h200")
+    print(_HEAD + table(over_wires(folder, hardware)))
+    print(_ALONE + table(alone(folder, hardware)))
     print(
         "## Several GPUs, as others published them\n\nFLUX.1-dev whole at 1024x1024; speed-ups over one GPU. "
         "These hardware files hold published rates and assumed shares, no curves.\n\n"

@@ -106,7 +106,7 @@ def measure(
         with told(rank, "dense"):
             dense(rank, weights)
         for world in worlds:
-            for strategy in (one for one in case.strategies if one in only):
+            for strategy in (one for one in STRATEGIES if one in only):
                 with told(rank, strategy):
                     program(rank, strategy, weights, world)
 

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .cases import CASES, STRATEGIES
+from .cases import CASES, GUIDED, IN_CODES, STRATEGIES
 
 Line = dict[str, Any]
-_ORDER = ("dense", *STRATEGIES, "diffusers ulysses", "diffusers ring")
+_ORDER = (
+    "dense", f"{GUIDED}2", *STRATEGIES, f"ulysses{IN_CODES}", "diffusers ulysses", "diffusers ring",
+)  # fmt: skip
+_WAYS = ("", ", compiled", ", replayed")
+"""Of running a program: operator by operator, and what else was measured."""
 
 
 def page(runs: Sequence[Path], attention: Path | None = None) -> str:
@@ -22,13 +26,9 @@ def page(runs: Sequence[Path], attention: Path | None = None) -> str:
     """
     told = [{(one["case"], one["what"]): one for one in _lines(run)} for run in runs]
     tables = "\n\n".join(
-        "\n\n".join(
-            [
-                f"### {case.name}",
-                *(_table(case.name, run) for run in told if (case.name, "dense") in run),
-            ]
-        )
+        "\n\n".join([f"### {case.name}", *(_table(case.name, run) for run in runs_of)])
         for case in CASES
+        if (runs_of := [run for run in told if (case.name, "dense") in run])
     )
     ways = "" if attention is None else _ATTENTION.format(rows=_ways(_lines(attention)))
     return _PAGE.format(tables=tables, ways=ways)
@@ -40,27 +40,31 @@ def _lines(path: Path) -> list[Line]:
 
 
 def _table(case: str, found: dict[tuple[str, str], Line]) -> str:
-    rows = (_row(what, found.get((case, what)), found.get((case, f"{what}, compiled")))
-            for what in _ORDER if (case, what) in found)  # fmt: skip
+    rows = (
+        _row(what, [found.get((case, what + way)) for way in _WAYS])
+        for what in _ORDER
+        if (case, what) in found
+    )
     return "\n".join((
-        "| program | ms | least to most | ms, compiled | least to most | error | peak GB |",
+        "| program | ms | compiled | replayed | least to most | error | peak GB |",
         "|---|---|---|---|---|---|---|", *rows,
     ))  # fmt: skip
 
 
-def _row(what: str, eager: Line | None, compiled: Line | None) -> str:
-    peak = max((x["peak_gb"] for x in (eager, compiled) if x and "peak_gb" in x), default=None)
-    error = next((x["error"] for x in (compiled, eager) if x and "error" in x), None)
-    told = ["" if error is None else f"{error:.2e}", "" if peak is None else f"{peak:.1f}"]
-    return " | ".join((f"| {what}", *_times(eager), *_times(compiled), *told)) + " |"
+def _row(what: str, lines: Sequence[Line | None]) -> str:
+    told = [one for one in lines if one is not None and "ms" in one]
+    peak = max((one["peak_gb"] for one in told), default=None)
+    last = told[-1] if told else None
+    spread = "" if last is None else f"{last['least']:.1f} to {last['most']:.1f}"
+    error = "" if last is None else f"{last['error']:.2e}"
+    cells = [*map(_time, lines), spread, error, "" if peak is None else f"{peak:.1f}"]
+    return " | ".join((f"| {what}", *cells)) + " |"
 
 
-def _times(line: Line | None) -> tuple[str, str]:
+def _time(line: Line | None) -> str:
     if line is None:
-        return "not run", ""
-    if "ms" not in line:
-        return f"failed: {line['failed'].splitlines()[0][:60]}", ""
-    return f"{line['ms']:.1f}", f"{line['least']:.1f} to {line['most']:.1f}"
+        return ""
+    return f"{line['ms']:.1f}" if "ms" in line else f"failed: {line['failed'].splitlines()[0][:60]}"
 
 
 def _ways(lines: Iterable[Line]) -> str:
@@ -79,32 +83,45 @@ def _way(tokens: int, world: int, ways: dict[str, Line]) -> str:
 
 _PAGE = """# On two GPUs, by torch and NCCL
 
-The rewritten programs, as bundles hold them, run by the torch executor's own code on two NVIDIA H100 (80 GB, one host) over NCCL,
-beside the dense model on one of them and diffusers' own context parallelism: bfloat16 unless the name says otherwise, random weights
-and inputs, torch's attention by cuDNN in all rows. Milliseconds of one forward, all ranks together: median of ten. Error: of the output
-against the dense model in float32, root mean square; the first row's is that of the precision alone. Every table is one run, and has
-the dense model beside; only rows of one table were measured side by side. `python -m benchmarks.two_gpus` prepares, runs and prints this page.
+The rewritten programs, as bundles hold them, run by the torch executor's own code on two NVIDIA H200 (one host, NVLink) over NCCL, beside the dense model on one of them and diffusers' own
+context parallelism: torch 2.11, bfloat16, random weights and inputs, torch's attention by cuDNN in all rows. Milliseconds of one forward, all ranks together, median of ten: operator by operator, by `torch.compile`, and that
+replayed as a CUDA graph, collectives included (`cp-convert run --compile --cuda-graph`; diffusers' model was captured in the same way). Least to most, and the error, are the last of these. Error: of the output against the dense model in
+float32, root mean square; the first row's is that of the precision alone. Every table is one run. `python -m benchmarks.two_gpus` prepares, runs and prints this page.
 
-**TensorRT did not run here.** TensorRT-RTX does not take compute capability 9.0, which the H100 has, and was not installed there; that
+**TensorRT did not run here.** TensorRT-RTX does not take compute capability 9.0, which these GPUs have, and was not installed there; that
 `--executor tensorrt` refuses such a GPU is tested on a stand-in (`tests/runtime/test_tensorrt.py`). What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
 an engine's own speed they do not tell.
 
-`flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens) and 2048x2048 (16,896); `flux-whole` has all
-57 (11.9 B parameters) at 1024x1024; `flux-1-1-fp32` one of each, in float32 with TF32 off. "not run": the machine's time was over.
+`flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens), 2048x2048 (16,896) and 4096x4096 (66,048). `wan-of-two-branches` is Wan 2.1 1.3B whole, 480p, 81 frames (32,760 tokens), with both guidance branches
+in one batch: `cfg2` gives each GPU a branch (`--cfg 2`), the others split the tokens of both. `in fp8` multiplies FP8 in the blocks' linear layers (`--quantize fp8`, scales from the example inputs).
 
 {tables}
 
-What is not good here: compiled, our programs take 6 (Ring) to 9 percent (Ulysses) longer than diffusers' at 2048x2048, Ring 7 percent
-at 1024x1024 whole; in part at 1024x1024 half as long again and more, slower than one GPU. Copies between the layout that the model has and the one that a collective sends are most of it: torch.compile does not fuse
-them (0.8 to 1.5 ms a kind in the profile). Where a forward is short, starting kernels from Python takes longer than running them, and
-the exchanges of Ulysses and AllGather KV, which are more or larger, show it: least and most lie far apart.
+What they say:
 
-Since these tables were measured, two causes of that were found and mended. TorchInductor has no lowering for the `_reshape_copy` that
-decomposition leaves: every reshape was a copy of its own, views too. And `cp-convert run --cuda-graph`, `open(..., graph=True)` now replay torch's
-forwards, collectives included, as a CUDA graph. Two GPUs could not be had again; what one H200 shows is in [forecast.md](forecast.md): a rank's
-arithmetic of two, compiled and replayed, without its wires, fell from 41.0 ms (Ulysses), 41.2 (AllGather KV) and 39.3 (Ring) to 38.0, 37.3 and 37.4 at 16,896
-tokens, and from 8.3, 8.6 and 8.1 to 7.6, 7.3 and 7.6 at 4,608, half of the dense model's 73.8 and 13.7. Two processes on that one GPU, over NCCL, got bit for bit
-the same from replayed forwards as from others, all four strategies, inputs changing.
+- At 4,608 tokens two GPUs are 1.60 (Ulysses) to 1.65 times (AllGather KV) one, where diffusers' are 1.58 and 1.59 and xDiT publishes 1.60 for the whole model on two H100; at 16,896 tokens 1.74 to 1.84, at 66,048 1.88 to 1.90.
+- Replayed, ours take 0.4 to 4.8 percent less than diffusers' in the four pairs that there are; least and most of a row lie further apart than that.
+- Ring takes 1.01 to 1.03 times AllGather KV's time with two GPUs (it is one gather then), Stream KV 1.01 and 1.05.
+- FP8 takes 0.83 times bfloat16's time on two GPUs at 16,896 tokens; weights and inputs are random, so its error is not a published model's. Attention is in bfloat16.
+- Wan: a branch a GPU is 1.77 times one GPU, splitting both branches' tokens 1.59 (ours) and 1.68 times (diffusers'), each as it is, not compiled. Why ours takes 5 percent longer than diffusers' there
+  was not profiled. Two ranks of ours hold 4.2 GB each, diffusers' 4.7, the dense model 6.1.
+
+Compiled without a graph a short forward waits for Python: 8.7 to 9.2 ms at 4,608 tokens, 8.2 to 8.5 replayed.
+
+## Earlier, on two H100
+
+Two NVIDIA H100 (80 GB, one host), before reshapes were views and forwards were replayed; the whole model in three runs, in which the dense one took 182.6 to 184.0 ms. These programs are slower than today's.
+
+| case | program | ms | ms, compiled | error |
+|---|---|---|---|---|
+| one block of each, float32, TF32 off | dense | 59.4 | | 0 |
+| | ulysses, allgather-kv, ring, stream-kv | 35.0, 35.7, 34.2, 36.1 | | 2.2e-06 |
+| FLUX.1-dev whole (11.9 B parameters), 1024x1024 | dense | 182.6 | 132.3 | 1.04e-02 |
+| | ulysses | 166.1 | 140.3 | 1.04e-02 |
+| | allgather-kv | 157.8 | 112.4 | 1.04e-02 |
+| | ring | 140.2 | 95.7 | 1.04e-02 |
+| | diffusers ulysses | 177.3 | 90.9 | 1.04e-02 |
+| | diffusers ring | 154.9 | 89.9 | 1.04e-02 |
 
 {ways}"""
 _ATTENTION = """## One rank's attention by itself

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cp_convert.bundle.manifest import Weight
 from cp_convert.bundle.program import stored_at
+from cp_convert.capture.linear8 import choose
+from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.engine.specialise import specialise
+from cp_convert.ir.program import Lowered
 from cp_convert.model.cast import DTYPES, cast_inputs
 from cp_convert.model.checkpoint import locate
 from cp_convert.model.instantiate import example_inputs, model_class
 from cp_convert.model.preset import Preset, path_of, read
+from cp_convert.prove.calibrate import largest_inputs
+from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import groups_of, make_groups, over_the_wire
 from cp_convert.runtime.replayed import Replayed
 from cp_convert.runtime.torch_executor import on_device
 from cp_convert.runtime.weights import bound_weights
 
-from .cases import CASES, Case
+from .cases import CASES, IN_CODES, Case
 
 WARM, RUNS = 3, 10
 KERNELS = [
@@ -64,7 +70,9 @@ class Rank:
         self.preset: Preset = read(path)
         self.config = case.config(self.preset.config)
         self.dtype = DTYPES[case.precision]
-        given = example_inputs(self.preset, self.config, case.resolution, tiny=False)
+        given = example_inputs(
+            self.preset, self.config, case.resolution, tiny=False, batch=case.batch
+        )
         keep = tuple(self.preset.keep_float32)
         moved = {name: _moved(value, self.device) for name, value in given.items()}
         self.inputs = cast_inputs(moved, self.dtype, keep=keep)
@@ -144,7 +152,9 @@ def timed(forward: Forward) -> list[float]:
 def dense(rank: Rank, weights: Path) -> None:
     """The whole model on every GPU for itself; its weights go into a file for the programs."""
     module = rank.model(torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = rank.case.tf32
     rank.reference = module(**rank.wide, return_dict=False)[0].float().cpu()
+    torch.backends.cuda.matmul.allow_tf32 = False
     for parameter in module.parameters():
         parameter.data = parameter.to(rank.dtype)
     module = module.to(rank.dtype) if rank.dtype != torch.float32 else module
@@ -162,7 +172,7 @@ def dense(rank: Rank, weights: Path) -> None:
 
 def program(rank: Rank, strategy: str, weights: Path) -> None:
     """A program of ours; its weights come from the file, as a bundle's do."""
-    stored = stored_at(rank.folder / strategy)
+    stored = stored_at(rank.folder / strategy.removesuffix(IN_CODES))
     names = make_groups(groups_of(stored.program), rank.rank, dist.group.WORLD)
     wired = over_the_wire(specialise(stored.program, rank.rank), rank.rank, names)
     here = on_device(wired, rank.device, stored.names)
@@ -171,7 +181,12 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
         listed(weights, set(stored.names.values())), Path("/"), rank.device, verify=False
     )
     seconds, size = time.perf_counter() - begun, sum(t.nbytes for t in bound.values())
-    state = {**here.state} | {node: bound[name] for node, name in stored.names.items()}
+    holders = here.graph_module.graph.find_nodes(op="placeholder")
+    types = {n.name: n.meta["val"].dtype for n in holders}  # Wan's program has float32 ones too
+    state = {**here.state} | {n: bound[name].to(types[n]) for n, name in stored.names.items()}
+    if strategy.endswith(IN_CODES):
+        here = in_codes(rank, replace(here, state=state))
+        state = {name: tensor.to(rank.device) for name, tensor in here.state.items()}
     given = {b.node: rank.inputs[b.name] for b in here.inputs}
     held = [n.name for n in here.graph_module.graph.find_nodes(op="placeholder")]
     values = [state[n] if n in state else given[n] for n in held]
@@ -185,6 +200,19 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
         rank.measured(f"{strategy}, replayed", replayed(rank, lambda: fast(*values)[0]))
         if os.environ.get("PROFILE"):
             profile(rank, strategy, lambda: fast(*values)[0])
+
+
+def in_codes(rank: Rank, program: Lowered) -> Lowered:
+    """A rank's program with linear layers in FP8, by the example inputs on all ranks together."""
+    chosen, _ = choose(program)
+    given = {b.name: rank.inputs[b.name] for b in program.inputs}
+    largest = largest_inputs(program, chosen, [given], rank.device)
+    names = sorted(largest)
+    found = torch.tensor([largest[name] for name in names], device=rank.device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    everywhere = dict(zip(names, found.tolist(), strict=True))
+    made, _ = quantized(program, chosen, Measured(everywhere))
+    return by_torch(made, products=True)
 
 
 def listed(file: Path, wanted: set[str]) -> Iterator[Weight]:
@@ -263,8 +291,7 @@ def measure(case: Case, folder: Path, out: Path, only: Sequence[str]) -> None:
         for strategy in (one for one in case.strategies if not only or one in only):
             with told(rank, strategy):
                 program(rank, strategy, weights)
-        kinds = ("ulysses", "ring") if case.peers else ()
-        for kind in (one for one in kinds if not only or f"diffusers {one}" in only):
+        for kind in (one for one in case.peers if not only or f"diffusers {one}" in only):
             with told(rank, f"diffusers {kind}"):
                 peer(rank, kind)
 
