@@ -189,11 +189,6 @@ class Job(Asked):
             return
         if not 0 < self.max_loss < 1:
             raise UsageError(f"--max-loss {self.max_loss}: a relative loss lies between 0 and 1.")
-        if self.exchange is None and self.quantize is None:
-            raise UsageError(
-                "--max-loss: nothing is quantized that could lose anything.",
-                hint="it goes with --exchange and --quantize.",
-            )
         if self.proof == "none":
             raise UsageError("--max-loss is measured by the proof, which --no-proof leaves out.")
 

@@ -41,6 +41,23 @@ def without_scales(
     return modelopt.without_scales(stored, folder)
 
 
+def check_loses(job: Job, *, coded: bool) -> None:
+    """Refuse a bound of what quantization loses where nothing is quantized.
+
+    Args:
+        job: what was asked for.
+        coded: whether the model's own weights are codes.
+
+    Raises:
+        UsageError: neither the model nor its exchange is.
+    """
+    if job.max_loss is not None and not (job.exchange or job.quantize or coded):
+        raise UsageError(
+            "--max-loss: nothing is quantized that could lose anything.",
+            hint="it goes with --exchange, --quantize and quantized checkpoints.",
+        )
+
+
 def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
     """Refuse what a quantized checkpoint was never proven with, or cannot be built for.
 

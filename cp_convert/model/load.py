@@ -22,7 +22,7 @@ from .checkpoint import locate, transformer_folder
 from .checks import check_no_step_cache
 from .coded import Coded
 from .file import Given, from_file
-from .formats import check_codes, told, without_scales
+from .formats import check_codes, check_loses, told, without_scales
 from .home import at_home
 from .instantiate import build, example_inputs, published_config
 from .live import Live, taken_off
@@ -66,8 +66,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     ties = _cast(given, job, dtype)
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
-    filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
-    filled = live.fill(filled, given.module) if allocate else filled
+    stored = (located, coded)
+    filled = _filled_in(given, job, live, ties, stored, external) if allocate else _bare(given)
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -154,13 +154,13 @@ def _cast(given: Given, job: Job, dtype: torch.dtype) -> Ties:
 def _filled_in(
     given: Given,
     job: Job,
-    located: Mapping[str, Location],
+    live: Live,
     ties: Ties,
-    coded: Mapping[str, Coded],
+    stored: tuple[Mapping[str, Location], Mapping[str, Coded]],
     external: bool,
 ) -> Filled:
     """Every rank's parameters have their numbers, from files where ``--weights`` names some."""
-    filled = Filled({}, (), ())
+    filled, (located, coded) = Filled({}, (), ()), stored
     if job.weights is not None:
         lazily = external and not job.copy_weights
         filled = _filled(given, job, located, ties, coded, lazily=lazily)
@@ -174,6 +174,8 @@ def _filled_in(
             "--weights-mode external: every rank has parameters of its own here.",
             hint="--weights-mode embedded.",
         )
+    filled = live.fill(filled, given.module)
+    check_loses(job, coded=bool(filled.codes))
     return filled
 
 

@@ -232,13 +232,19 @@ def test_what_it_cannot_be_converted_for(tmp_path: Path) -> None:
         loaded(tmp_path, quantize="fp8")
 
 
+def test_a_loss_is_bounded_where_something_is_quantized(tmp_path: Path) -> None:
+    write(tmp_path / "weights", tensors_of(module(), LAYERS))
+    assert loaded(tmp_path, max_loss=0.1).codes
+    with pytest.raises(UsageError, match="--max-loss: nothing is quantized"):
+        loaded(tmp_path, weights=None, max_loss=0.1)
+
+
 def test_options_that_go_with_nothing(tmp_path: Path) -> None:
     for options, told in (
         ({"keep": ("x",)}, "--keep: it goes with --quantize"),
         ({"calibration": (tmp_path / "a",)}, "--calibration: it goes with --quantize"),
         ({"quantize": "fp8", "calibration": (tmp_path / "a",)}, "there is no such file"),
         ({"quantize": "fp8", "compute_capabilities": ("8.9", "8.6", "7.5")}, "8.6, 7.5: FP8 is"),
-        ({"max_loss": 0.1}, "nothing is quantized"),
         ({"max_loss": 2.0, "exchange": "int8"}, "lies between 0 and 1"),
         ({"max_loss": 0.1, "exchange": "int8", "proof": "none"}, "measured by the proof"),
         ({"exchange": "int4"}, "not one of int8"),
