@@ -12,6 +12,7 @@ import tomllib
 from bisect import bisect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -19,6 +20,10 @@ from ..errors import UsageError
 from ..model.shipped import shipped
 from ..runtime.curve import Curve, Curves
 from ..words import near
+
+_HEADS: Final = (32, 64, 96, 128, 192, 256)
+"""Sizes that FlashAttention has kernels for (``csrc/flash_attn/src/static_switch.h``)."""
+_NOTHING: Final = 1e-9
 
 
 class Measured(Curves, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -94,6 +99,7 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
                 fewer of them, processors are idle.
             half: whether it computes in float16 or bfloat16.
         """
+        operations = round(operations * padded(head_dim) / head_dim)
         if half and self.measured is not None:
             known = {int(name): curve for name, curve in self.measured.attention.items()}
             nearest = min(known, key=lambda dim: abs(dim - head_dim))
@@ -134,16 +140,23 @@ class Hardware(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=
 def at(curve: Sequence[tuple[float, float]], size: float) -> float:
     """Seconds at ``size``: along straight lines between logarithms; beyond the ends, as there.
 
-    Below the smallest size nothing gets faster, beyond the largest time grows as the size does.
+    Below the smallest size it goes on as between the first two, and what does not get faster there
+    stays as it is; beyond the largest time grows as the size does.
     """
     sizes = [one for one, _ in curve]
-    if size <= sizes[0]:
-        return curve[0][1] * 1e-6
-    if size >= sizes[-1]:
-        return curve[-1][1] * 1e-6 * size / sizes[-1]
-    (x0, y0), (x1, y1) = curve[bisect(sizes, size) - 1 : bisect(sizes, size) + 1]
-    share = math.log(size / x0) / math.log(x1 / x0)
+    if len(curve) == 1 or size >= sizes[-1]:
+        return curve[-1][1] * 1e-6 * max(1.0, size / sizes[-1])
+    first = max(bisect(sizes, size) - 1, 0)
+    (x0, y0), (x1, y1) = curve[first : first + 2]
+    if size < x0 and y1 <= y0:
+        return y0 * 1e-6
+    share = math.log(max(size, _NOTHING) / x0) / math.log(x1 / x0)
     return float(y0 * (y1 / y0) ** share * 1e-6)
+
+
+def padded(head_dim: int) -> int:
+    """The head that a kernel computes with: shorter ones are padded."""
+    return next((size for size in _HEADS if size >= head_dim), head_dim)
 
 
 def names() -> list[str]:
