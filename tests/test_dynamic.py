@@ -57,7 +57,12 @@ def test_a_bundle_for_a_range(run: Run, model_file: Write, tmp_path: Path) -> No
 
 def _run_at(run: Run, out: Path, folder: Path) -> None:
     """By name, and by the shapes of a file, at sizes that nothing was lifted from."""
-    code, said, error = run("run", out, "--variant", "tokens-30", "--devices", "cpu", "--json")
+    own = {"qkv.lora_A.weight": torch.randn(2, 64), "qkv.lora_B.weight": torch.randn(192, 2)}
+    save_file(own, folder / "style.safetensors")
+    code, _, error = run("lora", out, folder / "style.safetensors", "--scale", "0.1")
+    assert code == 0, error
+    code, said, error = run("run", out, "--variant", "tokens-30", "--devices", "cpu", "--json",
+                            "--lora", "style=0.2")  # fmt: skip
     assert code == 0, error
     report = json.loads(said)
     assert report["variant"] == "tokens-30" and report["check"]["error"] <= 1e-5
