@@ -109,8 +109,7 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_files(inputs, outputs, manifest, rest["variant"])
-    _check_steps(rest["step_cache"], manifest)
+    _check_given(manifest, inputs, outputs, rest["variant"], rest["step_cache"])
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -151,10 +150,15 @@ def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
     return found
 
 
-def _check_files(
-    inputs: Path | None, outputs: Path | None, manifest: Manifest, variant: str | None
+def _check_given(
+    manifest: Manifest,
+    inputs: Path | None,
+    outputs: Path | None,
+    variant: str | None,
+    step_cache: float | None,
 ) -> None:
     """What would fail after minutes is told before."""
+    _check_steps(step_cache, manifest)
     if variant is not None:
         variant_of(manifest, variant)  # there is one
     if inputs is not None and not inputs.is_file():
