@@ -1,12 +1,12 @@
 """Whole conversions of large models with external weights: ``python -m benchmarks.large``.
 
 For every preset, safetensors shards of random weights are written first (``--weights FOLDER`` keeps
-them for the next run; ``--format modelopt-fp8`` writes a quantized checkpoint as ModelOpt exports
-it, with holes for the codes and true scales), then it is converted, each time in a process of its
-own. Printed are the seconds of every stage and of the whole process, the largest memory that it and
-its children held together (proportional set size, sampled twice a second: pages of mapped files
-that several processes share count once; and without file pages, which the system takes back when it
-needs them), and the size of the bundle beside the weights.
+them for the next run; ``--format modelopt-fp8`` or ``modelopt-nvfp4`` writes a quantized checkpoint
+as ModelOpt exports it, with holes for the codes and true scales), then it is converted, each time
+in a process of its own. Printed are the seconds of every stage and of the whole process, the
+largest memory that it and its children held together (proportional set size, sampled twice a
+second: pages of mapped files that several processes share count once; and without file pages, which
+the system takes back when it needs them), and the size of the bundle beside the weights.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from cp_convert.model.meta import unallocated
 from cp_convert.model.preset import path_of, read
 
 SHARD = 4 << 30
+ALGORITHMS = {"modelopt-fp8": "FP8", "modelopt-nvfp4": "NVFP4"}
+"""Formats of quantized checkpoints, by what they are called here."""
 
 
 def write_weights(preset: str, folder: Path, *, sparse: bool = False) -> None:
@@ -72,8 +74,11 @@ def write_weights(preset: str, folder: Path, *, sparse: bool = False) -> None:
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_quantized(preset: str, folder: Path) -> None:
-    """The blocks' linear layers in FP8, as ModelOpt's export of a diffusers model has them."""
+def write_quantized(preset: str, folder: Path, algorithm: str = "FP8") -> None:
+    """The blocks' linear layers in FP8 or NVFP4, as ModelOpt exports a diffusers model.
+
+    Codes are holes in the file, all scales are there.
+    """
     told = read(path_of(preset))
     with unallocated():
         module = build(told, told.config, tiny=False, random=False, bytes_each=0)
@@ -83,28 +88,41 @@ def write_quantized(preset: str, folder: Path) -> None:
         for name, one in module.named_modules()
         if isinstance(one, torch.nn.Linear) and any(part.isdigit() for part in name.split("."))
     }
+    scales = torch.randint(0x30, 0x7E, (1 << 22,), dtype=torch.uint8).view(torch.float8_e4m3fn)
     found: dict[str, torch.Tensor] = {}
     for number, (name, tensor) in enumerate(module.state_dict().items()):
-        dtype = torch.float8_e4m3fn if name in of_blocks else torch.bfloat16
-        found[name] = torch.empty((), dtype=dtype).expand(tensor.shape)
-        if name in of_blocks:
-            layer = name.removesuffix(".weight")
+        if name not in of_blocks:
+            found[name] = torch.empty((), dtype=torch.bfloat16).expand(tensor.shape)
+            continue
+        layer, (rows, columns) = name.removesuffix(".weight"), tensor.shape
+        if algorithm == "FP8":
+            found[name] = torch.empty((), dtype=torch.float8_e4m3fn).expand(rows, columns)
             found[f"{layer}.weight_scale"] = torch.tensor(2e-4 + 1e-7 * number)
-            found[f"{layer}.input_scale"] = torch.tensor(0.03 + 1e-5 * number)
+        else:
+            count = rows * columns // 16
+            found[name] = torch.empty((), dtype=torch.uint8).expand(rows, columns // 2)
+            found[f"{layer}.weight_scale"] = scales[number : number + count].view(rows, -1)
+            found[f"{layer}.weight_scale_2"] = torch.tensor(3e-5 + 1e-8 * number)
+        found[f"{layer}.input_scale"] = torch.tensor(0.03 + 1e-5 * number)
     save_holes(found, folder / "diffusion_pytorch_model.safetensors")
-    quantized = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["proj_out"]}
+    quantized = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["proj_out"]}
     config = {**told.config, "_class_name": told.kind, "quantization_config": quantized}
     (folder / "config.json").write_text(json.dumps(config))
 
 
-KINDS = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+KINDS = {
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+}
 """The format's names of types."""
 
 
 def save_holes(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file of tensors like these, with a hole where the numbers would be.
 
-    Single numbers, which are scales, are written.
+    Those that have numbers of their own, which are scales, are written.
     """
     header, end = {}, 0
     places: dict[int, torch.Tensor] = {}
@@ -112,7 +130,7 @@ def save_holes(tensors: dict[str, torch.Tensor], path: Path) -> None:
         begin, end = end, end + tensor.itemsize * tensor.numel()
         told = {"dtype": KINDS[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = {**told, "data_offsets": [begin, end]}
-        if not tensor.dim():
+        if 0 not in tensor.stride():
             places[begin] = tensor
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # numbers that do not lie at their size's multiples are copied
@@ -121,7 +139,7 @@ def save_holes(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.truncate(8 + len(text) + end)
         for begin, one in places.items():
             file.seek(8 + len(text) + begin)
-            file.write(one.numpy().tobytes())
+            file.write(one.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def memory(process: psutil.Process) -> tuple[int, int]:
@@ -177,7 +195,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="ulysses")
     parser.add_argument("--weights", type=Path, help="a folder to keep the weights in")
     parser.add_argument("--sparse", action="store_true", help="weights that are holes in files")
-    parser.add_argument("--format", choices=["bf16", "modelopt-fp8"], default="bf16")
+    parser.add_argument("--format", choices=["bf16", *ALGORITHMS], default="bf16")
     parser.add_argument("--runs", type=int, default=1, help="each row is the median run of so many")
     parser.add_argument("--again", action="store_true", help="twice each, with an empty cache")
     args = parser.parse_args()
@@ -187,8 +205,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
             weights = (args.weights or Path(scratch)) / preset
-            if not weights.is_dir() and args.format == "modelopt-fp8":
-                write_quantized(preset, weights)
+            if not weights.is_dir() and args.format in ALGORITHMS:
+                write_quantized(preset, weights, ALGORITHMS[args.format])
             elif not weights.is_dir():
                 write_weights(preset, weights, sparse=args.sparse)
             for world in args.worlds.split(","):

@@ -15,7 +15,7 @@ from .ir.nvfp4 import PAIRS
 from .ir.program import module_path
 from .ir.quantize import FP8, INT8
 from .ir.records import Captured, Loaded
-from .ir.source import Codes
+from .ir.source import Codes, of_blocks
 from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import largest_inputs, losses, sets_of
@@ -55,7 +55,12 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
     layers = tuple(_layer(n, scales[n.name], lost.get(n.name), codes) for n in chosen)
     types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
     own: Any = next(name for name, dtype in _TYPES.items() if dtype in types)
-    linears = Linears(dense, layers, kept, weights, sets, own)
+    known = {**names, **weights}
+    owners = products8.scales_of_blocks(program)
+    blocks = {scales: of_blocks(known[weight]) for scales, weight in owners.items()}
+    if not source.codes:  # made here, as the codes are
+        weights, blocks = {**weights, **blocks}, {}
+    linears = Linears(dense, layers, kept, weights, blocks, sets, own)
     return replace(captured, dense=program, linears=linears)
 
 

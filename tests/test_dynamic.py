@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cp_convert import bundle as bundles
+from cp_convert.backends import select
 from cp_convert.errors import CannotLift
-from cp_convert.job import Span
-from tests.runtime.bundles import converted
+from cp_convert.job import Job, Span
+from cp_convert.pipeline import convert
+from cp_convert.progress import Progress
+from tests.runtime.bundles import FLUX, QWEN, WAN, converted
 
 Write = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -55,9 +58,43 @@ def test_a_bundle_for_a_range(run: Run, model_file: Write, tmp_path: Path) -> No
     _run_at(run, out, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("model", "span", "strategy"),
+    [
+        (FLUX, Span("text", 9, 40), "ulysses"),
+        (QWEN, Span("text", 9, 39), "ulysses"),
+        (WAN, Span("frames", 3, 11), "ulysses"),
+    ],
+    ids=["flux-text", "qwen-text", "wan-frames"],
+)
+def test_networks_of_published_models(
+    model: str, span: Span, strategy: str, tmp_path: Path
+) -> None:
+    """Built, read back and replayed by all ranks at every size that the program was proven at."""
+    path = tmp_path / "model.py"
+    path.write_text(model)
+    job = Job(
+        model=path, out=tmp_path / "out", strategy=strategy, world=2, precision="fp32",
+        weights_mode="external", proof="network", dynamic=span,
+    )  # fmt: skip
+    told = convert(job, select("auto"), Progress()).dynamic
+    assert told is not None and {span.first, span.last} < {one.size for one in told.proven}
+    assert len(told.proven) >= 4
+    for one in told.proven:
+        assert None not in (one.algebra, one.network)
+        assert max(one.algebra or 0, one.network or 0) <= 1e-5
+
+
 def _run_at(run: Run, out: Path, folder: Path) -> None:
     """By name, and by the shapes of a file, at sizes that nothing was lifted from."""
-    code, said, error = run("run", out, "--variant", "tokens-30", "--devices", "cpu", "--json")
+    own = {"qkv.lora_A.weight": torch.randn(2, 64), "qkv.lora_B.weight": torch.randn(192, 2)}
+    save_file(own, folder / "style.safetensors")
+    code, _, error = run("lora", out, folder / "style.safetensors", "--scale", "0.1")
+    assert code == 0, error
+    code, said, error = run("run", out, "--variant", "tokens-30", "--devices", "cpu", "--json",
+                            "--lora", "style=0.2")  # fmt: skip
     assert code == 0, error
     report = json.loads(said)
     assert report["variant"] == "tokens-30" and report["check"]["error"] <= 1e-5

@@ -1,14 +1,15 @@
-"""Conversions that are killed or stopped: no half bundle, nothing left behind, the old one kept."""
+"""Conversions that are killed or stopped: no half bundle, nothing left behind, the old one kept.
 
+Each is a process of its own, forked from a server that has imported what all of them need.
+"""
+
+import multiprocessing
 import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -32,11 +33,58 @@ DEEP = (
 """Twelve attentions more than one."""
 
 
-def started(model: Path, out: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "cp_convert", str(model), "-s", "ulysses", "-w", "2"]
+class Started:
+    """A command line at work in a process of its own.
+
+    Args:
+        folder: where what it says is kept.
+        command: its arguments.
+        room: bytes that a file may have at most.
+    """
+
+    def __init__(self, folder: Path, command: list[str], room: int = resource.RLIM_INFINITY):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cp_convert.cli.main", "cp_convert.engine.worker"])
+        self._said = folder / f"said-{time.monotonic_ns()}"
+        self._process = context.Process(target=_run, args=(command, self._said, room))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def wait(self) -> int:
+        """How it ended; by a signal, its number below zero."""
+        self._process.join(300)
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def signal(self, number: int) -> None:
+        """Send it, unless it has ended."""
+        if self._process.is_alive():
+            os.kill(self.pid, number)
+
+    def is_alive(self) -> bool:
+        """Whether it goes on."""
+        return self._process.is_alive()
+
+    def told(self) -> str:
+        """What it has said."""
+        return self._said.read_text()
+
+
+def _run(command: list[str], said: Path, room: int) -> None:
+    with said.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    from cp_convert import cli
+
+    cli.main(command)
+
+
+def started(model: Path, out: Path, *options: str) -> Started:
+    command = [str(model), "-s", "ulysses", "-w", "2"]
     command += ["--weights-mode", "external", "--no-proof", "-q", "-o", str(out)]
-    command += options or ("--no-cache",)
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
+    return Started(model.parent, command + list(options or ("--no-cache",)))
 
 
 def is_whole(out: Path) -> bool:
@@ -46,6 +94,7 @@ def is_whole(out: Path) -> bool:
 def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -> None:
     """SIGKILL leaves no bundle, or a whole one; what it leaves behind the next one removes."""
     model, out = model_file(), tmp_path / "out" / "bundle"
+    assert Started(tmp_path, ["--version"]).wait() == 0  # the server has imported everything
     begin = time.perf_counter()
     assert started(model, out).wait() == 0
     whole = time.perf_counter() - begin
@@ -56,7 +105,7 @@ def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -
         process = started(model, out, "--force", "--cache", str(cache))
         # The second half is where files are written.
         time.sleep(whole * moments.uniform(0.5, 1.0))
-        process.send_signal(signal.SIGKILL)
+        process.signal(signal.SIGKILL)
         process.wait()
         # Between two renames, for an instant, the old bundle stands beside, whole.
         there = out if out.exists() else next(out.parent.glob(".bundle.partial-*-old"))
@@ -69,13 +118,13 @@ def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -
     assert (out / "manifest.json").read_bytes() != first
 
 
-def wait_for(process: subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:
+def wait_for(process: Started, happened: Callable[[], bool]) -> None:
     while not happened():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
 
 
-def workers(process: subprocess.Popen[bytes], out: Path) -> list[psutil.Process]:
+def workers(process: Started, out: Path) -> list[psutil.Process]:
     """The processes that build: children of the server that forks them.
 
     Before the first of them opens its log, libraries that the server imports have children too.
@@ -108,11 +157,10 @@ def test_stopped(
     if while_building:
         wait_for(process, lambda: bool(workers(process, out)))
     family = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, number)
-    _, told = process.communicate()
-    assert process.returncode == 130
-    assert "Interrupted; nothing was written." in told.decode()
-    assert "Traceback" not in told.decode()
+    process.signal(number)
+    assert process.wait() == 130
+    assert "Interrupted; nothing was written." in process.told()
+    assert "Traceback" not in process.told()
     assert list(out.parent.iterdir()) == []
     assert not psutil.wait_procs(family, timeout=20)[1]
 
@@ -124,22 +172,19 @@ def test_a_worker_that_is_killed_is_told(model_file: Callable[..., Path], tmp_pa
     found: list[psutil.Process] = []
     wait_for(process, lambda: bool(found.extend(workers(process, out)) or found))
     found[0].kill()
-    _, told = process.communicate()
-    assert process.returncode == 5
-    assert "the process that built rank 0 was ended by SIGKILL" in told.decode()
+    assert process.wait() == 5
+    assert "the process that built rank 0 was ended by SIGKILL" in process.told()
     assert list(out.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("room", [pytest.param(100_000, marks=pytest.mark.slow), 1_000_000])
 def test_a_full_disk_is_told(room: int, model_file: Callable[..., Path], tmp_path: Path) -> None:
     """While weights are written here, while an engine is written there (a worker does that)."""
-    limits = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room))
-    model = model_file()
-    command = [sys.executable, "-m", "cp_convert", str(model), "-s", "ulysses", "-w", "2"]
+    command = [str(model_file()), "-s", "ulysses", "-w", "2"]
     command += ["--no-proof", "--no-cache", "-q", "-o", str(tmp_path / "out" / "bundle")]
-    done = subprocess.run(command, preexec_fn=limits, capture_output=True, check=False)
-    assert done.returncode == 2, done.stderr.decode()
-    assert "File too large. Nothing was left behind." in done.stderr.decode()
+    done = Started(tmp_path, command, room)
+    assert done.wait() == 2, done.told()
+    assert "File too large. Nothing was left behind." in done.told()
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -148,8 +193,7 @@ def test_two_into_the_same_folder(model_file: Callable[..., Path], tmp_path: Pat
     model, out = model_file(), tmp_path / "bundle"
     both = [started(model, out, "--force", "--cache", str(tmp_path / "cache")) for _ in range(2)]
     codes = sorted(process.wait() for process in both)
-    told = [process.stderr.read().decode() for process in both if process.stderr]
     assert codes[0] == 0
-    assert codes[1] in (0, 2), told
+    assert codes[1] in (0, 2), [process.told() for process in both]
     assert is_whole(out)
     assert not list(tmp_path.glob(".bundle.*"))

@@ -162,6 +162,12 @@ def quantized(
     return products.program(), found
 
 
+def scales_of_blocks(program: Lowered) -> dict[str, str]:
+    """By placeholder of the scales of a weight's blocks, the weight's placeholder."""
+    found = program.graph_module.graph.find_nodes(op="call_function", target=DEQUANTIZE_BLOCKS)
+    return {str(node.args[1]): str(node.args[0]) for node in found}
+
+
 class _Products:
     """A graph in which linear layers are replaced, one after the other."""
 
@@ -176,6 +182,7 @@ class _Products:
         self._inputs: dict[tuple[fx.Node, object], tuple[fx.Node, fx.Node | None]] = {}
         self._smooth: dict[tuple[fx.Node, bytes], fx.Node] = {}
         self._weights: dict[str, fx.Node] = {}
+        self._blocks: dict[str, fx.Node] = {}
         self._held: dict[str, Tensor] = {}
         self._names: dict[str, str] = {}
 
@@ -287,13 +294,25 @@ class _Products:
             with self.write.mode:
                 value = torch.empty(own.codes.shape, dtype=own.codes.dtype)
             weight.meta = {**weight.meta, "val": value}
-            blocks = self._constant(f"blocks_{weight.name}", own.blocks, FP8)
             self._weights[weight.name] = (
                 self.write.op(DEQUANTIZE, weight, own.step, like)
-                if blocks is None
-                else self.write.op(DEQUANTIZE_BLOCKS, weight, blocks, own.step, like)
+                if own.blocks is None
+                else self.write.op(
+                    DEQUANTIZE_BLOCKS, weight, self._beside(weight, own.blocks), own.step, like
+                )
             )
         return self._weights[weight.name]
+
+    def _beside(self, weight: fx.Node, blocks: Tensor) -> fx.Node:
+        """The scales of a weight's blocks, a parameter of their own: too large for a constant."""
+        if weight.name not in self._blocks:
+            with self.graph.inserting_after(weight):
+                made = self.graph.placeholder(f"{weight.name}_scale")
+            with self.write.mode:
+                value = torch.empty(blocks.shape, dtype=blocks.dtype)
+            made.meta = {**weight.meta, "val": value}
+            self._blocks[weight.name], self.state[made.name] = made, blocks
+        return self._blocks[weight.name]
 
     def _constant(
         self, name: str, value: Tensor | None, dtype: torch.dtype = torch.float32

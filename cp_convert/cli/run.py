@@ -13,7 +13,8 @@ import click
 from .. import bundle as bundles
 from ..bundle.folder import whole
 from ..bundle.manifest import Manifest
-from ..bundle.variants import variant_of
+from ..bundle.parts import TO_SKIP, why_no_step
+from ..bundle.variants import all_variants, variant_of
 from ..errors import UsageError
 from ..runtime.executors import EXECUTORS
 from ..runtime.places import Place, place_of
@@ -62,6 +63,11 @@ from . import options
     help="Which of the bundle's variants is run.  [default: that of the shapes of --inputs; the "
     "first]",
 )  # fmt: skip
+@click.option(
+    "--step-cache", "step_cache", type=click.FloatRange(0), metavar="THRESHOLD",
+    help="Skip the pieces between the first and the last where the first adds nearly what it did "
+    "before. With --repeat every forward after the first is skipped, as inputs are the same.",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Measure the share of collectives.")
 @click.option(
     "--verify/--no-verify", default=True, show_default=True,
@@ -103,7 +109,7 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_files(inputs, outputs, manifest, rest["variant"])
+    _check_given(manifest, inputs, outputs, rest["variant"], rest["step_cache"])
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -144,10 +150,15 @@ def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
     return found
 
 
-def _check_files(
-    inputs: Path | None, outputs: Path | None, manifest: Manifest, variant: str | None
+def _check_given(
+    manifest: Manifest,
+    inputs: Path | None,
+    outputs: Path | None,
+    variant: str | None,
+    step_cache: float | None,
 ) -> None:
     """What would fail after minutes is told before."""
+    _check_steps(step_cache, manifest)
     if variant is not None:
         variant_of(manifest, variant)  # there is one
     if inputs is not None and not inputs.is_file():
@@ -156,6 +167,14 @@ def _check_files(
         raise UsageError(f"--outputs: there is no folder {outputs.absolute().parent}.")
     if outputs is not None and outputs.is_dir():
         raise UsageError(f"--outputs: {outputs} is a folder.", hint="name a file in it.")
+
+
+def _check_steps(threshold: float | None, manifest: Manifest) -> None:
+    """A bundle of which nothing can be skipped has no step cache."""
+    reasons = map(why_no_step, all_variants(manifest))
+    why_not = next(filter(None, reasons), None)
+    if threshold is not None and why_not is not None:
+        raise UsageError(f"--step-cache: {why_not}.", hint=TO_SKIP)
 
 
 def _devices(given: str | None, world: int, place: Place | None) -> list[str]:

@@ -52,6 +52,7 @@ class Linears:
         before: the same program without.
         layers, kept: what became of each linear layer.
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
+        blocks: by placeholder, the binding of scales of blocks that are the checkpoint's.
         sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
         codes: their type.
     """
@@ -60,5 +61,6 @@ class Linears:
     layers: tuple[Layer, ...]
     kept: tuple[Kept, ...]
     weights: Mapping[str, str]
+    blocks: Mapping[str, str]
     sets: int
     codes: Kind

@@ -83,7 +83,8 @@ class Captured:
     @property
     def bindings(self) -> Mapping[str, str]:
         """What every weight is called that stays outside the engines, by placeholder."""
-        apart = {} if self.linears is None else self.linears.weights
+        own = self.linears
+        apart = {} if own is None else {**own.weights, **own.blocks}
         return {**self.signature.parameters, **apart}
 
 

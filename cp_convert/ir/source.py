@@ -98,6 +98,11 @@ class Codes:
         return scale / self.step if isinstance(scale, Tensor) else None
 
 
+def of_blocks(name: str) -> str:
+    """What the scales of the blocks of a weight are called, after the weight; as ModelOpt does."""
+    return f"{name}_scale"
+
+
 @dataclass(frozen=True)
 class Example:
     """What forward is called with: keyword arguments, and which variant they are."""
@@ -122,7 +127,7 @@ class Source:
         peers: rank 1, 2, ... of a model whose ranks hold different parameters.
         groups: the process groups in which the model itself communicates.
         external: whether weights stay outside the engines.
-        located: where the user's files hold the parameters.
+        located: where the user's files hold the parameters, and scales of their blocks.
         casts: types of weights that were changed.
         codes: parameters that are stored as codes; the module has the numbers that they stand for,
             rounded to its precision, or none (on ``meta``) where no stage computes with them.
@@ -169,5 +174,7 @@ class Source:
         """What external weights are, tied ones under all their names; nothing where embedded."""
         if not self.external:
             return {}
-        own = dict(self.module.named_parameters(remove_duplicate=False))
-        return own | {name: one.codes for name, one in self.codes.items()}
+        own: dict[str, Tensor] = dict(self.module.named_parameters(remove_duplicate=False))
+        own |= {name: one.codes for name, one in self.codes.items()}
+        scales = {of_blocks(name): one.blocks for name, one in self.codes.items()}
+        return own | {name: one for name, one in scales.items() if one is not None}

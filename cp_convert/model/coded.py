@@ -21,6 +21,8 @@ from ..ir.tensors import Location, bytes_of, opened, tensor_at
 from .quantized import FLOATS, UNQUANTIZED
 
 WEIGHT: Final = ".weight"
+_NAN, _MINUS_ZERO = 0x7F, 0x80
+"""Codes of E4M3; those above are less than zero, or the other NaN."""
 KINDS: Final = {FP8: "FP8", torch.int8: "INT8", PAIRS: "NVFP4"}
 """What codes are called."""
 
@@ -38,6 +40,7 @@ class Coded:
         smooth: what columns of the input are multiplied with before, float32 ``[K]``.
         dtype: of the codes.
         blocks: NVFP4's scales of blocks, E4M3 ``[N, K/16]``.
+        blocks_at: where a file holds them so; ``None`` where they were computed.
         low_rank: factors ``[R, K]`` and ``[N, R]`` of what is added to the weight.
         is_swapped: whether the even column is the upper half of a byte, and not the lower.
     """
@@ -48,6 +51,7 @@ class Coded:
     smooth: Tensor | None = None
     dtype: torch.dtype = FP8
     blocks: Tensor | None = None
+    blocks_at: Location | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     is_swapped: bool = False
 
@@ -150,7 +154,9 @@ def blocks_at(name: str, at: Location, shape: tuple[int, int], numbers: tuple[in
         )
     at.check_unchanged()
     found = tensor_at(at, bytes_of(at.file)).clone()
-    bad = found.float()[~(found.float() >= 0)]  # of zeros: E4M3 has no less for a block of them
+    bits = found.view(torch.uint8)  # casting them takes a minute a GB
+    # Zero, of either sign, is a scale: that of a block of zeros. NaN, and what is less, is none.
+    bad = found[(bits == _NAN) | (bits > _MINUS_ZERO)]
     if bad.numel():
         raise _no_scale(name, at, float(bad[0]))
     return found

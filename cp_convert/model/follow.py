@@ -98,7 +98,9 @@ def _of_blocks(name: str, rows: Tensor, owners: list[str], coded: Mapping[str, C
     pieces = [coded[owner] for owner in told]
     if any(one.low_rank is not None for one in pieces):
         raise _refused(name, "pieces of what has a low rank beside")
-    return replace(pieces[0], blocks=every[own])
+    if own == list(range(len(every))) and len(pieces) == 1:
+        return pieces[0]  # whole, hence where it is
+    return replace(pieces[0], blocks=every[own], blocks_at=None)
 
 
 def _begins(owners: Collection[str], coded: Mapping[str, Coded]) -> list[int]:

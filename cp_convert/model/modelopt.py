@@ -137,6 +137,7 @@ def _of_4_bits(layer: str, at: Location, step: float, stored: Mapping[str, Locat
         smooth=of_columns,
         dtype=PAIRS,
         blocks=blocks,
+        blocks_at=stored[of_blocks],
         low_rank=_low_rank(layer, at, shape, stored),
     )
 

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..ir.nvfp4 import LARGEST_OF_ALL, PAIRS
 from ..ir.quantize import LARGEST
 from ..ir.source import Codes
 from ..job import Job
-from .coded import Coded
+from .coded import Coded, shape_of
 from .formats import FLOAT8
 
 
@@ -32,22 +33,30 @@ def without_numbers(coded: Coded, codes: Tensor, like: Tensor) -> Tensor | None:
     """What stands for the numbers of ``codes`` in a model that has ``like`` in their place.
 
     Returns:
-        ``None`` where numbers are wanted after all: tables, what ``like``'s type may not hold, and
-        codes in blocks.
+        ``None`` where numbers are wanted after all: tables, and what ``like``'s type may not hold.
     """
-    if coded.blocks is not None:
-        return None
-    scale = torch.as_tensor(coded.weight_scale).max() * LARGEST[codes.dtype]
+    largest = LARGEST_OF_ALL if codes.dtype == PAIRS else LARGEST[codes.dtype]
+    most = torch.as_tensor(coded.weight_scale).max() * largest
+    if coded.low_rank is not None:
+        down, up = (factor.float() for factor in coded.low_rank)
+        most = most + len(down) * down.abs().max() * up.abs().max()
     if coded.smooth is not None:
-        scale = scale * coded.smooth.max()
-    if not isinstance(like, nn.Parameter) or float(scale) > torch.finfo(like.dtype).max:
+        most = most * coded.smooth.max()
+    if not isinstance(like, nn.Parameter) or float(most) > torch.finfo(like.dtype).max:
         return None
-    return torch.empty(codes.shape, dtype=like.dtype, device="meta")
+    return torch.empty(shape_of(tuple(codes.shape), coded), dtype=like.dtype, device="meta")
 
 
 def read_numbers(held: Tensor, codes: Codes | None, dtype: torch.dtype) -> Tensor:
     """The numbers of one weight in ``dtype``: ``held``, or what its codes stand for after all."""
     if codes is None or not held.is_meta:
         return held.to(dtype)
-    own = Coded(codes.weight_scale, None, smooth=codes.smooth, dtype=codes.codes.dtype)
+    own = Coded(
+        codes.weight_scale,
+        None,
+        smooth=codes.smooth,
+        dtype=codes.codes.dtype,
+        blocks=codes.blocks,
+        low_rank=codes.low_rank,
+    )
     return own.numbers(codes.codes, dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..ir.quantize import FP8
-from ..ir.source import Cast, Codes
+from ..ir.source import Cast, Codes, of_blocks
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
 from .coded import KINDS, Coded, shape_of
 from .follow import followed
@@ -39,6 +39,7 @@ class Found:
         told: where it comes from, in words.
         codes: that ``tensor`` was computed from, and are to stay codes.
         upcast: of codes that are not, their type.
+        blocks_at: where a file holds the scales of blocks.
     """
 
     tensor: Tensor
@@ -46,6 +47,7 @@ class Found:
     told: str
     codes: Codes | None = None
     upcast: torch.dtype | None = None
+    blocks_at: Location | None = None
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Filled:
     """What was done.
 
     Attributes:
-        located: where the files hold the parameters, or their codes; tied ones under all their
-            names.
+        located: where the files hold the parameters, or their codes and scales of blocks; tied
+            ones under all their names.
         casts: types that were changed.
         told: what a person should know.
         codes: parameters that stay codes, which they were computed from.
@@ -103,7 +105,7 @@ class _Files:
         numbers = coded.numbers(tensor, like.dtype) if numbers is None else numbers
         if self._upcast and coded.dtype == FP8:
             return Found(numbers, None, told, upcast=tensor.dtype)
-        return Found(numbers, at, told, coded.of(tensor))
+        return Found(numbers, at, told, coded.of(tensor), blocks_at=coded.blocks_at)
 
     @cached_property
     def by_address(self) -> dict[int, tuple[Tensor, Location]]:
@@ -155,6 +157,8 @@ def load_weights(
     casted = _put(module, wanted, found, lazily=lazily)
     named = _named(module, found, ties)
     located = {name: one.at for name, one in named.items() if one.at is not None}
+    scales = {of_blocks(name): one.blocks_at for name, one in named.items()}
+    located |= {name: at for name, at in scales.items() if at is not None}
     codes = {name: one.codes for name, one in named.items() if one.codes is not None}
     return Filled(located, casted, told, codes)
 

@@ -42,6 +42,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         variant: which is run; ``None``: that of the shapes of ``inputs``, else the first.
         lora: LoRA sets by name, each with its strength; ``None``: the one it was added with.
         graph: whether forwards are replayed as a CUDA graph.
+        step_cache: below which distance a forward skips pieces, see :mod:`.step_cache`.
         timeout: seconds for which a rank may say nothing.
         store: file by which ranks find each other; none: the launcher's environment.
         local_world: how many ranks are on this machine.
@@ -61,6 +62,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     variant: str | None = None
     lora: dict[str, float | None] = {}
     graph: bool = False
+    step_cache: float | None = None
     timeout: float = 60.0
     store: str | None = None
     local_world: int = 1
@@ -80,6 +82,7 @@ class Report(msgspec.Struct, kw_only=True):
         apart: every rank's relative error against rank 0.
         torch: TensorRT's relative error against the stored program run by torch, where it is.
         collectives: share of a forward's time, where it was measured.
+        skipped: of the first forward and the others, how many skipped pieces; with a step cache.
     """
 
     rank: int
@@ -92,6 +95,7 @@ class Report(msgspec.Struct, kw_only=True):
     apart: list[float] = []
     torch: float | None = None
     collectives: float | None = None
+    skipped: int | None = None
 
 
 def run_rank(
@@ -142,10 +146,12 @@ class _Work:
         """Everything that was asked for; ``start`` is when the rank was started."""
         there = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         request, told = self.request, self.told
-        with self.opened(request.executor) as executor:
+        with self.opened(request.executor, request.step_cache) as executor:
             report = Report(rank=self.rank, executor=executor.name, device=name_of(self.device))
             report.load = time.perf_counter() - start
             outputs = self.timed(executor, there, report)
+            if executor.steps is not None:
+                report.skipped = executor.steps.skipped
             if request.check:
                 told("comparing the ranks' outputs")
                 check_finite(outputs, self.rank)
@@ -165,7 +171,7 @@ class _Work:
             save_file({n: t.cpu().contiguous() for n, t in outputs.items()}, request.outputs)
         return report
 
-    def opened(self, name: str) -> Executor:
+    def opened(self, name: str, step_cache: float | None = None) -> Executor:
         """An executor of this rank; collective."""
         self.told("opening the bundle")
         return open_rank(
@@ -178,6 +184,7 @@ class _Work:
             verify=self.request.verify,
             lora=self.request.lora,
             variant=self.manifest.request.variant,
+            step_cache=step_cache,
             told=lambda what: self.told(f"loading {what}"),
         )
 

@@ -53,6 +53,7 @@ def ran(
         ("torch", _torch(reports)),
         ("dense", _dense(checked)),
         ("forward", _times(times)),
+        ("step cache", _steps(first)),
         ("LoRA", _sets(lora)),
         ("variant", variant or ""),
     ):
@@ -95,6 +96,13 @@ def _dense(checked: Mapping[str, Any] | None) -> str:
     if checked["reason"] is not None:
         return f"not compared: {checked['reason']}"
     return f"relative error {checked['error']:.1e} (bound {checked['bound']:.1e})"
+
+
+def _steps(first: Mapping[str, Any]) -> str:
+    skipped = first["skipped"]
+    if skipped is None:
+        return ""
+    return f"{plural(skipped, 'forward')} skipped the pieces between the first and the last"
 
 
 def _sets(lora: Mapping[str, float | None]) -> str:

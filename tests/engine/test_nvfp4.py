@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from cp_convert.bundle.manifest import Manifest
+from cp_convert.bundle.manifest import Manifest, Weight
 from tests.engine.plans import Plan, read_plan
 from tests.engine.test_quantized import (
     check_proof,
@@ -49,6 +50,22 @@ def check_products(manifest: Manifest, plan: Plan, count: int) -> None:
     assert len(linears.layers) == count
 
 
+def check_outside(manifest: Manifest, out: Path, count: int) -> list[Weight]:
+    """Codes and scales of their blocks, side by side; the engine has neither."""
+    scales = {w.name: w for w in manifest.weights if w.dtype == "float8_e4m3fn"}
+    codes = [w for w in manifest.weights if w.dtype == "uint8"]
+    assert len(codes) == len(scales) == count
+    engine = (out / manifest.engines[0].file).read_bytes()
+    for one in codes:
+        own = scales[f"{one.name}_scale"]
+        assert own.shape == [one.shape[0], one.shape[1] // 8]
+        assert Path(own.file).name == Path(one.file).name
+        numbers = (out / own.file).read_bytes()[own.offset : own.offset + own.bytes]
+        assert len(set(numbers)) > 2
+        assert numbers not in engine
+    return [*codes, *scales.values()]
+
+
 @pytest.mark.parametrize(
     ("strategy", "world", "model", "count"),
     [
@@ -66,8 +83,7 @@ def test_linear_layers_multiply_codes(
     check_products(manifest, plan, count)
     assert manifest.runs_on.compute_capabilities == ["12.0"]
     check_proof(manifest, world)
-    codes = [w for w in manifest.weights if w.dtype == "uint8"]
-    assert len(codes) == count
+    codes = check_outside(manifest, tmp_path / "out", count)
     assert {w.file for w in codes} == {"constants.safetensors"}
     if world == 2:
         check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
@@ -75,7 +91,7 @@ def test_linear_layers_multiply_codes(
 
 @pytest.mark.parametrize("rank", [0, pytest.param(8, marks=SLOW)])
 def test_a_quantized_checkpoint_is_multiplied_as_it_is(rank: int, tmp_path: Path) -> None:
-    """Codes stay in the user's file; with a low rank beside, that is two products of numbers."""
+    """Codes and scales stay in the user's file; a low rank beside is two products of numbers."""
     weights = checkpoint(
         tmp_path / "weights",
         lambda module, layers: in_nvfp4(module, layers, rank),
@@ -86,12 +102,11 @@ def test_a_quantized_checkpoint_is_multiplied_as_it_is(rank: int, tmp_path: Path
     assert plan.sent("all_to_all").count("int8") == 2
     assert (Counter(plan.products())["bf16", "bf16"] > 17) == bool(rank)
     check_proof(manifest)
-    codes = [w for w in manifest.weights if w.dtype == "uint8"]
+    codes = check_outside(manifest, tmp_path / "out", 17)
     assert {w.file for w in codes} == {str((weights / FILE).resolve())}
     raw, stored = (weights / FILE).read_bytes(), load_file(weights / FILE)
-    assert len(codes) == 17
     for one in codes:
-        own = stored[one.name].numpy().tobytes()
+        own = stored[one.name].view(torch.uint8).numpy().tobytes()
         assert raw[one.offset : one.offset + one.bytes] == own
     assert manifest.quantization is not None
     assert manifest.quantization.linears is not None
@@ -143,8 +158,7 @@ def test_a_single_file_in_another_order(
         assert manifest.quantization.linears is not None
         assert manifest.quantization.linears.products == {"bf16": 30}
         assert max(e.max for e in manifest.proof.algebra) < 1e-5
-    codes = [w for w in manifest.weights if w.dtype == "uint8"]
-    assert len(codes) == 17
+    codes = check_outside(manifest, tmp_path / "out", 17)
     assert {w.file for w in codes} == {"weights.safetensors"}
 
 

@@ -22,7 +22,7 @@ from cp_convert.progress import Progress
 from tests.engine.test_quantized import checkpoint, single_file
 from tests.model.comfy_files import FLUX_LAYERS, original_flux, smaller_flux
 from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, FP8, smoothed
+from tests.model.fp8_files import FILE, FP8, in_nvfp4, smoothed
 from tests.model.rowwise_files import fp8r
 from tests.runtime.bundles import FLUX, _stand_ins
 
@@ -84,6 +84,8 @@ def stored(of: str, folder: Path, patch: pytest.MonkeyPatch) -> Path:
         return checkpoint(folder / "weights")
     if of == "int8":
         return checkpoint(folder / "weights", smoothed, "W8A8_SQ_PER_CHANNEL")
+    if of == "nvfp4":
+        return checkpoint(folder / "weights", lambda *of: in_nvfp4(*of, 4), "NVFP4_SVD")
     if of == "comfy":
         return single_file(folder, patch, style="comfy_quant", inputs=False)
     smaller_flux(patch, 64)
@@ -95,7 +97,7 @@ def stored(of: str, folder: Path, patch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    "of", ["modelopt", "bfl", pytest.param("int8", marks=pytest.mark.slow),
+    "of", ["modelopt", "bfl", "nvfp4", pytest.param("int8", marks=pytest.mark.slow),
            pytest.param("comfy", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_the_road_without_numbers_is_the_one_with_them(
@@ -107,7 +109,8 @@ def test_the_road_without_numbers_is_the_one_with_them(
     read, same, numbers = converted(job(tmp_path, weights, "read"))
     assert network == same
     assert plain(unread) == plain(read)
-    codes = [w for w in unread.weights if w.dtype in ("float8_e4m3fn", "int8")]
+    types = ("uint8",) if of == "nvfp4" else ("float8_e4m3fn", "int8")
+    codes = [w for w in unread.weights if w.dtype in types]
     assert len(own) == len(numbers)
     for one, other in zip(own, numbers, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))

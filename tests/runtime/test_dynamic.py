@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ from cp_convert.bundle import manifest as m
 from cp_convert.bundle.sizes import AllSizes, at_size, size_of
 from cp_convert.errors import UsageError
 from cp_convert.job import Span
+from cp_convert.lora.add import add
 from cp_convert.runtime.choice import Choice
 from cp_convert.runtime.torch_executor import SIZES, CalledSizes
+from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import FLUX, QWEN, WAN, converted
 from tests.runtime.test_tensorrt import Log, bundle, opened
 from tests.runtime.test_variants import told
@@ -30,9 +33,13 @@ SIZED = (
 )
 
 
-def check(path: Path, span: Span, strategy: str, sizes: list[int], folder: Path) -> None:
-    """Two ranks at these sizes, one after another, against the dense model."""
-    made = converted(path, folder / "out", strategy, 2, dynamic=span, weights_mode="external")
+def check(path: Path, span: Span, strategy: str, sizes: list[int], folder: Path) -> m.Manifest:
+    """Two ranks at these sizes, one after another, against the dense model; then with a LoRA set.
+
+    The set is added to the finished bundle and used as it is, at another strength and not at all.
+    """
+    out = folder / "out"
+    made = converted(path, out, strategy, 2, dynamic=span, weights_mode="external")
     assert made.dynamic is not None and set(made.dynamic.sizes) == set(span.values)
     python = SimpleNamespace(**runpy.run_path(str(path)))
     inputs = [python.example_inputs(**{span.name: n}) for n in sizes]
@@ -40,28 +47,48 @@ def check(path: Path, span: Span, strategy: str, sizes: list[int], folder: Path)
     steps: list[tuple[str, Any]] = [("call", one) for one in inputs]
     steps += [("call", outside), ("call", (inputs[0], inputs[1])), ("call", inputs[0])]
     model = python.build_model()
-    with torch.no_grad():
-        wanted = [model(**one) for one in (*inputs, inputs[0])]
-        wanted = [one[0] if isinstance(one, tuple) else one for one in wanted]
-        wanted = [one.sample if hasattr(one, "sample") else one for one in wanted]
+    wanted = [_outputs(model, one) for one in (*inputs, inputs[0])]
+    own = factors(linears(model, lambda name: True), 1)
+    add(out, diffusers_names(own, folder / "style.safetensors"), scale=0.4)
+    for asked, strength in (("style", 0.4), ({"style": -0.2}, -0.2), (None, 0.0)):
+        changed = fused(copy.deepcopy(model), [(own, strength)])
+        steps += [("lora", asked), *(("call", one) for one in inputs[:3])]
+        wanted += [_outputs(changed, one) for one in inputs[:3]]
     names = [f"{span.name}-{n}" for n in sizes]
-    for found in told(folder / "out", steps, folder / "ranks"):
-        refused, different = found[len(sizes)], found[len(sizes) + 1]
+    for rank in told(out, steps, folder / "ranks"):
+        refused, different = rank[len(sizes)], rank[len(sizes) + 1]
         assert f"the nearest size is {span.last}" in refused
         assert f"the variant {names[1]}, and rank 0 of {names[0]}" in different
-        for own, want in zip([*found[: len(sizes)], found[-1]], wanted, strict=True):
-            own, want = own.reshape(want.shape), want
-            assert (own - want).abs().max() <= 1e-5 * want.abs().max()
+        found = [*rank[: len(sizes)], *rank[len(sizes) + 2 :]]
+        for one, want in zip(found, wanted, strict=True):
+            assert (one.reshape(want.shape) - want).abs().max() <= 1e-5 * want.abs().max()
+        for plain, changed in zip(wanted[:3], wanted[len(sizes) + 1 :][:3], strict=True):
+            assert (changed - plain).abs().max() > 1e-2 * plain.abs().max()  # the set matters
+        assert all(map(torch.equal, found[:3], found[-3:]))  # and leaves nothing behind
+    return made
+
+
+@torch.no_grad()
+def _outputs(model: torch.nn.Module, given: dict[str, Any]) -> torch.Tensor:
+    found = model(**given)
+    found = found[0] if isinstance(found, tuple) else found
+    return found.sample if hasattr(found, "sample") else found
 
 
 def test_sizes_are_switched(model_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Ends, sizes that nothing was lifted from, and back; then one that is too large."""
+    """Ends, sizes that nothing was lifted from, and back; then one that is too large.
+
+    One weight is computed from another when the bundle is made, and follows a LoRA set.
+    """
     path = model_file(
         *SIZED,
+        ("self.qkv(self.enter(x))",
+         "functional.linear(self.enter(x), self.qkv.weight.roll(64, 0), self.qkv.bias)"),
         ("return self.leave(mixed.transpose(1, 2).flatten(2))",
          "return (self.leave(mixed.transpose(1, 2).flatten(2)),)"),
     )  # fmt: skip
-    check(path, Span("tokens", 13, 64), "ulysses", [13, 64, 30, 41, 13, 32], tmp_path)
+    made = check(path, Span("tokens", 13, 64), "ulysses", [13, 64, 30, 41, 13, 32], tmp_path)
+    assert [one.name for one in made.weights if one.name.startswith("constants.")]
 
 
 def test_the_stand_in_takes_every_size(model_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The reference is First Block Cache's rule, written here around the dense model o
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Callable
 from functools import cache
@@ -53,6 +54,7 @@ CASES = {
     ),
 }  # fmt: skip
 Made = Callable[[str], Path]
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,16 @@ def test_without_a_threshold_nothing_is_skipped(
         assert all(apart(value, want) <= 1e-5 for value, _ in found)
 
 
+def test_the_command_line_times_what_is_left(made: Made, run: Run) -> None:
+    """The same inputs again are as near as can be, and what is skipped would be the same."""
+    asked = ("run", made("flux"), "--devices", "cpu", "--repeat", 2, "--step-cache", 0.05)
+    code, said, error = run(*asked, "--json")
+    assert code == 0, error
+    told = json.loads(said)
+    assert [one["skipped"] for one in told["ranks"]] == [2, 2]
+    assert told["check"]["error"] <= 1e-5
+
+
 def opened_otherwise(rank: int, out: Path) -> None:
     dist.init_process_group("gloo")
     runtime.open(out, executor="torch", device="cpu", step_cache=(0.1, None)[rank])
@@ -232,13 +244,15 @@ def test_what_the_manifest_tells(made: Made) -> None:
     ],
 )
 def test_a_bundle_of_which_nothing_can_be_skipped(
-    tmp_path: Path, options: dict[str, Any], threshold: float, words: str
+    run: Run, tmp_path: Path, options: dict[str, Any], threshold: float, words: str
 ) -> None:
     (tmp_path / "model.py").write_text(MODEL_FILE)
     converted(tmp_path / "model.py", tmp_path / "out", "ulysses", 1, **options)
     with pytest.raises(UsageError, match=words) as caught:
         runtime.open(tmp_path / "out", executor="torch", device="cpu", step_cache=threshold)
     assert "--split-after FIRST_BLOCK" in (caught.value.hint or "")
+    code, _, said = run("run", tmp_path / "out", "--step-cache", threshold, "--devices", "cpu")
+    assert code == 2 and "--step-cache: " in said and words in " ".join(said.split())
     with runtime.open(tmp_path / "out", executor="torch", device="cpu") as opened, torch.no_grad():
         module = SimpleNamespace(**runpy.run_path(str(tmp_path / "model.py")))
         given = module.example_inputs()
