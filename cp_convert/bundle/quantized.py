@@ -48,7 +48,7 @@ class Layer(Struct, frozen=True):
 
 
 class Kept(Struct, frozen=True):
-    """A linear layer that is left in the precision, if only its product.
+    """A linear layer, or an attention, that is left in the precision, if only its product.
 
     Where ``reason`` begins with "only its weight is codes", that stays so.
     """
@@ -69,6 +69,36 @@ class Linears(Struct, frozen=True):
     kept: list[Kept]
     sets: Count
     products: dict[str, Count] = msgspec.field(default_factory=dict)
+
+
+class Attention(Struct, frozen=True):
+    """An attention over FP8 codes, and the scales: what a code of 1 stands for.
+
+    Probabilities become codes as well, of which 448 stands for one. ``loss`` is its own, as a
+    linear layer's. ``given``: ``both`` where the scales are the checkpoint's, ``none`` where they
+    come from inputs.
+    """
+
+    module: str
+    query_scale: float
+    key_scale: float
+    value_scale: float
+    loss: float | None
+    given: Literal["both", "none"] = "none"
+
+
+class Attentions(Struct, frozen=True):
+    """What attentions are computed with; ``kept`` are those in the precision.
+
+    ``products`` counts all of them by the type that they multiply; of ``sets``, see
+    :class:`Linears`.
+    """
+
+    codes: Literal["fp8"]
+    layers: list[Attention]
+    kept: list[Kept]
+    sets: Count
+    products: dict[str, Count]
 
 
 class Codes(Struct, frozen=True):
@@ -97,3 +127,4 @@ class Quantization(Struct, frozen=True):
     linears: Linears | None
     codes: Codes | None
     loss: Error | None
+    attentions: Attentions | None = None

@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ProofFailed
-from ..ir import nvfp4
+from ..ir import attention8, nvfp4
+from ..ir.ops import ATTENTION
 from ..ir.program import Executable
 from ..ir.proof import FLOOR, Codes, Error
 from ..ir.quantize import (
+    FP8,
     QUANTIZE,
     QUANTIZE_DEQUANTIZE,
     from_codes,
@@ -65,6 +67,8 @@ class Unrounded(TorchDispatchMode):
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             both = nvfp4.ratios(*args[:2], rounded=False)
             return nvfp4.times_blocks(*both, args[1], _type_of(args, 2))
+        if func is ATTENTION:
+            return attention8.attention(*args, **(kwargs or {}), codes=scaled)
         return func(*args, **(kwargs or {}))
 
 
@@ -111,7 +115,12 @@ class Nudged(TorchDispatchMode):
             return from_codes(self._codes(*args[:3]), args[1], _type_of(args))
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             return nvfp4.times_blocks(*self._blocks(*args[:2]), args[1], _type_of(args, 2))
+        if func is ATTENTION:
+            return attention8.attention(*args, **(kwargs or {}), codes=self._fp8)
         return func(*args, **(kwargs or {}))
+
+    def _fp8(self, x: Tensor, scale: float) -> Tensor:
+        return self._codes(x, scale, FP8)
 
     def _codes(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         ratio = scaled(x, scale)
