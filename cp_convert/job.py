@@ -168,7 +168,7 @@ class Job(Asked):
         self._check_attention()
         if self.quantize is None:
             for option, given in (("keep", self.keep), ("calibration", self.calibration)):
-                if given:
+                if given and self.attention != ATTENTION_FP8:
                     raise UsageError(f"--{option}: it goes with --quantize.")
             return
         _one_of("quantize", self.quantize, QUANTIZED)
@@ -210,7 +210,7 @@ class Job(Asked):
             return
         if not 0 < self.max_loss < 1:
             raise UsageError(f"--max-loss {self.max_loss}: a relative loss lies between 0 and 1.")
-        if self.exchange is None and self.quantize is None:
+        if self.exchange is None and self.quantize is None and self.attention is None:
             raise UsageError(
                 "--max-loss: nothing is quantized that could lose anything.",
                 hint="it goes with --exchange and --quantize.",

@@ -296,6 +296,7 @@ def _attention(outcome: Outcome) -> m.Attention:
         rewritten=outcome.kept is None,
         reason=outcome.kept,
         way=outcome.way,
+        codes=None if outcome.site.steps is None else "fp8",
         padded_heads=heads - site.heads,
         padded_queries=slots - site.global_queries,
         padded_keys=0 if keys is None else keys.padding,

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
+from ..ir.attention8 import Steps
 from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
+from .attended import asked, without_steps
+from .attended import told as told_of_attention
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
@@ -58,7 +61,7 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         CannotShard: ``--plan model``, and there is none.
         UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
-    located, coded = _located(job) if allocate else ({}, {})
+    located, coded, steps = _located(job) if allocate else ({}, {}, {})
     given = _given(job, allocate, located, coded)
     live = _live(given, job)
     precision = job.precision or _usual(job, _ranks(given), located)
@@ -68,6 +71,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     external = allocate and _is_external(job, size)
     filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
     filled = live.fill(filled, given.module) if allocate else filled
+    stored = {**steps, **live.steps}
+    attentions = asked(job, coded or live.coded, stored) if allocate else {}
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -83,7 +88,13 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         located=filled.located,
         casts=filled.casts,
         codes=filled.codes,
-        told=(*_entered(job), *filled.told, *told(job, coded or live.coded)),
+        attentions=attentions,
+        told=(
+            *_entered(job),
+            *filled.told,
+            *told(job, coded or live.coded),
+            *told_of_attention(job, stored, attentions),
+        ),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -184,13 +195,14 @@ def _usual(job: Job, modules: Collection[nn.Module], located: Mapping[str, Locat
     return usual_precision(known, modules, stored, job.compute_capabilities)
 
 
-def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
-    """Where the files hold the model's tensors, and which are stored as codes."""
+def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded], dict[str, Steps]]:
+    """Where the files hold the model's tensors, which are codes, and the scales of attention."""
     if job.weights is None:
-        return {}, {}
-    located, coded = without_scales(locate(_folder(job)), _folder(job))
+        return {}, {}, {}
+    stored, steps = without_steps(locate(_folder(job)))
+    located, coded = without_scales(stored, _folder(job))
     check_codes(job, coded)
-    return located, coded
+    return located, coded, steps
 
 
 def _folder(job: Job) -> Path:
