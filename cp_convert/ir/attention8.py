@@ -17,6 +17,7 @@ taken where the attention is computed, after every exchange.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -32,13 +33,20 @@ OF_PROBABILITIES: Final = 1 / LARGEST[FP8]
 _SCORES: Final = 1 << 24
 """How many scores are held at once, at least those of one head."""
 
-Coding = Callable[[Tensor, float], Tensor]
-"""From numbers and a step to codes, which :mod:`..prove.quantizers` replaces."""
+
+class Coding:
+    """How numbers become codes; :mod:`..prove.quantizers` has others."""
+
+    def codes(self, x: Tensor, step: float) -> Tensor:
+        """FP8 codes of ``x``."""
+        return to_codes(scaled(x, step), FP8)
+
+    def shares(self, scores: Tensor, softmax: Callable[[Tensor], Tensor], step: float) -> Tensor:
+        """FP8 codes of the probabilities that ``softmax`` makes of scores."""
+        return self.codes(softmax(scores), step)
 
 
-def coded(x: Tensor, step: float) -> Tensor:
-    """FP8 codes of ``x``."""
-    return to_codes(scaled(x, step), FP8)
+_EXACT: Final = Coding()
 
 
 def attention(
@@ -52,7 +60,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     steps: list[float] | None = None,
-    codes: Coding = coded,
+    coding: Coding = _EXACT,
 ) -> Tensor:
     """``cp::attention``, with the arguments of its schema.
 
@@ -66,7 +74,7 @@ def attention(
         scale: of scores; ``None``: ``1 / sqrt(D)``.
         enable_gqa: whether a key head serves several query heads.
         steps: see :data:`Steps`; ``None``: nothing is quantized.
-        codes: how numbers become codes.
+        coding: how numbers become codes.
     """
     if not steps:
         return functional.scaled_dot_product_attention(
@@ -74,11 +82,11 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     (of_q, of_k, of_v), dtype = steps, query.dtype
-    q = from_codes(codes(query, of_q), of_q * scale, dtype)
-    k = from_codes(codes(key, of_k), of_k, dtype)
-    v = from_codes(codes(value, of_v), of_v, dtype)
+    q = from_codes(coding.codes(query, of_q), of_q * scale, dtype)
+    k = from_codes(coding.codes(key, of_k), of_k, dtype)
+    v = from_codes(coding.codes(value, of_v), of_v, dtype)
     of_p = float(rounded(OF_PROBABILITIES, dtype))
-    return with_coded_shares(q, k, v, attn_mask, of_p, causal=is_causal, codes=codes).to(dtype)
+    return with_coded_shares(q, k, v, attn_mask, of_p, causal=is_causal, coding=coding).to(dtype)
 
 
 def with_coded_shares(
@@ -89,7 +97,7 @@ def with_coded_shares(
     step: float,
     *,
     causal: bool = False,
-    codes: Coding = coded,
+    coding: Coding = _EXACT,
 ) -> Tensor:
     """``step * codes(softmax(q k^T + mask) / step) v`` in float32, some heads at a time.
 
@@ -100,7 +108,7 @@ def with_coded_shares(
         mask: as in :func:`attention`.
         step: what a code of 1 stands for, of probabilities.
         causal: as in :func:`attention`.
-        codes: how numbers become codes.
+        coding: how numbers become codes.
     """
     heads, ratio = q.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.float().repeat_interleave(ratio, 1) for x in (k, v))
@@ -110,10 +118,9 @@ def with_coded_shares(
     for start in range(0, heads, count):
         some = slice(start, start + count)
         scores = q[:, some].float() @ k[:, some].transpose(-1, -2)
-        if mask is not None:
-            scores = _masked(scores, mask[:, some] if mask.shape[1] > 1 else mask)
-        shares = torch.ops.aten._safe_softmax(scores, -1)
-        found.append(from_codes(codes(shares, step), step, torch.float32) @ v[:, some])
+        own = mask if mask is None or mask.shape[1] == 1 else mask[:, some]
+        codes = coding.shares(scores, partial(_softmax, mask=own), step)
+        found.append(from_codes(codes, step, torch.float32) @ v[:, some])
     return torch.cat(found, 1)
 
 
@@ -126,10 +133,13 @@ def _whole(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[(None,) * (4 - mask.dim())]
 
 
-def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.float()
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask.float()
+    shares: Tensor = torch.ops.aten._safe_softmax(scores, -1)
+    return shares
 
 
 def steps_of(given: Any) -> Steps | None:

@@ -59,7 +59,8 @@ def by_torch(program: Lowered, *, products: bool, fused: bool = False) -> Lowere
     graph, state = copied(program.graph_module.graph), dict(program.state)
     write = _Codes(graph, state)
     for node in graph.find_nodes(op="call_function", target=ATTENTION) if fused else ():
-        _attend(node, write)
+        if node.kwargs.get("steps"):
+            _attend(node, write)
     if not any(node.target in _WRITERS for node in graph.nodes):
         return program
     if products:
