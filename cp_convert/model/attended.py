@@ -7,13 +7,14 @@ a code of 1 stands for of its queries, keys and values. Layout, of an attention 
     x.softmax_quantizer._amax       F32 []   left out: our probabilities are measured by one
     x.bmm2_output_quantizer._amax   F32 []   left out: what attention gives is not rounded
 
-What a job makes of them is :func:`asked`.
+What a job makes of them is :func:`attending`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from ..errors import UsageError, WeightsError
@@ -24,6 +25,7 @@ from ..job import ATTENTION_FP8, PRECISION, Job
 from .coded import KINDS, Coded, scale_at
 from .formats import FLOAT8, kind_of
 from .names import inside
+from .weights import Filled
 
 _SUFFIX: Final = "_quantizer._amax"
 _NAME: Final = re.compile(r"(.+)\.(?:([qkv])_bmm|softmax|bmm2_output)_quantizer\._amax")
@@ -71,15 +73,25 @@ def _steps(path: str, own: Mapping[str, str], stored: Mapping[str, Location]) ->
     return q, k, v
 
 
-def asked(job: Job, coded: Mapping[str, Coded], steps: Mapping[str, Steps]) -> dict[str, Steps]:
-    """Those of ``steps`` that the job wants: all, or none.
+def attending(
+    filled: Filled, job: Job, coded: Mapping[str, Coded], steps: Mapping[str, Steps]
+) -> Filled:
+    """``filled`` with the scales of attention, where the job wants them.
+
+    Args:
+        filled: what was done for the parameters.
+        job: whose model it is.
+        coded: weights that are codes, by name.
+        steps: that came with them.
 
     Raises:
         UsageError: the job wants FP8 attention beside other linear layers.
     """
     kind = KINDS[kind_of(coded)] if coded else None
     if job.attention == PRECISION or FLOAT8 in job.allow_cast:
-        return {}
+        why = "--attention precision" if job.attention == PRECISION else "--allow-cast float8"
+        told = f"scales of {len(steps)} attentions left out ({why}): they compute in the precision"
+        return replace(filled, told=(*filled.told, told)) if steps else filled
     if job.attention == ATTENTION_FP8 and job.quantize is None and kind != "FP8":
         theirs = "in the precision" if kind is None else kind
         raise UsageError(
@@ -93,12 +105,4 @@ def asked(job: Job, coded: Mapping[str, Coded], steps: Mapping[str, Steps]) -> d
             f"layers are {kind or 'not quantized'}: FP8 attention goes with FP8 linear layers.",
             hint="--attention precision leaves these scales out.",
         )
-    return dict(steps)
-
-
-def told(job: Job, stored: Mapping[str, Steps], taken: Mapping[str, Steps]) -> tuple[str, ...]:
-    """What a person should know of them, and the manifest keeps."""
-    if len(stored) == len(taken):
-        return ()
-    why = "--attention precision" if job.attention == PRECISION else "--allow-cast float8"
-    return (f"scales of {len(stored)} attentions left out ({why}): they compute in the precision",)
+    return replace(filled, attentions=dict(steps))

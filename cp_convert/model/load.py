@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
-from .attended import asked, without_steps
-from .attended import told as told_of_attention
+from .attended import attending, without_steps
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
@@ -65,14 +65,11 @@ def load(job: Job, *, allocate: bool = True) -> Source:
     given = _given(job, allocate, located, coded)
     live = _live(given, job)
     precision = job.precision or _usual(job, _ranks(given), located)
-    dtype = DTYPES[precision]
-    ties = _cast(given, job, dtype)
+    ties = _cast(given, job, dtype := DTYPES[precision])
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
     filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
-    filled = live.fill(filled, given.module) if allocate else filled
-    stored = {**steps, **live.steps}
-    attentions = asked(job, coded or live.coded, stored) if allocate else {}
+    filled = _with_scales(filled, given, job, live, coded, steps) if allocate else filled
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -88,13 +85,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         located=filled.located,
         casts=filled.casts,
         codes=filled.codes,
-        attentions=attentions,
-        told=(
-            *_entered(job),
-            *filled.told,
-            *told(job, coded or live.coded),
-            *told_of_attention(job, stored, attentions),
-        ),
+        attentions=filled.attentions,
+        told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -109,6 +101,20 @@ def _live(given: Given, job: Job) -> Live:
     live = taken_off(given.module, job, alone=not given.peers)
     check_codes(job, live.coded)
     return live
+
+
+def _with_scales(
+    filled: Filled,
+    given: Given,
+    job: Job,
+    live: Live,
+    coded: Mapping[str, Coded],
+    steps: Mapping[str, Steps],
+) -> Filled:
+    """The same with what ``build_model()`` has quantized, and with scales of attention."""
+    filled, coded = live.fill(filled, given.module), coded or live.coded
+    filled = replace(filled, told=(*filled.told, *told(job, coded)))
+    return attending(filled, job, coded, {**steps, **live.steps})
 
 
 def _bare(given: Given) -> Filled:

@@ -293,9 +293,9 @@ def test_attention_over_codes(tmp_path: Path) -> None:
     without = loaded(tmp_path, stand_in(change=ATTENDED), attention="precision")
     assert without.attentions == {}
     assert "scales of 1 attentions left out (--attention precision)" in without.told[-1]
+    others = stand_in("8", ATTENDED + "    one.num_bits = 8\n")
     with pytest.raises(ConvertError, match="q_bmm_quantizer quantizes attention to other codes"):
-        change = ATTENDED + "    one.num_bits = 8\n"
-        loaded(tmp_path, stand_in("8", change))
+        loaded(tmp_path, others)
 
 
 @pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
