@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from torch import fx
 from .capture import attention8, linear8, products8
 from .ir.attention8 import Steps
 from .ir.attentions8 import Attention8, Attentions
-from .ir.linear8 import Kept, Layer, Linears, Scales
+from .ir.linear8 import Kept, Kind, Layer, Linears, Scales
 from .ir.nvfp4 import PAIRS
 from .ir.program import Lowered, module_path
 from .ir.quantize import FP8, INT8
@@ -23,8 +23,8 @@ from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import attention_losses, largest_of, losses, sets_of
 
-_TYPES: Final[Mapping[str, torch.dtype]] = {"nvfp4": PAIRS, "int8": INT8, "fp8": FP8}
-"""Of codes; no checkpoint has several."""
+_TYPES: Final[Mapping[Kind, torch.dtype]] = {"nvfp4": PAIRS, "int8": INT8, "fp8": FP8}
+"""Of codes."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,7 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         every = list(sets_of(dense, example, job.calibration)) if wanted else []
         largest = largest_of(dense, wanted, every, device) if wanted else {}
         given: products8.Given = (
-            products8.Stored(codes, largest)
-            if codes
-            else products8.Measured(largest, _TYPES[job.quantize or "fp8"])
+            products8.Stored(codes, largest) if codes else products8.Measured(largest, _asked(job))
         )
         program, scales = products8.quantized(dense, linears.nodes, given, codes)
         steps = _steps(attentions, source.attentions, largest)
@@ -68,12 +66,17 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         lost |= attention_losses(dense, steps, example, device) if steps and not unread else {}
     layers = tuple(_layer(n, scales[n.name], lost.get(n.name), codes) for n in linears.nodes)
     types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
-    own: Any = next(name for name, dtype in _TYPES.items() if dtype in types)
+    kinds = tuple(kind for kind in _TYPES if _TYPES[kind] in types)
     weights = {} if codes else linear8.weights_of(linears.nodes, names)
     sets = len(every) if linears.lacking else 0
-    told = Linears(dense, layers, linears.kept, weights, sets, own)
+    told = Linears(dense, layers, linears.kept, weights, sets, kinds)
     eight = _told(attentions, steps, lost, len(every))
     return replace(captured, dense=program, linears=told, attentions=eight)
+
+
+def _asked(job: Job) -> torch.dtype:
+    """The type of codes that the job asks for."""
+    return next((dtype for kind, dtype in _TYPES.items() if kind == job.quantize), FP8)
 
 
 def _linears(dense: Lowered, codes: Mapping[str, Codes], job: Job) -> _Chosen:
@@ -82,7 +85,7 @@ def _linears(dense: Lowered, codes: Mapping[str, Codes], job: Job) -> _Chosen:
         chosen, kept = linear8.stored_layers(dense, codes, measured=measured, keep=job.keep)
         lacking = [n for n in chosen if not codes[str(n.args[1])].is_multiplied]
     else:
-        chosen, kept = linear8.choose(dense, job.keep, _TYPES[job.quantize or "fp8"])
+        chosen, kept = linear8.choose(dense, job.keep, _asked(job))
         lacking = chosen
     return _Chosen(chosen, kept, lacking, frozenset(str(n.args[0]) for n in lacking))
 
@@ -125,6 +128,7 @@ def _layer(node: fx.Node, own: Codes, loss: float | None, codes: Mapping[str, Co
     """What is told of a layer; ``codes`` are those of the checkpoint, by placeholder."""
     stored = codes.get(str(node.args[1]))
     given: Scales = "none" if stored is None else "both" if stored.is_multiplied else "weight"
+    (kind,) = (kind for kind in _TYPES if _TYPES[kind] == own.codes.dtype)
     return Layer(
         module_path(node),
         own.input_scale,
@@ -133,4 +137,5 @@ def _layer(node: fx.Node, own: Codes, loss: float | None, codes: Mapping[str, Co
         given,
         rows=own.rows is not None,
         smooth=own.smooth is not None,
+        codes=kind,
     )

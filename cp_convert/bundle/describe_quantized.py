@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..ir.attentions8 import Attentions
 from ..ir.linear8 import Linears
 from ..ir.proof import Error
@@ -36,9 +38,10 @@ def quantization(made: Made) -> q.Quantization | None:
 
 
 def _linears(linears: Linears, precision: str) -> q.Linears:
-    products = {linears.codes: len(linears.layers), precision: len(linears.kept)}
+    products = Counter[str](one.codes for one in linears.layers)
+    products[precision] += len(linears.kept)
     return q.Linears(
-        codes=linears.codes,
+        codes=linears.kinds[0] if len(linears.kinds) == 1 else "mixed",
         layers=[
             q.Layer(
                 module=one.module,
@@ -48,6 +51,7 @@ def _linears(linears: Linears, precision: str) -> q.Linears:
                 given=one.given,
                 rows=one.rows,
                 smooth=one.smooth,
+                codes=one.codes,
             )
             for one in linears.layers
         ],

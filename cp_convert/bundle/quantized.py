@@ -35,7 +35,8 @@ class Layer(Struct, frozen=True):
     ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
     ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
     ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before. In
-    NVFP4 each block of 16 numbers has a scale as well, by which these are multiplied.
+    NVFP4 each block of 16 numbers has a scale as well, by which these are multiplied. ``codes`` are
+    those of the bundle's layers where it is null, as in bundles of an earlier version.
     """
 
     module: str
@@ -45,6 +46,7 @@ class Layer(Struct, frozen=True):
     given: Literal["both", "weight", "none"] = "none"
     rows: bool = False
     smooth: bool = False
+    codes: Literal["fp8", "int8", "nvfp4"] | None = None
 
 
 class Kept(Struct, frozen=True):
@@ -64,7 +66,7 @@ class Linears(Struct, frozen=True):
     ``products`` counts all linear layers by the type that they multiply.
     """
 
-    codes: Literal["fp8", "int8", "nvfp4"]
+    codes: Literal["fp8", "int8", "nvfp4", "mixed"]
     layers: list[Layer]
     kept: list[Kept]
     sets: Count

@@ -130,8 +130,7 @@ def stored_layers(
     """
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
     _check_readers(program, nodes, codes)
-    dtype = next((one.codes.dtype for one in codes.values()), FP8)
-    reasons, kept = _reasons(program, nodes, keep, dtype), dict[fx.Node, str]()
+    reasons, kept = _reasons(program, nodes, keep, FP8), dict[fx.Node, str]()
     for node in nodes:
         own = codes.get(str(node.args[1]))
         if own is None:

@@ -25,6 +25,7 @@ class Layer:
         given: which of the two scales are the checkpoint's.
         rows: whether each row of the weight has a scale, of which ``weight_scale`` is the largest.
         smooth: whether the input's columns are multiplied by the checkpoint's factors before.
+        codes: their type.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Layer:
     given: Scales = "none"
     rows: bool = False
     smooth: bool = False
+    codes: Kind = "fp8"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Linears:
         layers, kept: what became of each linear layer.
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
         sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
-        codes: their type.
+        kinds: types of codes, of weights that are not multiplied among them.
     """
 
     before: Lowered
@@ -61,4 +63,4 @@ class Linears:
     kept: tuple[Kept, ...]
     weights: Mapping[str, str]
     sets: int
-    codes: Kind
+    kinds: tuple[Kind, ...]

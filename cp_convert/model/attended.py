@@ -22,8 +22,8 @@ from ..ir.attention8 import Steps
 from ..ir.quantize import FP8, LARGEST
 from ..ir.tensors import Location
 from ..job import ATTENTION_FP8, PRECISION, Job
-from .coded import KINDS, Coded, scale_at
-from .formats import FLOAT8, kind_of
+from .coded import Coded, scale_at
+from .formats import FLOAT8, kinds_of
 from .names import inside
 from .weights import Filled
 
@@ -87,7 +87,7 @@ def attending(
     Raises:
         UsageError: the job wants FP8 attention beside other linear layers.
     """
-    kind = KINDS[kind_of(coded)] if coded else None
+    kind = " and ".join(kinds_of(coded)) or None
     if job.attention == PRECISION or FLOAT8 in job.allow_cast:
         why = "--attention precision" if job.attention == PRECISION else "--allow-cast float8"
         told = f"scales of {len(steps)} attentions left out ({why}): they compute in the precision"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..bundle.manifest import Manifest
 from ..bundle.quantized import Attentions, Linears
 from .words import plural
@@ -31,7 +33,8 @@ def quantized_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _linears(told: Linears) -> str:
     alone = sum(one.reason.startswith("only its weight") for one in told.kept)
-    what = f"{len(told.layers)} linear layers in {told.codes.upper()}"
+    counts = Counter(one.codes or told.codes for one in told.layers) or {told.codes: 0}
+    what = " and ".join(f"{n} linear layers in {kind.upper()}" for kind, n in counts.items())
     what += f", {len(told.kept) - alone} left as they are"
     if alone:
         what += f", {alone} that read codes and multiply in the precision"
