@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from cp_convert.backends import BACKENDS
 from cp_convert.capture import attention8
@@ -15,9 +16,10 @@ from cp_convert.capture.trace import trace
 from cp_convert.engine.build import build, prepare
 from cp_convert.engine.lower import lower
 from cp_convert.engine.specialise import specialise
+from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies.rewrite import rewrite
-from tests.conftest import TINY_PLAN, axis_of, strategy, table, tiny
+from tests.conftest import TINY_PLAN, axis_of, networks_of, sharpened, strategy, table, tiny
 from tests.engine.plans import Plan, read_plan
 from tests.engine.test_quantized import check_proof, check_run, converted, dense_of
 from tests.engine.test_quantized_models import FLUX2, layers_of
@@ -66,6 +68,62 @@ def test_what_would_not_be_fused_is_left_alone(tmp_path: Path) -> None:
     """Few keys; the others are codes all the same."""
     plan = built("ulysses", 2, tmp_path / "engine", torch.float16, text=31)
     assert sorted(plan.attentions()) == [(FP8, FP8, FP8), ("half", "half", "half")]
+
+
+class Kinds(nn.Module):
+    """An attention with a mask of booleans, one of numbers, one in order, and one of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ModuleList(nn.Linear(8, 3 * 128) for _ in range(4))
+        self.leave = nn.Linear(4 * 128, 8)
+
+    def forward(self, x: Tensor, seen: Tensor, added: Tensor) -> Tensor:
+        given: list[dict[str, Any]] = [
+            {"attn_mask": seen},
+            {"attn_mask": added},
+            {"is_causal": True},
+            {"enable_gqa": True},
+        ]
+        found = []
+        for layer, more in zip(self.qkv, given, strict=True):
+            q, k, v = layer(x).unflatten(-1, (3, 4, 32)).permute(2, 0, 3, 1, 4)
+            k, v = (one[:, :2] if "enable_gqa" in more else one for one in (k, v))
+            mixed = functional.scaled_dot_product_attention(q, k, v, **more)
+            found.append(mixed.transpose(1, 2).flatten(2))
+        return self.leave(torch.cat(found, -1))
+
+
+def test_masks_order_and_groups(tmp_path: Path) -> None:
+    """Each in the engine, and each in the network what it is in the program."""
+    torch.manual_seed(2)
+    seen, added = torch.rand(1, 1, 64, 64) < 0.8, torch.randn(1, 4, 64, 64)
+    inputs = {"x": torch.randn(1, 64, 8), "seen": seen, "added": added}
+    inputs = {name: x if x.dtype == torch.bool else x.bfloat16() for name, x in inputs.items()}
+    module = sharpened(Kinds()).bfloat16()
+    program, _ = trace(module, inputs, {})
+    plain = decompose(program, table())
+    nodes, kept = attention8.choose(plain)
+    assert (len(nodes), kept) == (4, ())
+    steps = {n.name: (0.01, 0.02, 0.03) for n in nodes}
+    dense, axis = attention8.over_codes(plain, steps), axis_of(1)
+    split = shard(dense, axis)
+    done, outcomes = rewrite(split, strategy("ulysses", 1), "ulysses", axis, table())
+    lowered = lower(done)
+    build(specialise(lowered, 0), 0, tmp_path / "engine", ["8.9", "12.0"])
+    found = read_plan(tmp_path / "engine").attentions()
+    assert [one.count(FP8) for one in found] == 4 * [3]
+    sites = [(o.site, o.node) for o in outcomes]
+    proof = prove(
+        measure(module, inputs),
+        inputs,
+        Stages(dense, done, done, lowered, sites, axis, dense, plain),
+    )
+    flat = flat_inputs(lowered, inputs)
+    networks = prove_networks(networks_of(lowered, 1), flat, proof, lowered)
+    assert max(e.max for e in (*proof.algebra, *networks.algebra)) < 1e-5
+    assert proof.codes is not None
+    assert all(e.within(proof.codes.bound) for e in (*proof.codes.ranks, *networks.codes))
 
 
 def test_a_single_head_multiplies_codes_all_the_same(tmp_path: Path) -> None:
