@@ -68,7 +68,7 @@ def _attentions(told: Attentions | None, precision: str) -> q.Attentions | None:
     return q.Attentions(
         codes="fp8",
         layers=[
-            q.Attention(
+            q.CodedAttention(
                 module=one.module,
                 query_scale=one.steps[0],
                 key_scale=one.steps[1],

@@ -73,7 +73,7 @@ class Linears(Struct, frozen=True):
     products: dict[str, Count] = msgspec.field(default_factory=dict)
 
 
-class Attention(Struct, frozen=True):
+class CodedAttention(Struct, frozen=True):
     """An attention over FP8 codes, and the scales: what a code of 1 stands for.
 
     Probabilities become codes as well, of which 448 stands for one. ``loss`` is its own, as a
@@ -97,7 +97,7 @@ class Attentions(Struct, frozen=True):
     """
 
     codes: Literal["fp8"]
-    layers: list[Attention]
+    layers: list[CodedAttention]
     kept: list[Kept]
     sets: Count
     products: dict[str, Count]
