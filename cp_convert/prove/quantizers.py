@@ -67,8 +67,8 @@ class Unrounded(TorchDispatchMode):
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             both = nvfp4.ratios(*args[:2], rounded=False)
             return nvfp4.times_blocks(*both, args[1], _type_of(args, 2))
-        if func is ATTENTION:
-            return attention8.attention(*args, **(kwargs or {}), coding=_Scaled())
+        if func is ATTENTION and kwargs and kwargs.get("steps"):
+            return attention8.attention(*args, **kwargs, coding=_Scaled())
         return func(*args, **(kwargs or {}))
 
 
@@ -115,8 +115,8 @@ class Nudged(TorchDispatchMode):
             return from_codes(self.coded(*args[:3]), args[1], _type_of(args))
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             return nvfp4.times_blocks(*self._blocks(*args[:2]), args[1], _type_of(args, 2))
-        if func is ATTENTION:
-            return attention8.attention(*args, **(kwargs or {}), coding=_Off(self))
+        if func is ATTENTION and kwargs and kwargs.get("steps"):
+            return attention8.attention(*args, **kwargs, coding=_Off(self))
         return func(*args, **(kwargs or {}))
 
     def coded(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
