@@ -29,7 +29,7 @@ _TYPES = {
 def quantize(ctx: ConversionContext, name: str, x: Any, scale: float, dtype: Any) -> Tensor:
     """From numbers to codes (documentation, *IQuantizeLayer*)."""
     tensor = get_trt_tensor(ctx, x, f"{name}_input")
-    layer = ctx.net.add_quantize(tensor, _scale(ctx, name, scale), _TYPES[dtype])
+    layer = ctx.net.add_quantize(tensor, scale_of(ctx, name, scale), _TYPES[dtype])
     assert layer is not None, f"TensorRT refused to quantize {tensor.shape} to {dtype}"
     layer.name = f"quantize {name}"
     return layer.get_output(0)
@@ -50,8 +50,16 @@ def quantize_dequantize(
     return _dequantized(ctx, name, codes, scale, tensor.dtype if to is None else _TYPES[to])
 
 
+def there_and_back(
+    ctx: ConversionContext, name: str, x: Tensor, scale: float, dtype: torch.dtype, back: float
+) -> Tensor:
+    """The same with another scale on the way back; in the type of ``x``."""
+    codes = quantize(ctx, name, x, scale, dtype)
+    return _dequantized(ctx, name, codes, back, x.dtype)
+
+
 def _dequantized(ctx: ConversionContext, name: str, codes: Tensor, scale: float, to: Any) -> Tensor:
-    layer = ctx.net.add_dequantize(codes, _scale(ctx, f"{name}_back", scale), to)
+    layer = ctx.net.add_dequantize(codes, scale_of(ctx, f"{name}_back", scale), to)
     assert layer is not None, f"TensorRT refused to dequantize {codes.shape} of {codes.dtype}"
     layer.name = f"dequantize {name}"
     return layer.get_output(0)
@@ -66,7 +74,7 @@ def dequantize_blocks(
     else:
         tensor = _input_of_fp4(ctx, codes)
     scales = get_trt_tensor(ctx, blocks, f"{name}_blocks")
-    return _by_blocks(ctx, name, tensor, scales, _scale(ctx, name, scale), _TYPES[dtype])
+    return _by_blocks(ctx, name, tensor, scales, scale_of(ctx, name, scale), _TYPES[dtype])
 
 
 def quantize_dequantize_blocks(
@@ -78,7 +86,7 @@ def quantize_dequantize_blocks(
     layer = ctx.net.add_dynamic_quantize(tensor, last, BLOCK, trt.fp4, trt.fp8)
     assert layer is not None, f"TensorRT refused to quantize {tensor.shape} by blocks"
     layer.name = f"quantize {name}"
-    whole = _scale(ctx, name, scale)
+    whole = scale_of(ctx, name, scale)
     layer.set_input(1, whole)
     codes, scales = layer.get_output(0), layer.get_output(1)
     return _by_blocks(ctx, name, codes, scales, whole, tensor.dtype if to is None else _TYPES[to])
@@ -108,7 +116,8 @@ def _input_of_fp4(ctx: ConversionContext, pairs: Tensor) -> Tensor:
     return ctx.net.add_input(name, trt.fp4, (*rows, 2 * columns))
 
 
-def _scale(ctx: ConversionContext, name: str, scale: float) -> Tensor:
+def scale_of(ctx: ConversionContext, name: str, scale: float) -> Tensor:
+    """One number of a whole tensor, float32."""
     constant = ctx.net.add_constant((), np.full(1, scale, np.float32))
     constant.name = f"{name}_scale"
     return constant.get_output(0)

@@ -28,6 +28,11 @@ EXCHANGES: Final = {"int8": "qkv", "int8:kv": "kv", "int8:qkvo": "qkvo"}
 """What attention may send in 8 bits: queries, keys, values and outputs, by their letters."""
 QUANTIZED: Final = ("fp8", "int8", "nvfp4")
 """Codes that linear layers may multiply."""
+ATTENTION_FP8: Final = "fp8"
+PRECISION: Final = "precision"
+ATTENTIONS: Final = (ATTENTION_FP8, PRECISION)
+"""What attention is computed with: FP8 codes of queries, keys, values and probabilities, or numbers
+of the job's precision, whatever scales a checkpoint has."""
 VARIANT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What a variant may be called: it is a folder's name."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
@@ -122,7 +127,10 @@ class Asked:
         dynamic: a range of sizes for one engine; ``None``: an engine has one.
         exchange: one of :data:`EXCHANGES`; ``None`` sends everything in the model's precision.
         quantize: one of :data:`QUANTIZED`; what linear layers multiply. ``None``: the precision.
-        keep: patterns of the paths of linear layers that are left in the precision.
+        attention: one of :data:`ATTENTIONS`; ``None``: as the checkpoint has it, which is the
+            precision where it has no scales for it.
+        keep: patterns of the paths of linear layers, and of modules that attend, that are left in
+            the precision.
         split_after: paths of modules after which the program is cut; the model is then several
             engines a rank, run one after another.
         calibration: safetensors files of inputs, whose range decides the scales beside the
@@ -173,6 +181,7 @@ class Asked:
     dynamic: Span | None = None
     exchange: str | None = None
     quantize: str | None = None
+    attention: str | None = None
     keep: tuple[str, ...] = ()
     split_after: tuple[str, ...] = ()
     calibration: tuple[Path, ...] = ()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from .asked import ALLOW_CASTS as ALLOW_CASTS
+from .asked import ATTENTION_FP8 as ATTENTION_FP8
+from .asked import ATTENTIONS as ATTENTIONS
 from .asked import AUTO as AUTO
 from .asked import BACKEND_NAMES as BACKEND_NAMES
 from .asked import DEVICES as DEVICES
@@ -17,6 +19,7 @@ from .asked import EXTERNAL_FROM as EXTERNAL_FROM
 from .asked import FUSED as FUSED
 from .asked import LAYOUTS as LAYOUTS
 from .asked import PLANS as PLANS
+from .asked import PRECISION as PRECISION
 from .asked import PRECISIONS as PRECISIONS
 from .asked import PROGRAMS as PROGRAMS
 from .asked import PROOFS as PROOFS
@@ -162,9 +165,10 @@ class Job(Asked):
                 "never proven together.",
                 hint="leave one of the two out.",
             )
+        self._check_attention()
         if self.quantize is None:
             for option, given in (("keep", self.keep), ("calibration", self.calibration)):
-                if given:
+                if given and self.attention != ATTENTION_FP8:
                     raise UsageError(f"--{option}: it goes with --quantize.")
             return
         _one_of("quantize", self.quantize, QUANTIZED)
@@ -178,6 +182,23 @@ class Job(Asked):
         for file in self.calibration:
             if not file.is_file():
                 raise UsageError(f"--calibration {file}: there is no such file.")
+
+    def _check_attention(self) -> None:
+        if self.attention is None:
+            return
+        _one_of("attention", self.attention, ATTENTIONS)
+        beside = {
+            f"--quantize {self.quantize}": self.quantize not in (None, "fp8"),
+            f"--strategy {self.strategy}": self.strategy == FUSED,
+            f"--precision {self.precision}": self.precision == "fp32",
+        }
+        for option in (option for option, given in beside.items() if given):
+            if self.attention == ATTENTION_FP8:
+                raise UsageError(
+                    f"--attention fp8 and {option}: the two do not go together.",
+                    hint="FP8 attention is for FP8 linear layers (--quantize fp8, or an FP8 "
+                    "checkpoint), in bf16 or fp16, by every strategy but fused.",
+                )
 
     def _check_errors(self) -> None:
         if self.rtol is not None and not 0 < self.rtol < 1:

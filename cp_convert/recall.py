@@ -75,7 +75,7 @@ def values_key(job: Job, source: Source) -> str | None:
         return None
     try:
         known = [sorted(source.freeze), source.external, source.sha256, _scales(source)]
-        known += [sorted(source.tp_plan.items())]
+        known += [sorted(source.tp_plan.items()), sorted(source.attentions.items())]
         return key_of([*known, *_values(source)])
     except CannotLower:  # numbers that cannot be read
         return None

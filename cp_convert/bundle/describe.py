@@ -110,7 +110,8 @@ def _targets(made: Made) -> list[str]:
     """Of the backend's own choice, those that have the types."""
     usual = made.loaded.backend.default_targets
     linears = made.captured.linears
-    old = [] if linears is None else without(linears.codes, usual)
+    kinds = () if linears is None else linears.kinds
+    old = [one for kind in kinds for one in without(kind, usual)]
     return [one for one in usual if one not in old]
 
 
@@ -296,6 +297,7 @@ def _attention(outcome: Outcome) -> m.Attention:
         rewritten=outcome.kept is None,
         reason=outcome.kept,
         way=outcome.way,
+        codes=None if outcome.site.steps is None else "fp8",
         padded_heads=heads - site.heads,
         padded_queries=slots - site.global_queries,
         padded_keys=0 if keys is None else keys.padding,

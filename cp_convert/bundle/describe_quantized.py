@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from ..ir.attentions8 import Attentions
 from ..ir.linear8 import Linears
 from ..ir.proof import Error
 from ..ir.records import Made
@@ -30,13 +33,15 @@ def quantization(made: Made) -> q.Quantization | None:
             flipped=codes.flipped,
         ),
         loss=None if codes is None else _error(codes.loss),
+        attentions=_attentions(made.captured.attentions, made.loaded.source.precision),
     )
 
 
 def _linears(linears: Linears, precision: str) -> q.Linears:
-    products = {linears.codes: len(linears.layers), precision: len(linears.kept)}
+    products = Counter[str](one.codes for one in linears.layers)
+    products[precision] += len(linears.kept)
     return q.Linears(
-        codes=linears.codes,
+        codes=linears.kinds[0] if len(linears.kinds) == 1 else "mixed",
         layers=[
             q.Layer(
                 module=one.module,
@@ -46,11 +51,35 @@ def _linears(linears: Linears, precision: str) -> q.Linears:
                 given=one.given,
                 rows=one.rows,
                 smooth=one.smooth,
+                codes=one.codes,
             )
             for one in linears.layers
         ],
         kept=[q.Kept(module=one.module, reason=one.reason) for one in linears.kept],
         sets=linears.sets,
+        products={name: count for name, count in products.items() if count},
+    )
+
+
+def _attentions(told: Attentions | None, precision: str) -> q.Attentions | None:
+    if told is None:
+        return None
+    products = {"fp8": len(told.eight), precision: len(told.kept)}
+    return q.Attentions(
+        codes="fp8",
+        layers=[
+            q.CodedAttention(
+                module=one.module,
+                query_scale=one.steps[0],
+                key_scale=one.steps[1],
+                value_scale=one.steps[2],
+                loss=one.loss,
+                given="both" if one.given == "both" else "none",
+            )
+            for one in told.eight
+        ],
+        kept=[q.Kept(module=one.module, reason=one.reason) for one in told.kept],
+        sets=told.sets,
         products={name: count for name, count in products.items() if count},
     )
 

@@ -115,7 +115,8 @@ class Attention(_Struct, frozen=True):
     are cut away before the softmax, heads are dropped again. ``padding_percent`` is what that
     adds to the attention's work. ``way`` says over which attentions the softmax is computed: one
     fused attention (``one``), several whose results are merged (``fused``), or scores written out
-    in float32 (``explicit``).
+    in float32 (``explicit``). ``codes`` are those of queries, keys, values and probabilities; null
+    where these are in the precision.
     """
 
     module: str
@@ -137,6 +138,7 @@ class Attention(_Struct, frozen=True):
     padded_queries: Count
     padded_keys: Count
     padding_percent: float
+    codes: Literal["fp8"] | None = None
 
 
 class Collective(_Struct, frozen=True):

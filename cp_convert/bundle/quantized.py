@@ -35,7 +35,8 @@ class Layer(Struct, frozen=True):
     ``given`` says which of the two scales are the checkpoint's; the others come from inputs. No
     ``input_scale``: each token has its own. ``rows``: so has each row of the weight, of which
     ``weight_scale`` is the largest. ``smooth``: columns of the input are multiplied before. In
-    NVFP4 each block of 16 numbers has a scale as well, by which these are multiplied.
+    NVFP4 each block of 16 numbers has a scale as well, by which these are multiplied. ``codes`` are
+    those of the bundle's layers where it is null, as in bundles of an earlier version.
     """
 
     module: str
@@ -45,10 +46,11 @@ class Layer(Struct, frozen=True):
     given: Literal["both", "weight", "none"] = "none"
     rows: bool = False
     smooth: bool = False
+    codes: Literal["fp8", "int8", "nvfp4"] | None = None
 
 
 class Kept(Struct, frozen=True):
-    """A linear layer that is left in the precision, if only its product.
+    """A linear layer, or an attention, that is left in the precision, if only its product.
 
     Where ``reason`` begins with "only its weight is codes", that stays so.
     """
@@ -64,11 +66,41 @@ class Linears(Struct, frozen=True):
     ``products`` counts all linear layers by the type that they multiply.
     """
 
-    codes: Literal["fp8", "int8", "nvfp4"]
+    codes: Literal["fp8", "int8", "nvfp4", "mixed"]
     layers: list[Layer]
     kept: list[Kept]
     sets: Count
     products: dict[str, Count] = msgspec.field(default_factory=dict)
+
+
+class CodedAttention(Struct, frozen=True):
+    """An attention over FP8 codes, and the scales: what a code of 1 stands for.
+
+    Probabilities become codes as well, of which 448 stands for one. ``loss`` is its own, as a
+    linear layer's. ``given``: ``both`` where the scales are the checkpoint's, ``none`` where they
+    come from inputs.
+    """
+
+    module: str
+    query_scale: float
+    key_scale: float
+    value_scale: float
+    loss: float | None
+    given: Literal["both", "none"] = "none"
+
+
+class Attentions(Struct, frozen=True):
+    """What attentions are computed with; ``kept`` are those in the precision.
+
+    ``products`` counts all of them by the type that they multiply; of ``sets``, see
+    :class:`Linears`.
+    """
+
+    codes: Literal["fp8"]
+    layers: list[CodedAttention]
+    kept: list[Kept]
+    sets: Count
+    products: dict[str, Count]
 
 
 class Codes(Struct, frozen=True):
@@ -97,3 +129,4 @@ class Quantization(Struct, frozen=True):
     linears: Linears | None
     codes: Codes | None
     loss: Error | None
+    attentions: Attentions | None = None

@@ -20,6 +20,7 @@ from torch import fx
 from ..errors import CannotConvert, UsageError
 from ..ir.linear8 import Kept
 from ..ir.nvfp4 import BLOCK, PAIRS
+from ..ir.ops import ATTENTION
 from ..ir.program import Lowered, module_path, shape
 from ..ir.quantize import FP8
 from ..ir.source import Codes
@@ -67,20 +68,22 @@ def _reasons(
     program: Lowered, nodes: Sequence[fx.Node], keep: Sequence[str], dtype: torch.dtype
 ) -> dict[fx.Node, str | None]:
     """Of every linear layer, why it is left as it is; ``None``: it need not be."""
+    attentions = program.graph_module.graph.find_nodes(op="call_function", target=ATTENTION)
     for pattern in keep:
-        if not any(fnmatchcase(module_path(node), pattern) for node in nodes):
+        if not any(fnmatchcase(module_path(node), pattern) for node in (*nodes, *attentions)):
             raise UsageError(
-                f"--keep {pattern}: there is no linear layer of such a path.",
+                f"--keep {pattern}: there is no linear layer, and no attention, of such a path.",
                 hint=f"such as {module_path(nodes[0])}." if nodes else None,
             )
-    has_blocks = any(_is_in_a_block(node) for node in nodes)
+    has_blocks = any(is_in_a_block(node) for node in nodes)
     reasons = {node: _why_kept(node, program, keep, has_blocks) for node in nodes}
     if dtype != PAIRS:
         return reasons
     return {node: _why_not_4_bits(node) if why is None else why for node, why in reasons.items()}
 
 
-def _is_in_a_block(node: fx.Node) -> bool:
+def is_in_a_block(node: fx.Node) -> bool:
+    """Whether the module that called it is in one of the repeated blocks."""
     return any(part.isdigit() for part in module_path(node).split("."))
 
 
@@ -94,7 +97,7 @@ def _why_kept(node: fx.Node, program: Lowered, keep: Sequence[str], has_blocks: 
     assert isinstance(weight, fx.Node)
     if any(fnmatchcase(path, pattern) for pattern in keep):
         return KEEP
-    if has_blocks and (not _is_in_a_block(node) or "embed" in path):
+    if has_blocks and (not is_in_a_block(node) or "embed" in path):
         return "an embedder or the output"
     if len(sizes := shape(node.args[0])) < 3 and sizes[0] < _TOKENS:
         return "modulation: it computes a vector, not tokens"
@@ -127,8 +130,7 @@ def stored_layers(
     """
     nodes = list(program.graph_module.graph.find_nodes(op="call_function", target=LINEAR))
     _check_readers(program, nodes, codes)
-    dtype = next((one.codes.dtype for one in codes.values()), FP8)
-    reasons, kept = _reasons(program, nodes, keep, dtype), dict[fx.Node, str]()
+    reasons, kept = _reasons(program, nodes, keep, FP8), dict[fx.Node, str]()
     for node in nodes:
         own = codes.get(str(node.args[1]))
         if own is None:

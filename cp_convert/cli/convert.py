@@ -18,6 +18,7 @@ from ..cache.store import default_folder
 from ..errors import UsageError
 from ..job import (
     ALLOW_CASTS,
+    ATTENTIONS,
     AUTO,
     BACKEND_NAMES,
     DEVICES,
@@ -74,8 +75,15 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "INT8 weights and activations, but for embedders, modulation and the output.",
 )  # fmt: skip
 @click.option(
+    "--attention", type=options.Word(ATTENTIONS),
+    help="fp8: attention over FP8 codes, beside FP8 linear layers (--quantize fp8, or an FP8 "
+    "checkpoint); precision: in the precision, whatever scales a checkpoint has.  [default: as the "
+    "checkpoint has it]",
+)  # fmt: skip
+@click.option(
     "--keep", multiple=True, metavar="PATTERN",
-    help="Linear layers that --quantize leaves alone, such as '*.ff.net.2'; repeatable.",
+    help="Linear layers (and, with --attention fp8, modules that attend) that are left alone, such "
+    "as '*.ff.net.2'; repeatable.",
 )  # fmt: skip
 @click.option(
     "--calibration", multiple=True, type=click.Path(path_type=Path), metavar="FILE",

@@ -247,8 +247,10 @@ def _shuffle(layer: Any, pool: _Pool) -> dict[str, Any]:
 def _attention_input(layer: Any, pool: _Pool) -> dict[str, Any]:
     attention = layer.attention
     names = ("norm_op", "causal_kind", "query_form", "key_value_form", "num_ranks", "decomposable")
+    shares = attention.normalization_quantize_scale  # without one, asking for the type is an error
     return {
         **_plain(*names)(attention, pool),
+        "shares": None if shares is None else DTYPES[attention.normalization_quantize_to_type],
         "mask": _name(attention.mask),
         "output": attention.get_output(0).name,
     }

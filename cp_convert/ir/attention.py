@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from .attention8 import Steps
 from .layout import Layout
 
 Way = Literal["one", "fused", "explicit"]
@@ -63,6 +64,7 @@ class Site:
         scale: what scores are multiplied with; ``None`` means ``1 / sqrt(head_dim)``.
         mask_dtype: of the mask; a boolean one says what is seen, numbers are added to scores.
         eight: which of q, k, v and o travel in 8 bits, where the strategy sends them.
+        steps: of q, k and v, where it is computed over their FP8 codes (:mod:`.attention8`).
     """
 
     index: int
@@ -82,6 +84,7 @@ class Site:
     scale: float | None = None
     mask_dtype: torch.dtype | None = None
     eight: str = ""
+    steps: Steps | None = None
 
     @property
     def where(self) -> str:

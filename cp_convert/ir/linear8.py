@@ -25,6 +25,7 @@ class Layer:
         given: which of the two scales are the checkpoint's.
         rows: whether each row of the weight has a scale, of which ``weight_scale`` is the largest.
         smooth: whether the input's columns are multiplied by the checkpoint's factors before.
+        codes: their type.
     """
 
     module: str
@@ -34,6 +35,7 @@ class Layer:
     given: Scales = "none"
     rows: bool = False
     smooth: bool = False
+    codes: Kind = "fp8"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Linears:
         weights: by placeholder, the binding of the codes of a weight that is stored apart.
         blocks: by placeholder, the binding of scales of blocks that are the checkpoint's.
         sets: how many sets of inputs were looked at for scales; 0: the checkpoint has them all.
-        codes: their type.
+        kinds: types of codes, of weights that are not multiplied among them.
     """
 
     before: Lowered
@@ -63,4 +65,4 @@ class Linears:
     weights: Mapping[str, str]
     blocks: Mapping[str, str]
     sets: int
-    codes: Kind
+    kinds: tuple[Kind, ...]

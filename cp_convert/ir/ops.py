@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..mesh import Axis, split_groups
+from . import attention8
 
 _LIBRARY: Final = torch.library.Library("cp", "DEF")
 
@@ -39,11 +40,12 @@ for _schema in _SPMD_SCHEMAS:
     # alone, and torch's folder evaluates whatever is not tagged.
     _LIBRARY.define(_schema, tags=(torch.Tag.nondeterministic_seeded,))
 # aten.scaled_dot_product_attention's own signature, under a name that no decomposition table
-# knows: decompositions were seen to tear the aten operator apart (ADR 5).
+# knows: decompositions were seen to tear the aten operator apart (ADR 5). With `steps` it reads
+# codes of 8 bits (attention8).
 _LIBRARY.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None, "
     "float dropout_p=0.0, bool is_causal=False, *, float? scale=None, "
-    "bool enable_gqa=False) -> Tensor"
+    "bool enable_gqa=False, float[]? steps=None) -> Tensor"
 )
 # What a program returns, as a tensor of its own: TensorRT cannot return one tensor under two
 # names, nor an input.
@@ -133,10 +135,7 @@ _LIBRARY.impl("result", torch.clone, "CPU")
 _LIBRARY.impl("result", torch.clone, "CUDA")
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("mark", lambda x, kind, dim: x.clone(), _device)
-_LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CPU")
-
-
-_LIBRARY.impl("attention", torch.nn.functional.scaled_dot_product_attention, "CUDA")
+    _LIBRARY.impl("attention", attention8.attention, _device)
 
 
 def shard(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -197,9 +196,14 @@ def attention(
     *,
     scale: float | None,
     causal: bool = False,
+    steps: attention8.Steps | None = None,
 ) -> Tensor:
-    """``softmax(q @ k^T * scale + mask) @ v`` over ``[B, H, S, D]``: TensorRT's attention."""
-    return torch.ops.cp.attention(q, k, v, mask, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+    """``softmax(q @ k^T * scale + mask) @ v`` over ``[B, H, S, D]``: TensorRT's attention.
+
+    With ``steps`` over FP8 codes of q, k and v (:mod:`.attention8`).
+    """
+    more: dict[str, Any] = {} if steps is None else {"steps": list(steps)}
+    return torch.ops.cp.attention(q, k, v, mask, 0.0, causal, scale=scale, **more)  # type: ignore[no-any-return]
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, *, scale: float | None) -> Tensor:

@@ -12,6 +12,7 @@ from ..backends import Backend
 from ..job import Job
 from ..mesh import Axis
 from .attention import Outcome
+from .attentions8 import Attentions
 from .engine import Engine
 from .lift import Lifted
 from .linear8 import Linears
@@ -74,11 +75,13 @@ class Captured:
         dense: the program.
         signature: what else is known of it.
         linears: what became of its linear layers, where they multiply codes of 8 bits.
+        attentions: what became of its attentions, where some read codes of 8 bits.
     """
 
     dense: Lowered
     signature: Signature
     linears: Linears | None = None
+    attentions: Attentions | None = None
 
     @property
     def bindings(self) -> Mapping[str, str]:

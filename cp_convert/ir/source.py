@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..job import Variant
 from ..mesh import Axis
+from .attention8 import Steps
 from .nvfp4 import dequantize_blocks
 from .quantize import dequantize
 from .shares import Declared
@@ -131,6 +132,8 @@ class Source:
         casts: types of weights that were changed.
         codes: parameters that are stored as codes; the module has the numbers that they stand for,
             rounded to its precision, or none (on ``meta``) where no stage computes with them.
+        attentions: by the path of a module that attends, what its codes stand for, where the
+            weights come with scales for that.
         told: what was done to make the weights fit, in words for a person.
         precision: that the model was cast to, one of :data:`..job.PRECISIONS`.
         branches: how guidance branches stand in ``inputs``.
@@ -153,6 +156,7 @@ class Source:
     located: Mapping[str, Location] = field(default_factory=dict)
     casts: tuple[Cast, ...] = ()
     codes: Mapping[str, Codes] = field(default_factory=dict)
+    attentions: Mapping[str, Steps] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     precision: str = "fp32"
     branches: Branches = field(default_factory=Branches)

@@ -17,10 +17,11 @@ cuBLAS reads them, in tiles of 128 rows and 4 columns that are padded with zeros
     x.input_scale     F32 []              of the scales of the input's blocks; may be missing
     x.comfy_quant     U8                  {"format": "nvfp4"} in JSON
 
-Instead of ``comfy_quant`` the file's ``_quantization_metadata`` may name the layers. Older files
-("fp8_scaled") have a tensor ``scaled_fp8``, ``scale_weight`` and ``scale_input``. An input scale of
-exactly 1 is none, and products "in full precision" (``full_precision_matrix_mult``, or a
-``scaled_fp8`` of two numbers) have none either: such a weight alone is quantized.
+A file may have layers of both. Instead of ``comfy_quant`` its ``_quantization_metadata`` may name
+the layers. Older files ("fp8_scaled") have a tensor ``scaled_fp8``, ``scale_weight`` and
+``scale_input``. An input scale of exactly 1 is none, and products "in full precision"
+(``full_precision_matrix_mult``, or a ``scaled_fp8`` of two numbers) have none either: such a weight
+alone is quantized.
 """
 
 from __future__ import annotations
@@ -70,18 +71,17 @@ class _Layers:
         full: by the layer's name, whether its products are to be in full precision.
         suffixes: of the weight's scale and the input's.
         used: names that say so, and are no tensors of the model.
-        dtype: of the codes.
+        types: of the codes, by the layer's name.
     """
 
     full: Mapping[str, bool]
     suffixes: tuple[str, str]
     used: frozenset[str]
-    dtype: torch.dtype = FP8
+    types: Mapping[str, torch.dtype]
 
-    @property
-    def scales(self) -> tuple[str, ...]:
-        """What the names of scales end in."""
-        return self.suffixes if self.dtype == FP8 else (*self.suffixes, _OF_ALL)
+    def scales(self, layer: str) -> tuple[str, ...]:
+        """What the names of a layer's scales end in."""
+        return self.suffixes if self.types[layer] == FP8 else (*self.suffixes, _OF_ALL)
 
 
 def without_scales(
@@ -103,13 +103,14 @@ def without_scales(
     scales = {name for name in own if name.endswith((*_OLD, *_NEW, _OF_ALL))}
     for name in sorted(scales):
         layer, _, kind = name.rpartition(".")
-        if layer not in layers.full or f".{kind}" not in layers.scales:
+        if layer not in layers.full or f".{kind}" not in layers.scales(layer):
             raise _stray(name, layer, layers, stored)
-    codes = sorted(n for n, at in own.items() if at.dtype == layers.dtype and n.endswith(WEIGHT))
+    types = {*layers.types.values()} or {FP8}
+    codes = sorted(n for n, at in own.items() if at.dtype in types and n.endswith(WEIGHT))
     for name in codes:
         if name.removesuffix(WEIGHT) not in layers.full:
-            scale = name.removesuffix(WEIGHT) + layers.suffixes[0]
-            raise missing(scale, name, stored[name], kind=KINDS[layers.dtype])
+            scale, dtype = name.removesuffix(WEIGHT) + layers.suffixes[0], stored[name].dtype
+            raise missing(scale, name, stored[name], kind=KINDS[dtype or FP8])
     coded = {f"{name}.weight": _coded(name, layers, stored) for name in layers.full}
     return {n: at for n, at in stored.items() if n not in scales | layers.used}, coded
 
@@ -119,9 +120,10 @@ def _markers(stored: Mapping[str, Location]) -> dict[str, Location]:
 
 
 def _stray(name: str, layer: str, layers: _Layers, stored: Mapping[str, Location]) -> WeightsError:
-    at = stored.get(f"{layer}.weight")
-    if at is None or at.dtype != layers.dtype:
-        return not_quantized(name, f"{layer}.weight", stored, KINDS[layers.dtype])
+    at, types = stored.get(f"{layer}.weight"), [*layers.types.values(), FP8]
+    of_layer = [layers.types[layer]] if layer in layers.types else types
+    if at is None or at.dtype not in of_layer:
+        return not_quantized(name, f"{layer}.weight", stored, KINDS[of_layer[0]])
     return WeightsError(
         f"{name} of {stored[name].file.name}: {layer} has scales of two formats, or the file does "
         "not say of it which one it is.",
@@ -133,15 +135,16 @@ def _stray(name: str, layer: str, layers: _Layers, stored: Mapping[str, Location
 def _coded(layer: str, layers: _Layers, stored: Mapping[str, Location]) -> Coded:
     weight = f"{layer}.weight"
     of_weight, of_input = (layer + suffix for suffix in layers.suffixes)
-    kind = KINDS[layers.dtype]
-    if weight not in stored or stored[weight].dtype != layers.dtype:
+    dtype = layers.types[layer]
+    kind = KINDS[dtype]
+    if weight not in stored or stored[weight].dtype != dtype:
         raise not_quantized(of_weight, weight, stored, kind)
-    for scale in (of_weight, *(layer + one for one in layers.scales[2:])):
+    for scale in (of_weight, *(layer + one for one in layers.scales(layer)[2:])):
         if scale not in stored:
             raise missing(scale, weight, stored[weight], kind=kind)
     step = scale_at(of_input, stored[of_input]) if of_input in stored else 1.0
     of_inputs = None if layers.full[layer] or step == 1.0 else step
-    if layers.dtype == FP8:
+    if dtype == FP8:
         return Coded(scale_at(of_weight, stored[of_weight]), of_inputs)
     return Coded(
         scale_at(layer + _OF_ALL, stored[layer + _OF_ALL]),
@@ -177,12 +180,12 @@ def _old(own: Mapping[str, Location]) -> _Layers | None:
         raise _unknown(marker, own[marker].kind, own[marker])
     full = marker is not None and own[marker].shape == (2,)
     used = frozenset() if marker is None else frozenset({marker})
-    return _Layers(dict.fromkeys(scaled, full), _OLD, used)
+    return _Layers(dict.fromkeys(scaled, full), _OLD, used, dict.fromkeys(scaled, FP8))
 
 
 def _told(own: Mapping[str, Location], prefix: str) -> _Layers | None:
     """Of a file that describes its layers in JSON."""
-    full, types = dict[str, bool](), dict[torch.dtype, None]()
+    full, types = dict[str, bool](), dict[str, torch.dtype]()
     described = [*_in_tensors(own), *_in_metadata(own, prefix)]
     for layer, told, at in described:
         what = told.get("format") if isinstance(told, Mapping) else told
@@ -190,12 +193,11 @@ def _told(own: Mapping[str, Location], prefix: str) -> _Layers | None:
             raise _unknown(layer, what, at)
         if odd := [key for key in told if key not in _KNOWN]:
             raise _unknown(layer, f"{what} with {', '.join(map(str, odd))}", at)
-        types[_FORMATS[what]] = None
-        if len(types) > 1:
-            raise _unknown(layer, f"{what}, and others otherwise", at)
+        if types.setdefault(layer, _FORMATS[what]) != _FORMATS[what]:
+            raise _unknown(layer, f"{what}, and otherwise", at)
         full[layer] = bool(told.get(_FULL, False)) or full.get(layer, False)
     used = frozenset(n for n in own if n.endswith(_QUANT) or n.rpartition(".")[2] == _MARKER)
-    return _Layers(full, _NEW, used, *types) if described else None
+    return _Layers(full, _NEW, used, types) if described else None
 
 
 def _in_tensors(own: Mapping[str, Location]) -> Iterator[tuple[str, Any, Location]]:
@@ -232,7 +234,7 @@ def _json(text: bytes, name: str, at: Location) -> Any:
 def _unknown(name: str, what: object, at: Location) -> WeightsError:
     return WeightsError(
         f"{name} of {at.file.name} is quantized as {what}, of which cp-convert takes "
-        f"{' or '.join(_FORMATS)}, one of them in a file.",
+        f"{' and '.join(_FORMATS)}.",
         where=str(at.file),
         hint="take the file in FP8 (E4M3); " + UNQUANTIZED,
     )

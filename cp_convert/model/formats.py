@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from ..errors import UsageError
 from ..ir.quantize import FP8
 from ..ir.tensors import Location
@@ -64,7 +62,8 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
     Raises:
         UsageError: other axes, quantizing twice, or a GPU that has no FP8.
     """
-    if not coded or (FLOAT8 in job.allow_cast and kind_of(coded) == FP8):
+    kinds = kinds_of(coded)
+    if not coded or (FLOAT8 in job.allow_cast and kinds == ["FP8"]):
         return
     if job.mesh.others:
         raise UsageError(
@@ -77,20 +76,21 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
             f"--quantize {job.quantize}: {_named(job)} is quantized already.",
             hint="leave one of the two out.",
         )
-    own = KINDS[kind_of(coded)]
-    if job.quantize is not None and job.quantize.upper() != own:
+    if job.quantize is not None and job.quantize.upper() not in kinds:
         raise UsageError(
-            f"--quantize {job.quantize}: the weights of {_named(job)} are {own} codes.",
-            hint=f"--quantize {own.lower()} gives their inputs scales.",
+            f"--quantize {job.quantize}: the weights of {_named(job)} are "
+            f"{' and '.join(kinds)} codes.",
+            hint=f"--quantize {kinds[0].lower()} gives their inputs scales.",
         )
-    if old := without(own.lower(), job.compute_capabilities):
-        first = ".".join(map(str, MULTIPLIED_FROM[own.lower()]))
-        raise UsageError(
-            f"{_named(job)} with --compute-capability {', '.join(old)}: its weights are {own}, "
-            f"which is multiplied from {first} on.",
-            hint="leave these targets out, name the checkpoint that is not quantized, or take the "
-            "numbers in the job's precision (--allow-cast float8).",
-        )
+    for own in kinds:
+        if old := without(own.lower(), job.compute_capabilities):
+            first = ".".join(map(str, MULTIPLIED_FROM[own.lower()]))
+            raise UsageError(
+                f"{_named(job)} with --compute-capability {', '.join(old)}: its weights are {own}, "
+                f"which is multiplied from {first} on.",
+                hint="leave these targets out, name the checkpoint that is not quantized, or take "
+                "the numbers in the job's precision (--allow-cast float8).",
+            )
 
 
 def _named(job: Job) -> str:
@@ -98,30 +98,31 @@ def _named(job: Job) -> str:
     return str(job.weights or job.model)
 
 
-def kind_of(coded: Mapping[str, Coded]) -> torch.dtype:
-    """The type of a checkpoint's codes; no format has several."""
-    return next(iter(coded.values())).dtype
+def kinds_of(coded: Mapping[str, Coded]) -> list[str]:
+    """The types of a checkpoint's codes; a few have two."""
+    return sorted({KINDS[one.dtype] for one in coded.values()})
 
 
 def told(job: Job, coded: Mapping[str, Coded]) -> tuple[str, ...]:
     """What a person should know of the codes, and the manifest keeps."""
     if not coded:
         return ()
-    own = KINDS[kind_of(coded)]
-    if FLOAT8 in job.allow_cast and own == "FP8":
+    if FLOAT8 in job.allow_cast and (count := sum(one.dtype == FP8 for one in coded.values())):
         cast = (
-            f"{len(coded)} weights in FP8 multiplied by their scales once, and computed with in "
+            f"{count} weights in FP8 multiplied by their scales once, and computed with in "
             "the job's precision (--allow-cast float8)"
         )
-        return (cast,)
-    alone = sum(not one.is_multiplied for one in coded.values())
+        rest = {name: one for name, one in coded.items() if one.dtype != FP8}
+        return (cast, *told(job, rest))
+    alone = {name: one for name, one in coded.items() if not one.is_multiplied}
     if not alone:
         return ()
-    what = f"{alone} weights in {own} without a scale for the layer's input"
+    own = kinds_of(alone)
+    what = f"{len(alone)} weights in {' and '.join(own)} without a scale for the layer's input"
     if job.quantize is not None:
         return (f"{what}: it is taken from the example inputs, as --quantize does",)
     half = (
         f"{what}: they stay codes, and the layers multiply in the job's precision; --quantize "
-        f"{own.lower()} takes the scale from the example inputs"
+        f"{own[0].lower()} takes the scale from the example inputs"
     )
     return (half,)

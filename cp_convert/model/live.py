@@ -10,13 +10,14 @@ layers without weights that are multiplied stay as they are, as in the export.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelFileError, UsageError
+from ..ir.attention8 import Steps
 from ..ir.quantize import FP8, INT8, LARGEST, quantize
 from ..job import Job
 from .coded import Coded
@@ -25,6 +26,7 @@ from .weights import Filled
 
 _SUFFIX: Final = "_quantizer"
 _OWN: Final = ("input_quantizer", "weight_quantizer", "output_quantizer")
+_ATTENDED: Final = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
 _BITS: Final[dict[Any, torch.dtype]] = {(4, 3): FP8, 8: INT8}
 """The codes' type, by what ModelOpt calls ``num_bits``."""
 _WITHOUT_WEIGHT: Final = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -42,11 +44,13 @@ class Live:
         coded: how weights are read, by name.
         codes: of these weights.
         told: what a person should know.
+        steps: by the path of a module that attends over codes, what these stand for.
     """
 
     coded: Mapping[str, Coded]
     codes: Mapping[str, Tensor]
     told: tuple[str, ...] = ()
+    steps: Mapping[str, Steps] = field(default_factory=dict)
 
     def fill(self, filled: Filled, module: nn.Module) -> Filled:
         """Give the weights the numbers that their codes stand for, in the module's types."""
@@ -79,10 +83,12 @@ def taken_off(module: nn.Module, job: Job, *, alone: bool) -> Live:
     if not alone:
         raise _refused("build_model(rank)", "quantizes every rank by itself", "quantize one model.")
     _check(job)
-    coded, norms = dict[str, Coded](), 0
+    coded, norms, steps = dict[str, Coded](), 0, dict[str, Steps]()
     owners: dict[Tensor, str] = {}
     for name, one, quantizers in held:
-        if not isinstance(one, nn.Linear):
+        if (of_attention := _of_attention(name, quantizers)) is not None:
+            steps[name] = of_attention
+        elif not isinstance(one, nn.Linear):
             norms += _is_left(name, one, quantizers)
         elif (own := _of_linear(name, one, quantizers)) is not None:
             if (other := owners.setdefault(one.weight, name)) != name:
@@ -91,7 +97,7 @@ def taken_off(module: nn.Module, job: Job, *, alone: bool) -> Live:
     codes = {name: _codes(module.get_parameter(name), own) for name, own in coded.items()}
     for _, one, _ in held:
         _restore(one)
-    return Live(coded, codes, tuple(_told(coded, norms)))
+    return Live(coded, codes, tuple(_told(coded, norms)), steps)
 
 
 def _check(job: Job) -> None:
@@ -142,6 +148,24 @@ def _is_left(name: str, one: nn.Module, found: Mapping[str, nn.Module]) -> bool:
         return True
     what = "attention" if not set(on) <= set(_OWN) else f"a {type(one).__name__}"
     raise _refused(f"{name}.{on[0]}", f"quantizes {what}, which is not done")
+
+
+def _of_attention(name: str, found: Mapping[str, nn.Module]) -> Steps | None:
+    """What the codes of q, k and v stand for; ``None``: it attends over none, or does not attend.
+
+    What the softmax gives is measured by one, and what attention gives is not rounded.
+    """
+    on = {own for own in _ATTENDED if own in found and _acts(found[own])}
+    if not on:
+        return None
+    if lacking := [own for own in _ATTENDED if own not in on]:
+        raise _refused(f"{name}.{min(on)}", f"quantizes attention without a {lacking[0]}")
+    for own in _ATTENDED:
+        _check_quantizer(f"{name}.{own}", found[own])
+        if _BITS[_bits(found[own])] != FP8:
+            raise _refused(f"{name}.{own}", "quantizes attention to other codes than FP8")
+    q, k, v = (float(_scales(f"{name}.{own}", found[own], FP8, None)) for own in _ATTENDED)
+    return q, k, v
 
 
 def _of_linear(name: str, one: nn.Linear, found: Mapping[str, nn.Module]) -> Coded | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from ..errors import CannotShard, ModelFileError, UsageError
+from ..ir.attention8 import Steps
 from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
 from ..job import AUTO, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
+from .attended import attending, without_steps
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
@@ -58,16 +61,15 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         CannotShard: ``--plan model``, and there is none.
         UsageError: process groups leave no equal share of the world, or branches of the batch.
     """
-    located, coded = _located(job) if allocate else ({}, {})
+    located, coded, steps = _located(job) if allocate else ({}, {}, {})
     given = _given(job, allocate, located, coded)
     live = _live(given, job)
     precision = job.precision or _usual(job, _ranks(given), located)
-    dtype = DTYPES[precision]
-    ties = _cast(given, job, dtype)
+    ties = _cast(given, job, dtype := DTYPES[precision])
     size = sum(p.nbytes for p in given.module.parameters())
     external = allocate and _is_external(job, size)
-    stored = (located, coded)
-    filled = _filled_in(given, job, live, ties, stored, external) if allocate else _bare(given)
+    filled = _filled_in(given, job, located, ties, coded, external) if allocate else _bare(given)
+    filled = _with_scales(filled, given, job, live, coded, steps) if allocate else filled
     freeze = (*given.freeze, *job.freeze)
     examples = _examples(given, job, dtype, freeze, coded=bool(filled.codes))
     inputs, branches = _branched(examples[0].inputs, given, job, freeze)
@@ -83,7 +85,8 @@ def load(job: Job, *, allocate: bool = True) -> Source:
         located=filled.located,
         casts=filled.casts,
         codes=filled.codes,
-        told=(*_entered(job), *filled.told, *told(job, coded or live.coded)),
+        attentions=filled.attentions,
+        told=(*_entered(job), *filled.told),
         peers=given.peers,
         groups=given.groups,
         precision=precision,
@@ -98,6 +101,21 @@ def _live(given: Given, job: Job) -> Live:
     live = taken_off(given.module, job, alone=not given.peers)
     check_codes(job, live.coded)
     return live
+
+
+def _with_scales(
+    filled: Filled,
+    given: Given,
+    job: Job,
+    live: Live,
+    coded: Mapping[str, Coded],
+    steps: Mapping[str, Steps],
+) -> Filled:
+    """The same with what ``build_model()`` has quantized, and with scales of attention."""
+    filled, coded = live.fill(filled, given.module), coded or live.coded
+    check_loses(job, coded=bool(filled.codes))
+    filled = replace(filled, told=(*filled.told, *told(job, coded)))
+    return attending(filled, job, coded, {**steps, **live.steps})
 
 
 def _bare(given: Given) -> Filled:
@@ -154,13 +172,13 @@ def _cast(given: Given, job: Job, dtype: torch.dtype) -> Ties:
 def _filled_in(
     given: Given,
     job: Job,
-    live: Live,
+    located: Mapping[str, Location],
     ties: Ties,
-    stored: tuple[Mapping[str, Location], Mapping[str, Coded]],
+    coded: Mapping[str, Coded],
     external: bool,
 ) -> Filled:
     """Every rank's parameters have their numbers, from files where ``--weights`` names some."""
-    filled, (located, coded) = Filled({}, (), ()), stored
+    filled = Filled({}, (), ())
     if job.weights is not None:
         lazily = external and not job.copy_weights
         filled = _filled(given, job, located, ties, coded, lazily=lazily)
@@ -174,8 +192,6 @@ def _filled_in(
             "--weights-mode external: every rank has parameters of its own here.",
             hint="--weights-mode embedded.",
         )
-    filled = live.fill(filled, given.module)
-    check_loses(job, coded=bool(filled.codes))
     return filled
 
 
@@ -186,13 +202,14 @@ def _usual(job: Job, modules: Collection[nn.Module], located: Mapping[str, Locat
     return usual_precision(known, modules, stored, job.compute_capabilities)
 
 
-def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded]]:
-    """Where the files hold the model's tensors, and which are stored as codes."""
+def _located(job: Job) -> tuple[dict[str, Location], dict[str, Coded], dict[str, Steps]]:
+    """Where the files hold the model's tensors, which are codes, and the scales of attention."""
     if job.weights is None:
-        return {}, {}
-    located, coded = without_scales(locate(_folder(job)), _folder(job))
+        return {}, {}, {}
+    stored, steps = without_steps(locate(_folder(job)))
+    located, coded = without_scales(stored, _folder(job))
     check_codes(job, coded)
-    return located, coded
+    return located, coded, steps
 
 
 def _folder(job: Job) -> Path:

@@ -19,6 +19,7 @@ of NVFP4, whose codes lie in pairs, the even column in the lower half of the byt
     x.svdquant_lora_b  BF16 [N, R]            added to the product of codes
 
 ``config.json`` beside says so in ``quantization_config``; other algorithms are refused by name.
+Scales of attention are taken off before (:mod:`.attended`).
 """
 
 from __future__ import annotations
@@ -84,13 +85,6 @@ def without_scales(
         layer = name.rpartition(".")[0]
         if f"{layer}.weight" not in codes:
             raise not_quantized(name, f"{layer}.weight", stored, KINDS[dtype])
-    for name, at in stored.items():
-        if name.endswith("_quantizer._amax"):
-            raise WeightsError(
-                f"{name} of {at.file.name} quantizes attention, which is not done yet.",
-                where=str(at.file),
-                hint="export the checkpoint without quantized attention (--quantize-mha).",
-            )
     coded = {name: _coded(name, stored) for name in sorted(codes)}
     return {name: at for name, at in stored.items() if name not in scales}, coded
 

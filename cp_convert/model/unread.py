@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..ir.nvfp4 import LARGEST_OF_ALL, PAIRS
 from ..ir.quantize import LARGEST
 from ..ir.source import Codes
-from ..job import Job
+from ..job import ATTENTION_FP8, Job
 from .coded import Coded, shape_of
 from .formats import FLOAT8
 
@@ -22,11 +22,12 @@ from .formats import FLOAT8
 def are_unread(job: Job, coded: Mapping[str, Coded]) -> bool:
     """Whether no stage of the job computes with the numbers of a checkpoint's codes.
 
-    A proof does, and so does whoever measures what flows (``--quantize``) or takes the numbers in
-    another type (``--allow-cast``).
+    A proof does, and so does whoever measures what flows (``--quantize``, ``--attention fp8``) or
+    takes the numbers in another type (``--allow-cast``).
     """
     is_cast = FLOAT8 in job.allow_cast
-    return bool(coded) and job.proof == "none" and job.quantize is None and not is_cast
+    is_measured = job.quantize is not None or job.attention == ATTENTION_FP8
+    return bool(coded) and job.proof == "none" and not is_measured and not is_cast
 
 
 def without_numbers(coded: Coded, codes: Tensor, like: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..ir.attention8 import Steps
 from ..ir.quantize import FP8
 from ..ir.source import Cast, Codes, of_blocks
 from ..ir.tensors import Location, bytes_of, is_finite, tensor_at
@@ -60,12 +61,14 @@ class Filled:
         casts: types that were changed.
         told: what a person should know.
         codes: parameters that stay codes, which they were computed from.
+        attentions: by the path of a module that attends, the scales of its codes.
     """
 
     located: Mapping[str, Location]
     casts: tuple[Cast, ...]
     told: tuple[str, ...]
     codes: Mapping[str, Codes] = field(default_factory=dict)
+    attentions: Mapping[str, Steps] = field(default_factory=dict)
 
 
 class _Files:

@@ -6,14 +6,17 @@ In: a dense program, sets of inputs. Out: numbers by layer.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
 from ..errors import UsageError
+from ..ir import attention8
+from ..ir.attention8 import Steps
 from ..ir.nvfp4 import quantize_dequantize_blocks
 from ..ir.program import Executable, Lowered
 from ..ir.quantize import STEP, dequantize, quantize, token_step
@@ -58,11 +61,17 @@ def largest_inputs(
     program: Lowered, chosen: Sequence[fx.Node], sets: Sequence[Inputs], device: torch.device = CPU
 ) -> dict[str, float]:
     """The largest magnitude of every input of ``chosen`` layers, over all sets, by its name."""
-    wanted = {str(node.args[0]) for node in chosen}
-    found = dict.fromkeys(wanted, 0.0)
+    return largest_of(program, {str(node.args[0]) for node in chosen}, sets, device)
+
+
+def largest_of(
+    program: Lowered, names: Collection[str], sets: Sequence[Inputs], device: torch.device = CPU
+) -> dict[str, float]:
+    """The same of values by their names."""
+    found = dict.fromkeys(names, 0.0)
 
     def watch(node: fx.Node, values: PerRank) -> None:
-        if node.name in wanted:
+        if node.name in found:
             found[node.name] = max(found[node.name], float(values[0].abs().max()))
 
     mover = Mover(device)
@@ -105,6 +114,52 @@ def losses(
 
     run(moved, mover.tree(dict(inputs)), 1, watch=watch)
     return found
+
+
+def attention_losses(
+    program: Lowered, steps: Mapping[str, Steps], inputs: Inputs, device: torch.device = CPU
+) -> dict[str, float]:
+    """Of every attention by itself, its output's relative error (root mean square) over codes.
+
+    Args:
+        program: without quantizers.
+        steps: of what it reads, by the attention's name.
+        inputs: by binding.
+        device: where it is computed.
+    """
+    found: dict[str, float] = {}
+    mover = Mover(device)
+    moved = mover.program(program)
+    readers = Counter(
+        one for node in moved.graph_module.graph.nodes if node.name in steps
+        for one in node.all_input_nodes
+    )  # fmt: skip
+    held: dict[fx.Node, Tensor] = {}
+
+    def watch(node: fx.Node, values: PerRank) -> None:
+        if node in readers:
+            held[node] = values[0]
+        if node.name in steps:
+            found[node.name] = _attention_loss(node, held, steps[node.name])
+            readers.subtract(node.all_input_nodes)
+            for one in node.all_input_nodes:
+                if not readers[one]:
+                    held.pop(one, None)
+
+    run(moved, mover.tree(dict(inputs)), 1, watch=watch)
+    return found
+
+
+def _attention_loss(node: fx.Node, held: Mapping[fx.Node, Tensor], steps: Steps) -> float:
+    def wide(one: fx.Node) -> Tensor:
+        value = held[one]
+        return value if value.dtype == torch.bool else value.float()
+
+    given: Any = fx.map_arg((node.args, node.kwargs), wide)
+    args, kwargs = given
+    whole = attention8.attention(*args, **kwargs)
+    off = attention8.attention(*args, **{**kwargs, "steps": list(steps)}) - whole
+    return float(off.norm() / whole.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _loss(x: Tensor, weight: Tensor, own: Codes) -> float:

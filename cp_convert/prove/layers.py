@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ProofFailed
+from ..ir.attention8 import Coding, with_coded_shares
 from ..ir.network import FP4, Layer
 from ..ir.nvfp4 import BLOCK, from_pairs, quantize_blocks, times_blocks
 from ..ir.quantize import FP8, dequantize, quantize
@@ -369,6 +370,12 @@ def _scatter(layer: Layer, values: Values) -> Tensor:
     return data.index_put(tuple(indices.long().unbind(-1)), updates)
 
 
+class _Quantized(Coding):
+    def codes(self, x: Tensor, step: float) -> Tensor:
+        """By the operator, which a proof may replace."""
+        return quantize(x, step, FP8)
+
+
 def _attention(layer: Layer, values: Values) -> Tensor:
     """``softmax(Q K^T + mask) V`` over ``[B, H, S, D]``; the scale is not the layer's business.
 
@@ -390,6 +397,12 @@ def _attention(layer: Layer, values: Values) -> Tensor:
         raise ProofFailed(f"{layer.name}: attention, {p['causal_kind']}, is not understood.")
     mask = values[3]
     grouped = q.shape[1] != k.shape[1]
+    if p["shares"] is not None:
+        shares = _given(values, 4)
+        if shares.numel() != 1 or p["shares"] != FP8:
+            raise ProofFailed(f"{layer.name}: such codes of probabilities are not understood.")
+        step = float(shares.item())
+        return with_coded_shares(q, k, v, mask, step, causal=causal, coding=_Quantized())
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=grouped
     )

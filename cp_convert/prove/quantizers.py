@@ -15,7 +15,7 @@ So what quantizers do is taken apart:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ProofFailed
-from ..ir import nvfp4
+from ..ir import attention8, nvfp4
+from ..ir.ops import ATTENTION
 from ..ir.program import Executable
 from ..ir.proof import FLOOR, Codes, Error
 from ..ir.quantize import (
+    FP8,
     QUANTIZE,
     QUANTIZE_DEQUANTIZE,
     from_codes,
@@ -65,6 +67,8 @@ class Unrounded(TorchDispatchMode):
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             both = nvfp4.ratios(*args[:2], rounded=False)
             return nvfp4.times_blocks(*both, args[1], _type_of(args, 2))
+        if func is ATTENTION and kwargs and kwargs.get("steps"):
+            return attention8.attention(*args, **kwargs, coding=_Scaled())
         return func(*args, **(kwargs or {}))
 
 
@@ -106,35 +110,67 @@ class Nudged(TorchDispatchMode):
     ) -> Any:
         """Run ``func``; a quantizer on numbers that are a little off."""
         if func is QUANTIZE:
-            return self._codes(*args)
+            return self.coded(*args)
         if func is QUANTIZE_DEQUANTIZE:
-            return from_codes(self._codes(*args[:3]), args[1], _type_of(args))
+            return from_codes(self.coded(*args[:3]), args[1], _type_of(args))
         if func is nvfp4.QUANTIZE_DEQUANTIZE_BLOCKS:
             return nvfp4.times_blocks(*self._blocks(*args[:2]), args[1], _type_of(args, 2))
+        if func is ATTENTION and kwargs and kwargs.get("steps"):
+            return attention8.attention(*args, **kwargs, coding=_Off(self))
         return func(*args, **(kwargs or {}))
 
-    def _codes(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def coded(self, x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """Their codes."""
         ratio = scaled(x, scale)
-        nudged = to_codes(self._off(ratio), dtype)
+        return self.counted(to_codes(self.off(ratio), dtype), to_codes(ratio, dtype))
+
+    def counted(self, nudged: Tensor, codes: Tensor) -> Tensor:
+        """``nudged``, those of them counted that are not ``codes``."""
         self.codes += nudged.numel()
-        self.flipped += int((nudged.float() != to_codes(ratio, dtype).float()).sum())
+        self.flipped += int((nudged.float() != codes.float()).sum())
         return nudged
 
     def _blocks(self, x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """NVFP4: a code is another one where its block's scale is."""
         codes, blocks = nvfp4.quantize_blocks(x, scale)
-        nudged, of_nudged = nvfp4.quantize_blocks(self._off(x.float()), scale)
+        nudged, of_nudged = nvfp4.quantize_blocks(self.off(x.float()), scale)
         others = (of_nudged.float() != blocks.float())[..., None]
         self.codes += codes.numel()
         self.flipped += int((nvfp4.in_blocks(nudged != codes) | others).sum())
         return nudged, of_nudged
 
-    def _off(self, x: Tensor) -> Tensor:
+    def off(self, x: Tensor) -> Tensor:
+        """Numbers that are a little off."""
         if x.device not in self._generators:
             self._generators[x.device] = torch.Generator(x.device).manual_seed(self._seed)
         own = self._generators[x.device]
         noise = 2 * torch.rand(x.shape, generator=own, device=x.device) - 1
         return x + noise * (FLOOR * x.abs().amax())
+
+
+class _Scaled(attention8.Coding):
+    """Attention's quantizers without their rounding."""
+
+    def codes(self, x: Tensor, step: float) -> Tensor:
+        """Numbers, as codes would measure them."""
+        return scaled(x, step)
+
+
+class _Off(attention8.Coding):
+    """Those of numbers that are a little off: probabilities, as their scores are."""
+
+    def __init__(self, mode: Nudged) -> None:
+        self._mode = mode
+
+    def codes(self, x: Tensor, step: float) -> Tensor:
+        """See :class:`Nudged`."""
+        return self._mode.coded(x, step, FP8)
+
+    def shares(self, scores: Tensor, softmax: Callable[[Tensor], Tensor], step: float) -> Tensor:
+        """Scores are off by up to ``FLOOR`` of the largest, masks not among them."""
+        right, nudged = (softmax(x) for x in (scores, self._mode.off(scores)))
+        codes = (to_codes(scaled(x, step), FP8) for x in (nudged, right))
+        return self._mode.counted(*codes)
 
 
 def measure_codes(

@@ -7,6 +7,10 @@ product of codes, ``torch._scaled_mm`` (cuBLASLt; accumulated in float32 and rou
 
 Whatever quantizer is left is written out in torch's arithmetic, to the same codes: an operator of a
 library is a wall for ``torch.compile``, whose neighbours would not be fused with it.
+
+torch has no attention over FP8 codes. On a CPU it stays the operator that means it exactly; on a
+GPU, where its scores would take gigabytes, q, k and v are rounded to their codes, and the fused
+attention of their numbers leaves its probabilities as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch
 from torch import fx
 
 from ..ir.nvfp4 import DEQUANTIZE_BLOCKS, QUANTIZE_DEQUANTIZE_BLOCKS
+from ..ir.ops import ATTENTION
 from ..ir.program import Lowered, copied, module_of, shape, tensor_of
 from ..ir.quantize import (
     DEQUANTIZE,
@@ -42,18 +47,22 @@ def multiplies_codes(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_FROM
 
 
-def by_torch(program: Lowered, *, products: bool) -> Lowered:
+def by_torch(program: Lowered, *, products: bool, fused: bool = False) -> Lowered:
     """The program without quantizers of ours; the one that is given stays as it is.
 
     Args:
         program: of one rank.
         products: whether linear layers of codes become products of codes. What is no such layer, or
             has sizes or a type that torch does not multiply, is computed as before.
+        fused: whether attentions over codes become torch's own, over what the codes stand for.
     """
     graph, state = copied(program.graph_module.graph), dict(program.state)
+    write = _Codes(graph, state)
+    for node in graph.find_nodes(op="call_function", target=ATTENTION) if fused else ():
+        if node.kwargs.get("steps"):
+            _attend(node, write)
     if not any(node.target in _WRITERS for node in graph.nodes):
         return program
-    write = _Codes(graph, state)
     if products:
         for node in graph.find_nodes(op="call_function", target=aten.linear.default):
             if (layer := _layer(node)) is not None:
@@ -114,6 +123,23 @@ def _multiply(node: fx.Node, layer: _Layer, write: _Codes) -> None:
         product = write.op(aten._scaled_mm.default, rows, columns, *scales, bias, None, dtype)
         whole = write.op(aten.reshape.default, product, list(shape(node)))
     node.replace_all_uses_with(whole)
+    write.graph.erase_node(node)
+
+
+def _attend(node: fx.Node, write: _Codes) -> None:
+    """Torch's fused attention over what the codes of q, k and v stand for."""
+    given: dict[str, Any] = dict(node.kwargs)
+    read: Any = node.args
+    steps = given.pop("steps")
+    with write.graph.inserting_before(node):
+        write.origin = node
+        coded = [
+            write.op(QUANTIZE_DEQUANTIZE, x, step, FP8)
+            for x, step in zip(read[:3], steps, strict=True)
+        ]
+        sdpa = aten.scaled_dot_product_attention.default
+        attended = write.op(sdpa, *coded, *read[3:], **given)
+    node.replace_all_uses_with(attended)
     write.graph.erase_node(node)
 
 

@@ -139,6 +139,9 @@ def _scatter(call: _Call) -> fx.Node:
 
 
 def _attention(call: _Call) -> fx.Node:
+    """One over codes stays what it is, for :mod:`.codes`."""
+    if call.node.kwargs.get("steps"):
+        return call.op(ops.ATTENTION, *call.node.args, **call.node.kwargs)
     return call.op(aten.scaled_dot_product_attention.default, *call.node.args, **call.node.kwargs)
 
 

@@ -323,7 +323,8 @@ def checked_device(device: str, rank: int) -> torch.device:
 
 def on_device(program: Lowered, device: torch.device, elsewhere: Mapping[str, str]) -> Lowered:
     """The program as ``device`` computes it, with its constants and own parameters there."""
-    program = by_torch(program, products=multiplies_codes(device))
+    fused = device.type == "cuda"
+    program = by_torch(program, products=multiplies_codes(device), fused=fused)
     own = {name: t for name, t in program.state.items() if name not in elsewhere}
     return Mover(device).program(
         Lowered(program.graph_module, own, program.inputs, program.outputs, program.own)

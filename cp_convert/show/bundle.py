@@ -224,7 +224,8 @@ def _attention_table(sites: Sequence[Attention]) -> Table:
 
 def _done(site: Attention) -> str:
     """What became of an attention, in words."""
-    notes = ["causal"] if site.causal else []
+    notes = ["over FP8 codes"] if site.codes == "fp8" else []
+    notes += ["causal"] if site.causal else []
     notes += ["masked"] if site.mask else []
     notes += [f"{site.padding_percent:.1f} % padding"] if site.padding_percent else []
     what = "rewritten" if site.rewritten else f"left alone: {site.reason}"
@@ -305,7 +306,9 @@ def _of(proof: Proof) -> str:
 def _attention_line(sites: Sequence[Attention]) -> str:
     done = sum(site.rewritten for site in sites)
     kept = Counter(site.reason for site in sites if not site.rewritten)
-    return f"{done} rewritten" + "".join(f", {n} left alone ({why})" for why, n in kept.items())
+    eight = sum(site.codes is not None for site in sites)
+    what = f"{done} rewritten" + "".join(f", {n} left alone ({why})" for why, n in kept.items())
+    return f"{what}, {eight} over FP8 codes" if eight else what
 
 
 def _collectives_line(manifest: Manifest) -> str:

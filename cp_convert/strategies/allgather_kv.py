@@ -64,4 +64,4 @@ def attend(
     mask = mask_of(site, mask, q_BHSD)
     if mask is not None:
         mask = mask_rows(mask_columns(mask, site.key_layout.order), site.query_layout, axis)
-    return ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, scale=site.scale)
+    return ops.attention(q_BHSD, k_BHTD, v_BHTD, mask, scale=site.scale, steps=site.steps)

@@ -28,6 +28,8 @@ from ..mesh import Axis
 def why_not(site: Site, axis: Axis) -> Refusal | None:
     """The layer takes neither masks nor groups."""
     other = "try --strategy ulysses, ring or allgather-kv."
+    if site.steps is not None:
+        return Refusal("TensorRT's multi-device attention reads no FP8 codes.", other)
     if site.eight:
         return Refusal("TensorRT's multi-device attention exchanges by itself, in 16 bits.", other)
     if len(axis.groups) > 1:

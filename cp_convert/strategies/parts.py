@@ -111,7 +111,7 @@ def ring_over(
     way = way_of(site, axis.size)
     parts: Parts
     if way == "one":
-        parts = One(q_BHSD, site.scale, rows)
+        parts = One(q_BHSD, rows, site)
     elif way == "fused":
         parts = Fused(q_BHSD, repeated(own_2BHSD[0], ratio), scale, rows)
     else:
@@ -186,14 +186,15 @@ def _arriving(
 class One:
     """All keys at once, and one fused attention."""
 
-    def __init__(self, q_BHSD: Tensor, scale: float | None, rows: Tensor | None) -> None:
-        self.q, self.scale, self.rows = q_BHSD, scale, rows
+    def __init__(self, q_BHSD: Tensor, rows: Tensor | None, site: Site) -> None:
+        self.q, self.rows, self.site = q_BHSD, rows, site
         self.out: Tensor | None = None
 
     def add(self, k_BHSD: Tensor, v_BHSD: Tensor, columns: Ranges) -> None:
         """See :class:`Parts`."""
         rows = None if self.rows is None else mask_columns(self.rows, columns)
-        self.out = ops.attention(self.q, k_BHSD, v_BHSD, rows, scale=self.scale)
+        scale, steps = self.site.scale, self.site.steps
+        self.out = ops.attention(self.q, k_BHSD, v_BHSD, rows, scale=scale, steps=steps)
 
     def done(self) -> Tensor | None:
         """See :class:`Parts`."""

@@ -12,7 +12,9 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..errors import CannotShard
-from ..ir.attention import Outcome
+from ..ir import ops
+from ..ir.attention import Outcome, Refusal
+from ..ir.attention8 import steps_of
 from ..ir.ops import ATTENTION
 from ..ir.program import (
     PROVENANCE,
@@ -59,7 +61,7 @@ def rewrite(
     nodes = list(graph.find_nodes(op="call_function", target=ATTENTION))
     sites = [_site(i, node, sharded, eight) for i, node in enumerate(nodes)]
     for site in sites:
-        refusal = strategy.why_not(site, axis) if site.keys_sharded else None
+        refusal = _why_not(site, strategy, axis) if site.keys_sharded else None
         if refusal is not None:
             raise CannotShard(
                 f"{name} cannot split this attention: {refusal.reason}",
@@ -81,6 +83,19 @@ def rewrite(
     outputs = tuple(replace(b, node=renamed.get(b.node, b.node)) for b in program.outputs)
     module = module_of(program.graph_module, graph)
     return replace(program, graph_module=module, outputs=outputs), tuple(outcomes)
+
+
+def _why_not(site: Site, strategy: Strategy, axis: Axis) -> Refusal | None:
+    """Codes are read by fused attentions that see all keys."""
+    refusal = strategy.why_not(site, axis)
+    if refusal is None and site.steps is not None and strategy.cost(site, axis).way != "one":
+        return Refusal(
+            "it is to be computed over FP8 codes, and what parts of its keys give cannot be "
+            "merged so.",
+            "--strategy ulysses, allgather-kv or stream-kv, a ring of two; or --attention "
+            "precision.",
+        )
+    return refusal
 
 
 def _changes(site: Site) -> bool:
@@ -117,6 +132,7 @@ def _site(index: int, node: fx.Node, sharded: Sharded, eight: str) -> Site:
         dtype=q.dtype,
         mask_dtype=None if mask is None else tensor_of(mask).dtype,
         eight=eight,
+        steps=steps_of(given["steps"]),
     )
 
 
@@ -169,8 +185,8 @@ class _Writer:
             if site.keys_sharded:
                 return self.strategy.attend(q, k, v, own, site=site, axis=self.axis)
             k, v = (repeated(x, site.heads // site.kv_heads) for x in (k, v))
-            return torch.ops.cp.attention(  # type: ignore[no-any-return]
-                q, k, v, own, 0.0, site.causal, scale=site.scale
+            return ops.attention(
+                q, k, v, own, scale=site.scale, causal=site.causal, steps=site.steps
             )
 
         return attend

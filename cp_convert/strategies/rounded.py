@@ -59,7 +59,7 @@ class Rounded:
             for name, x in (("q", q_BHSD), ("k", k_BHSD), ("v", v_BHSD))
         )
         k, v = (repeated(x, site.heads // site.kv_heads) for x in (k, v))
-        out = ops.attention(q, k, v, mask, scale=site.scale, causal=site.causal)
+        out = ops.attention(q, k, v, mask, scale=site.scale, causal=site.causal, steps=site.steps)
         return _rounded(out) if "o" in site.eight else out
 
 

@@ -92,9 +92,8 @@ def attend(
             arriving = _gathered(following, site, axis)
         k, v = _heads_tokens(arrived, site, axis)
         rows = None if mask is None else mask_part(mask, -3, ratio * sum(groups[:g]), q.shape[1])
-        outs.append(
-            ops.attention(q, repeated(k, ratio), repeated(v, ratio), rows, scale=site.scale)
-        )
+        k, v = (repeated(x, ratio) for x in (k, v))
+        outs.append(ops.attention(q, k, v, rows, scale=site.scale, steps=site.steps))
     return torch.cat(outs, 1)
 
 

@@ -75,5 +75,5 @@ def attend(
     if mask is not None:
         mask = mask_all_rows(mask_columns(mask, site.key_layout.order), site.query_layout)
         mask = mask_heads(mask, padded(site.heads, axis.size), axis)
-    out_BhTD = ops.attention(q, k, v, mask, scale=site.scale, causal=causal)
+    out_BhTD = ops.attention(q, k, v, mask, scale=site.scale, causal=causal, steps=site.steps)
     return to_tokens(out_BhTD, site, axis)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 _TEXT = re.compile(rb"[\x20-\x7e]{6,}")
 _TENSOR = re.compile(r'\s*(?:sub_)?tensor=\{.* name="([^"]*)".* type=(\w+)')
-_OPERATOR = re.compile(r"\s*([a-z][a-z_]*)=\{ name=")
+_OPERATOR = re.compile(r"\s*([a-z][a-z_]*)=\{ name=\"?([^\" ]*)")
 _STEP = re.compile(
     r'\s*(signal|wait|function|comm_\w+)=\{ name="?([^"]+?)"? (?:fqn|stream|output)='
 )
@@ -25,6 +25,7 @@ class Operator:
     kind: str
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Plan:
         """The types of both operands of every matrix product."""
         return [o.reads[:2] for o in self.operators if o.kind in ("fully_connected", "gemm")]
 
+    def attentions(self) -> list[tuple[str, ...]]:
+        """What every fused attention reads, masks of numbers among it."""
+        return [o.reads for o in self.operators if "_mha" in o.name]
+
     def sent(self, kind: str) -> list[str]:
         """The types of what every collective of one kind moves."""
         name = f"comm_{kind.replace('_', '')}"
@@ -75,7 +80,7 @@ def read_plan(engine: Path) -> Plan:
         kind = _OPERATOR.match(line)
         if kind and kind[1] not in ("tensor", "sub_tensor"):
             reads, writes = _operands(line, "input", tensors), _operands(line, "output", tensors)
-            operators.append(Operator(kind[1], reads, writes))
+            operators.append(Operator(kind[1], reads, writes, kind[2]))
     assert tensors
     assert operators
     return Plan(tensors, tuple(operators), tuple(_steps(lines)))

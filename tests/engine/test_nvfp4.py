@@ -17,7 +17,7 @@ from tests.engine.test_quantized import (
     converted,
     dense_of,
 )
-from tests.model.comfy_files import FLUX_LAYERS, original_flux, smaller_flux
+from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
 from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
 from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, in_nvfp4
@@ -160,6 +160,32 @@ def test_a_single_file_in_another_order(
         assert max(e.max for e in manifest.proof.algebra) < 1e-5
     codes = check_outside(manifest, tmp_path / "out", 17)
     assert {w.file for w in codes} == {"weights.safetensors"}
+
+
+@SLOW
+def test_a_file_of_two_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of products, each as its layer is stored."""
+    smaller_flux(monkeypatch, 64)
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    named = original_flux(space["build_model"]())
+    single = [layer for layer in FLUX_LAYERS if layer.startswith("single")]
+    others = [layer for layer in FLUX_LAYERS if layer not in single]
+    tensors, _ = quantized(comfy_nvfp4(named, others), single, style="comfy_quant")
+    file = write_file(tmp_path / "flux.safetensors", tensors, {})
+    manifest, plan = in_nvfp4_engines(tmp_path, FLUX, weights=file)
+    products = Counter(plan.products())
+    assert products[FP4, FP4] == 12
+    assert products["fp8_e4m3", "fp8_e4m3"] == 5
+    assert all(len(set(one)) == 1 for one in products)
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    assert linears.codes == "mixed"
+    assert linears.products == {"nvfp4": 12, "fp8": 5, "bf16": len(linears.kept)}
+    assert {one.codes for one in linears.layers if "single" in one.module} == {"fp8"}
+    check_proof(manifest)
+    check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
 
 
 @SLOW

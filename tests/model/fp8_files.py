@@ -97,3 +97,15 @@ def written_twice(file: Path, name: str) -> None:
     header = header[:-1] + b"," + entry + b"}"
     header += b" " * (-len(header) % 8)
     file.write_bytes(len(header).to_bytes(8, "little") + header + numbers)
+
+
+def with_attention(tensors: dict[str, Tensor], paths: list[str]) -> dict[str, Tensor]:
+    """The same with the scales of quantized attention ("quantize_mha")."""
+    scales = {}
+    for number, path in enumerate(paths):
+        for letter, largest in zip("qkv", (3.4, 3.6, 2.3), strict=True):
+            name = f"{path}.{letter}_bmm_quantizer._amax"
+            scales[name] = torch.tensor(largest + 0.1 * number)
+        scales[f"{path}.softmax_quantizer._amax"] = torch.tensor(0.9)
+        scales[f"{path}.bmm2_output_quantizer._amax"] = torch.tensor(2.5)
+    return {**tensors, **scales}

@@ -285,7 +285,7 @@ OUT = "blocks.0.out"
         (0, with_("blocks.7.out.scale_input", torch.tensor(1.0)), "blocks.7.out.weight is not th"),
         (0, with_(f"{OUT}.weight_scale", torch.tensor(1.0)), "out has scales of two formats"),
         (1, without(f"{OUT}.comfy_quant"), "out has scales of two formats, or the file does not"),
-        (1, with_(f"{OUT}.comfy_quant", as_json({"format": "nvfp4"})), "others otherwise"),
+        (1, with_(f"{OUT}.comfy_quant", as_json({"format": "nvfp4"})), "not quantized to NVFP4"),
         (1, with_(f"{OUT}.comfy_quant", as_json({})), "out .* quantized as None"),
         (1, with_(f"{OUT}.comfy_quant", as_json([1])), r"out .* quantized as \[1\]"),
         (

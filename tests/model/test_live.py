@@ -216,7 +216,15 @@ def test_the_program_computes_what_the_live_module_does(
         ),
         (
             "model.blocks[0].q_bmm_quantizer = TensorQuantizer()",
-            "blocks.0.q_bmm_quantizer quantizes attention",
+            "blocks.0.q_bmm_quantizer quantizes attention without a k_bmm_quantizer",
+        ),
+        (
+            "model.blocks[0].softmax_quantizer = TensorQuantizer()",
+            "blocks.0.softmax_quantizer quantizes attention",
+        ),
+        (
+            "for l in 'qkv': setattr(model.blocks[0], l + '_bmm_quantizer', TensorQuantizer())",
+            "q_bmm_quantizer is being calibrated still",
         ),
         (
             "model.blocks[1].qkv.weight = model.blocks[0].qkv.weight",
@@ -267,6 +275,27 @@ def test_inputs_of_norms_are_left_and_told(tmp_path: Path) -> None:
     assert type(source.module.get_submodule("blocks.0.norm")) is nn.LayerNorm
     assert "inputs of 1 norms" in source.told[0]
     assert source.told[1] == "4 linear layers quantized by ModelOpt in build_model()"
+
+
+ATTENDED = """
+for letter in "qkv":
+    one = TensorQuantizer()
+    one._amax, one._if_calib = torch.tensor(4.48), False
+    setattr(model.blocks[1], letter + "_bmm_quantizer", one)
+"""
+
+
+def test_attention_over_codes(tmp_path: Path) -> None:
+    source = loaded(tmp_path, stand_in(change=ATTENDED))
+    assert list(source.attentions) == ["blocks.1"]
+    assert source.attentions["blocks.1"] == pytest.approx((0.01, 0.01, 0.01))
+    assert not any("quantizer" in name for name, _ in source.module.named_modules())
+    without = loaded(tmp_path, stand_in(change=ATTENDED), attention="precision")
+    assert without.attentions == {}
+    assert "scales of 1 attentions left out (--attention precision)" in without.told[-1]
+    others = stand_in("8", ATTENDED + "    one.num_bits = 8\n")
+    with pytest.raises(ConvertError, match="q_bmm_quantizer quantizes attention to other codes"):
+        loaded(tmp_path, others)
 
 
 @pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])

@@ -11,7 +11,15 @@ from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import Job
 from cp_convert.model.load import load, surroundings
-from tests.model.fp8_files import FILE, FP8, smoothed, tensors_of, write, written_twice
+from tests.model.fp8_files import (
+    FILE,
+    FP8,
+    smoothed,
+    tensors_of,
+    with_attention,
+    write,
+    written_twice,
+)
 
 MODEL = """
 import torch
@@ -97,6 +105,37 @@ def test_codes_stay_where_they_are_and_the_module_has_their_numbers(tmp_path: Pa
     assert source.parameters_outside["leave.weight"].dtype == torch.bfloat16
 
 
+def test_scales_of_attention(tmp_path: Path) -> None:
+    tensors = with_attention(tensors_of(module(), LAYERS), ["blocks.1"])
+    write(tmp_path / "weights", tensors)
+    source = loaded(tmp_path)
+    assert source.attentions == {
+        "blocks.1": tuple(
+            tensors[f"blocks.1.{letter}_bmm_quantizer._amax"].item() / 448 for letter in "qkv"
+        )
+    }
+    for options, why in (
+        ({"attention": "precision"}, "--attention precision"),
+        ({"allow_cast": ("float8",)}, "--allow-cast float8"),
+    ):
+        source = loaded(tmp_path, **options)
+        assert source.attentions == {}
+        assert f"scales of 1 attentions left out ({why})" in source.told[-1]
+
+
+def test_attention_goes_with_layers_in_fp8(tmp_path: Path) -> None:
+    tensors = with_attention(smoothed(module(), LAYERS), ["blocks.1"])
+    write(tmp_path / "weights", tensors, SMOOTH)
+    with pytest.raises(UsageError, match="its linear layers are INT8: FP8 attention goes with"):
+        loaded(tmp_path)
+    assert loaded(tmp_path, attention="precision").attentions == {}
+    write(tmp_path / "weights", smoothed(module(), LAYERS), SMOOTH)
+    with pytest.raises(UsageError, match=r"--attention fp8: it goes with .* dit.py are INT8"):
+        loaded(tmp_path, attention="fp8")
+    with pytest.raises(UsageError, match=r"--attention fp8: .* dit.py are in the precision"):
+        loaded(tmp_path, attention="fp8", weights=None)
+
+
 SMOOTH = "W8A8_SQ_PER_CHANNEL"
 
 
@@ -139,6 +178,16 @@ def with_(name: str, value: Tensor) -> Damage:
     return lambda tensors: tensors.update({name: value})
 
 
+def attended(last: Tensor) -> Damage:
+    """Scales of an attention's q, k and v, the last of which is this one."""
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors.update(with_attention({}, ["blocks.0"]))
+        tensors["blocks.0.v_bmm_quantizer._amax"] = last
+
+    return add
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -152,7 +201,13 @@ def with_(name: str, value: Tensor) -> Damage:
         (with_("blocks.0.out.weight_scale", torch.ones((), dtype=torch.int8)), r"is I8\[\]"),
         (with_("leave.weight_scale", torch.tensor(1.0)), "leave.weight is stored as BF16"),
         (with_("blocks.7.out.weight_scale", torch.tensor(1.0)), "blocks.7.out.weight is not there"),
-        (with_("blocks.0.attn.q_bmm_quantizer._amax", torch.tensor(1.0)), "quantizes attention"),
+        (
+            with_("blocks.0.attn.q_bmm_quantizer._amax", torch.tensor(1.0)),
+            "blocks.0.attn.k_bmm_quantizer._amax is missing",
+        ),
+        (with_("blocks.0.qkv.output_quantizer._amax", torch.tensor(1.0)), "no quantizer that is"),
+        (attended(torch.tensor(0.0)), "blocks.0.v_bmm_quantizer._amax .* is 0.0"),
+        (attended(torch.ones(4)), r"blocks.0.v_bmm_quantizer._amax .* F32\[4\]"),
         (with_("blocks.0.out.weight", torch.zeros(64, 32).to(FP8)), "1 of another shape"),
         (
             with_("blocks.0.out.weight", torch.full((64, 64), torch.nan).to(FP8)),
@@ -249,6 +304,11 @@ def test_options_that_go_with_nothing(tmp_path: Path) -> None:
         ({"max_loss": 0.1, "exchange": "int8", "proof": "none"}, "measured by the proof"),
         ({"exchange": "int4"}, "not one of int8"),
         ({"quantize": "fp4"}, "not one of fp8, int8"),
+        ({"attention": "int8"}, "not one of fp8, precision"),
+        ({"attention": "fp8", "quantize": "int8"}, "fp8 and --quantize int8: the two do not"),
+        ({"attention": "fp8", "quantize": "nvfp4"}, "fp8 and --quantize nvfp4: the two do not"),
+        ({"attention": "fp8", "precision": "fp32"}, "fp8 and --precision fp32: the two do not"),
+        ({"attention": "fp8", "strategy": "fused"}, "fp8 and --strategy fused: the two do not"),
     ):
         with pytest.raises(UsageError, match=told):
             job(tmp_path, **options)

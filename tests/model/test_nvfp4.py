@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import without
-from tests.model.comfy_files import FLUX_LAYERS, as_json, original_flux, smaller_flux
+from tests.model.comfy_files import (
+    FLUX_LAYERS,
+    as_json,
+    original_flux,
+    quantized,
+    smaller_flux,
+)
 from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
 from tests.model.comfy_files import write as write_file
 from tests.model.fp8_files import FILE, FP8, in_nvfp4, numbers_of, write, written_twice
@@ -85,7 +91,7 @@ def blocks(value: float, *shape: int) -> Tensor:
         (with_("blocks.0.out.weight", torch.zeros(2048).byte()), "of 0 rows of 0 numbers"),
         (with_("leave.weight", torch.zeros(16, 32).byte()), "leave.weight_scale is missing"),
         (with_("leave.weight", torch.ones(16, 64).to(FP8)), "leave.weight .* is quantized"),
-        (with_("blocks.0.attn.k_bmm_quantizer._amax", torch.tensor(1.0)), "quantizes attention"),
+        (with_("blocks.0.attn.k_bmm_quantizer._amax", torch.tensor(1.0)), "q_bmm.* is missing"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_checkpoint_is_refused_by_name(
@@ -166,6 +172,30 @@ def test_tiles_are_those_of_cublas_and_nibbles_are_swapped(
     assert all(one.is_multiplied for one in source.codes.values())
 
 
+def test_a_file_of_two_formats(tmp_path: Path) -> None:
+    """Each layer is read by its own."""
+    named = {n: t.detach().bfloat16() for n, t in module().state_dict().items()}
+    tensors, _ = quantized(comfy_nvfp4(named, LAYERS[:3]), LAYERS[3:], style="comfy_quant")
+    file = write_file(tmp_path / "x.safetensors", tensors, {})
+    source = opened(tmp_path, file)
+    kinds = {name: one.codes.dtype for name, one in source.codes.items()}
+    assert kinds == {
+        **{f"{layer}.weight": torch.uint8 for layer in LAYERS[:3]},
+        f"{LAYERS[3]}.weight": FP8,
+    }
+    truth, held = module().state_dict(), dict(source.module.named_parameters())
+    for name in source.codes:
+        assert (held[name] - truth[name]).norm() < 0.12 * truth[name].norm()
+    assert list(source.located) == [n for n in source.located if n not in kinds or "out" in n]
+    with pytest.raises(UsageError, match=r"--compute-capability 8\.9: its weights are NVFP4"):
+        opened(tmp_path, file, compute_capabilities=("8.9", "12.0"))
+    with pytest.raises(UsageError, match=r"dit\.py are FP8 and NVFP4"):
+        opened(tmp_path, file, attention="fp8")
+    source = opened(tmp_path, file, allow_cast=("float8",))
+    assert len(source.codes) == 3
+    assert "1 weights in FP8 multiplied by their scales once" in " ".join(source.told)
+
+
 def test_what_has_no_scale_of_its_input(tmp_path: Path) -> None:
     named = {n: t.detach().bfloat16() for n, t in module().state_dict().items()}
     tensors = comfy_nvfp4(named, LAYERS, inputs=False)
@@ -195,7 +225,7 @@ def test_what_has_no_scale_of_its_input(tmp_path: Path) -> None:
         (with_("blocks.0.out.weight", torch.ones(64).byte()), r"quantized as U8\[64\]"),
         (
             with_("blocks.0.out.comfy_quant", as_json({"format": "float8_e4m3fn"})),
-            "quantized as .*, and others otherwise",
+            "is stored as U8 and not quantized to FP8|scales of two formats",
         ),
         (with_("leave.comfy_quant", as_json({"format": "nvfp4"})), "leave.weight is stored as BF"),
     ],
