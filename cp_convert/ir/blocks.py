@@ -53,7 +53,10 @@ def cuts_between(
         places: where the program may be cut; it is where it is narrow.
     """
     known = {cut.place for cut in named}
-    offered = [*named, *(cut for place in places if place not in known for cut in _narrow(graph, place, free))]
+    offered = [
+        *named,
+        *(cut for place in places if place not in known for cut in _narrow(graph, place, free)),
+    ]
     offered.sort(key=lambda cut: (len(cut.before), cut.place not in known))
     taken: list[Cut] = []
     for number, cut in enumerate(offered):

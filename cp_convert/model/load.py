@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import CannotShard, ModelFileError, UsageError
 from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job, Variant
+from ..job import AUTO, BLOCKS, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
@@ -233,7 +233,8 @@ def _filled(
 
 
 def _is_external(job: Job, size: int) -> bool:
-    return job.weights_mode == "external" or (job.weights_mode == AUTO and size >= EXTERNAL_FROM)
+    is_large = size >= EXTERNAL_FROM or job.layout == BLOCKS
+    return job.weights_mode == "external" or (job.weights_mode == AUTO and is_large)
 
 
 def _check_peers(given: Given) -> None:
