@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from cp_convert.ir.kinds import Twin
 from tests.conftest import MODEL_FILE
 from tests.diffusers.ranks import run_ranks
 from tests.runtime.bundles import FLUX, QWEN, WAN, converted
-from tests.runtime.test_pieces import ByHand, Case, apart, counts, inputs_of, opened_steps
+from tests.runtime.test_pieces import Case, apart, counts, inputs_of, opened_steps
 
 DEEP = ("num_layers=1, num_single_layers=1", "num_layers=3, num_single_layers=4")
 CASES = {
@@ -94,7 +96,7 @@ def test_a_step_cache_goes_by_the_named_cuts(made: Made, tmp_path: Path) -> None
     assert kinds_of(manifest) == [0, 1, 2, 1, 4, 4, 4, 7, 8]
     steps = inputs_of(case, tmp_path)
     reference = case.module(tmp_path).build_model().eval()
-    rule = _by_hand(reference, threshold)
+    rule = ByHand(reference, threshold)
     with torch.no_grad():
         wanted = [reference(**one)[0] for one in steps]
     assert 0 < sum(rule.skipped) < len(steps) - 1, rule.skipped
@@ -106,7 +108,152 @@ def test_a_step_cache_goes_by_the_named_cuts(made: Made, tmp_path: Path) -> None
             assert apart(value, want) <= 1e-5
 
 
-def _by_hand(module: Any, threshold: float) -> ByHand:
-    """The rule around blocks 2 to 4 of 7: those before are the first, those behind the last."""
-    joint, single = module.transformer_blocks, module.single_transformer_blocks
-    return ByHand(module, threshold, first=list(joint[:2]), others=[joint[2], *single[:2]])
+class ByHand:
+    """First Block Cache's rule around some of FLUX's blocks, of which ``first`` is the last block.
+
+    Both streams are read behind those that may be skipped.
+    """
+
+    def __init__(self, module: Any, threshold: float) -> None:
+        joint, single = module.transformer_blocks, module.single_transformer_blocks
+        self.between = [joint[2], *single[:2]]
+        self.threshold, self.skipped = threshold, list[bool]()
+        self.residual: Tensor | None = None
+        self.entered = torch.zeros(())
+        self.after: tuple[Tensor, ...] = ()
+        self.added: tuple[Tensor, ...] = ()
+        self.forwards = {block: block.forward for block in (joint[0], joint[1], *self.between)}
+        joint[0].forward = lambda **given: self._enter(joint[0], given)
+        joint[1].forward = lambda **given: self._decide(joint[1], given)
+        for block in self.between:
+            block.forward = lambda block=block, **given: self._other(block, given)
+
+    def _enter(self, block: Any, given: Any) -> Any:
+        self.entered = given["hidden_states"]
+        return self.forwards[block](**given)
+
+    def _decide(self, block: Any, given: Any) -> Any:
+        self.after = self.forwards[block](**given)
+        residual, skips = self.after[1] - self.entered, False
+        if self.residual is not None:
+            distance = (residual - self.residual).abs().mean() / self.residual.abs().mean()
+            skips = bool(distance < self.threshold)
+        self.residual = self.residual if skips else residual
+        self.skipped.append(skips)
+        return self.after
+
+    def _other(self, block: Any, given: Any) -> Any:
+        is_last = block is self.between[-1]
+        if self.skipped[-1]:
+            both = given["encoder_hidden_states"], given["hidden_states"]
+            ends = zip(self.after, self.added, strict=True)
+            return tuple(a + b for a, b in ends) if is_last else both
+        out = self.forwards[block](**given)
+        if is_last:
+            self.added = tuple(a - b for a, b in zip(out, self.after, strict=True))
+        return out
+
+
+# --- what the manifest and the command line say ---------------------------------------------------
+
+
+def altered(out: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The bundle's manifest, altered, beside links to its files."""
+    told = json.loads((out / "manifest.json").read_text())
+    change(told)
+    for one in out.iterdir():
+        if one.name != "manifest.json":
+            target.mkdir(exist_ok=True)
+            (target / one.name).symlink_to(one)
+    (target / "manifest.json").write_text(json.dumps(told))
+    return target
+
+
+def _misnamed(told: dict[str, Any]) -> None:
+    names = told["pieces"][2]["names"]
+    names[next(iter(names))] = "transformer_blocks.9.attn.to_q.weight"
+
+
+def _misshapen(told: dict[str, Any]) -> None:
+    names = told["pieces"][2]["names"]
+    first, second = (n for n in names if n.endswith(("attn.to_q.weight", "attn.to_q.bias")))
+    names[first], names[second] = names[second], names[first]
+
+
+def _forgotten(told: dict[str, Any]) -> None:
+    told["pieces"][2]["names"].popitem()
+
+
+def _of_no_engine(told: dict[str, Any]) -> None:
+    told["pieces"][3]["kind"] = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_misnamed, "piece 2 does not tell what transformer_blocks.1.* is"),
+        (_forgotten, "piece 2 does not tell what .* is"),
+        (_misshapen, r"piece 2 binds .*\[64\].* to .*\[64, 64\].* of piece 1"),
+        (_of_no_engine, "piece 3 runs the engines of piece 2, which has none"),
+    ],
+)
+def test_a_wrong_mapping_is_refused(
+    made: Made, tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    out = altered(made("flux"), tmp_path / "out", change)
+    (problem,) = [c.problem for c in bundles.verify(out) if c.problem is not None]
+    assert re.match(words, problem)
+    with pytest.raises(DamagedBundle, match=f"the manifest is wrong: {words}"):
+        runtime.open(out, rank=0, communicator=SimpleNamespace(size=lambda: 2), executor="torch")
+
+
+def swapped(twins: tuple[Twin, ...]) -> tuple[Twin, ...]:
+    """Two weights of one shape of a piece that runs another's engine, bound to one another."""
+    place = next(n for n, twin in enumerate(twins) if twin.of != n)
+    names = dict(twins[place].names)
+    first, second = (n for n in names if n.endswith(("attn.to_q.weight", "attn.to_k.weight")))
+    names[first], names[second] = names[second], names[first]
+    return (*twins[:place], Twin(twins[place].of, names), *twins[place + 1 :])
+
+
+def test_weights_that_are_mistaken_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = cutting.twins_of
+    monkeypatch.setattr(cutting, "twins_of", lambda *given: swapped(of(*given)))
+    CASES["flux"].module(tmp_path)
+    with pytest.raises(ProofFailed, match="give another sample on rank 0 than the program"):
+        converted(
+            tmp_path / "model.py", tmp_path / "out", "ulysses", 2, proof="program", layout="blocks"
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error", "words"),
+    [
+        (MODEL_FILE, {}, CannotShard, "no numbered blocks with attentions"),
+        (FLUX, {}, CannotShard, "no two of the 4 pieces are equal but for their weights"),
+        (FLUX, {"weights_mode": "embedded"}, UsageError, "--weights-mode embedded"),
+    ],
+)
+def test_refused(
+    tmp_path: Path, text: str, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    (tmp_path / "model.py").write_text(text)
+    with pytest.raises(error, match=words):
+        converted(tmp_path / "model.py", tmp_path / "out", "ulysses", 2, layout="blocks", **options)
+
+
+def test_values_between_use_memory_again(made: Made) -> None:
+    manifest, _ = bundles.read(made("flux"))
+    parts = parts_of(manifest, 0)
+    planned = between(parts, None)
+    held: dict[int, str] = {}
+    for part, places in zip(parts, planned.places, strict=True):
+        assert {known for known in part.inputs if known.startswith("between.")} <= {*held.values()}
+        held |= {place: name for name, place in places.items()}  # written over: no longer there
+    names = {one.name for part in parts for one in part.outputs}
+    assert len(planned.kinds) < len(names)
+    # The time embedding and rotary tables; two streams, read and written in turn; two outputs.
+    shapes = sorted(count for _, count in planned.kinds)
+    assert shapes == sorted([64, 480, 480, 24 * 64, 24 * 64, 6 * 64, 6 * 64, 48 * 16])
