@@ -66,6 +66,11 @@ def parts_of(manifest: Manifest, rank: int) -> list[Part]:
     ]
 
 
+def kinds_of(manifest: Manifest) -> list[int]:
+    """Of every piece, the number of the one whose engines it runs."""
+    return [n if piece.kind is None else piece.kind for n, piece in enumerate(manifest.pieces)]
+
+
 def numbers_of_kinds(manifest: Manifest) -> list[int | None]:
     """The pieces that have engines of their own; ``None`` is the one whole."""
     if not manifest.pieces:
@@ -88,10 +93,8 @@ def kind_problem(manifest: Manifest) -> str | None:
             return f"piece {number} runs the engines of piece {piece.kind}, which has none"
         theirs, own = _bindings(first, weights), _bindings(piece, weights)
         if piece.names.keys() != theirs.keys() or sorted(piece.names.values()) != sorted(own):
-            odd = sorted(theirs.keys() ^ piece.names.keys()) or sorted(
-                own.keys() ^ set(piece.names.values())
-            )
-            return f"piece {number} does not tell what {', '.join(odd[:1]) or 'every binding'} is"
+            odd = [*(own.keys() ^ set(piece.names.values())), *(theirs.keys() ^ piece.names.keys())]
+            return f"piece {number} does not tell of every binding what it is: {sorted(odd)[:1]}"
         for name, mine in piece.names.items():
             if theirs[name] != own[mine]:
                 return (

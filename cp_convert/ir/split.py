@@ -185,7 +185,7 @@ class _Whole:
         residual = self._residual(number)
         graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
         own = [n for n, place in self.place.items() if place == number and n.op != "output"]
-        needed = self._needed([*own, *residual], number)
+        needed = self._needed(own, residual, number)
         for node in needed:
             if node.op == "placeholder" or node in self.place:
                 twins[node] = graph.placeholder(node.name)
@@ -205,10 +205,12 @@ class _Whole:
         is_told = self.step is not None and number == self.step.told.first - 1
         return self.step.entered if self.step is not None and is_told else ()
 
-    def _needed(self, own: Sequence[fx.Node], number: int) -> list[fx.Node]:
-        """What these are or read and no operator of the piece computes, in the program's order."""
+    def _needed(
+        self, own: Sequence[fx.Node], residual: Sequence[fx.Node], number: int
+    ) -> list[fx.Node]:
+        """What the piece reads and does not compute itself, in the program's order."""
         found: set[fx.Node] = set()
-        waiting = [x for node in own for x in (node, *node.all_input_nodes)]
+        waiting = [*residual, *(x for node in own for x in node.all_input_nodes)]
         if number == self.last:
             waiting += self.program.graph_module.graph.output_node().all_input_nodes
         while waiting:

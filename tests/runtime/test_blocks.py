@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cp_convert import bundle as bundles
 from cp_convert import cutting, runtime
-from cp_convert.bundle.manifest import Manifest, Step
-from cp_convert.bundle.parts import between, parts_of
+from cp_convert.bundle.manifest import Step
+from cp_convert.bundle.parts import between, kinds_of, parts_of
 from cp_convert.errors import CannotShard, DamagedBundle, ProofFailed, UsageError
 from cp_convert.ir.kinds import Twin
 from tests.conftest import MODEL_FILE
@@ -40,10 +40,6 @@ KINDS = {
     "wan": [0, 1, 1, 1, 1, 5],
     "qwen": [0, 1, 1, 1, 4, 5],
 }
-
-
-def kinds_of(manifest: Manifest) -> list[int]:
-    return [n if one.kind is None else one.kind for n, one in enumerate(manifest.pieces)]
 
 
 Made = Callable[..., Path]
@@ -191,8 +187,8 @@ def _of_no_engine(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_misnamed, "piece 2 does not tell what transformer_blocks.1.* is"),
-        (_forgotten, "piece 2 does not tell what .* is"),
+        (_misnamed, "piece 2 does not tell of every binding what it is: .*between.add_15"),
+        (_forgotten, "piece 2 does not tell of every binding what it is"),
         (_misshapen, r"piece 2 binds .*\[64\].* to .*\[64, 64\].* of piece 1"),
         (_of_no_engine, "piece 3 runs the engines of piece 2, which has none"),
     ],
