@@ -21,16 +21,49 @@ from .collectives import over_the_wire
 from .replayed import Replayed
 
 
-class Called:
-    """A program on one rank.
+class Kind:
+    """A program on one rank, which may serve several pieces.
 
     Args:
-        stored: as the bundle holds it; or what computes another piece of its kind.
-        called: by the binding of the program, what that is called here, where it is another name.
+        stored: as the bundle holds it.
         rank: whose.
         groups: names of torch's process groups, by ranks.
         device: where it runs.
         compiled: whether it goes through ``torch.compile``.
+
+    Attributes:
+        names: of weights that it is called with, by placeholder.
+        program: as the device computes it.
+        own: constants and parameters that it holds, by placeholder.
+        device: where it runs.
+        call: computes it, of the placeholders' values.
+    """
+
+    def __init__(
+        self,
+        stored: Stored,
+        rank: int,
+        groups: Mapping[tuple[int, ...], str],
+        device: torch.device,
+        *,
+        compiled: bool,
+    ) -> None:
+        program = over_the_wire(specialise(stored.program, rank), rank, groups)
+        self.names, self.device = stored.names, device
+        self.program = on_device(program, device, stored.names)
+        self.own = {n: t for n, t in self.program.state.items() if n not in stored.names}
+        module = self.program.graph_module
+        self.call: Callable[..., Any] = fx.GraphModule(module, module.graph)
+        if compiled:
+            self.call = torch.compile(self.call, dynamic=False)
+
+
+class Called:
+    """One piece on one rank.
+
+    Args:
+        kind: what computes it.
+        names: by the binding of that, what it is called here, where that is another name.
         graph: whether calls after the first are replayed as a CUDA graph.
 
     Attributes:
@@ -40,57 +73,37 @@ class Called:
         BackendMissing: a CUDA graph is asked for, and the device has none.
     """
 
-    def __init__(
-        self,
-        stored: Stored | Called,
-        called: Mapping[str, str],
-        rank: int,
-        groups: Mapping[tuple[int, ...], str],
-        device: torch.device,
-        *,
-        compiled: bool,
-        graph: bool,
-    ) -> None:
-        self._renamed, self._device = called, device
-        if isinstance(stored, Called):
-            self._names, self._program, self._own = stored._names, stored._program, stored._own
-            self._call = stored._call
-        else:
-            program = over_the_wire(specialise(stored.program, rank), rank, groups)
-            self._names, self._program = stored.names, on_device(program, device, stored.names)
-            self._own = {n: t for n, t in self._program.state.items() if n not in stored.names}
-            module = self._program.graph_module
-            self._call: Callable[..., Any] = fx.GraphModule(module, module.graph)
-            if compiled:
-                self._call = torch.compile(self._call, dynamic=False)
-        self.inputs = [self._called(b.name) for b in self._program.inputs]
-        self._replayed = Replayed(self._call, device) if graph else None
+    def __init__(self, kind: Kind, names: Mapping[str, str], *, graph: bool) -> None:
+        self._kind, self._names = kind, names
+        self.inputs = [self._called(b.name) for b in kind.program.inputs]
+        self._replayed = Replayed(kind.call, kind.device) if graph else None
 
     @torch.no_grad()
     def __call__(
         self, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Outputs by name, of inputs and weights by name."""
-        called, taken = self._called, self._program.inputs
-        inputs = {b.node: given[called(b.name)].to(self._device) for b in taken}
-        own = {node: weights[called(name)] for node, name in self._names.items()}
-        bound = inputs | self._own | own
-        graph = self._program.graph_module.graph
+        kind, called = self._kind, self._called
+        taken = {b.node: given[called(b.name)] for b in kind.program.inputs}
+        inputs = {node: tensor.to(kind.device) for node, tensor in taken.items()}
+        own = {node: weights[called(name)] for node, name in kind.names.items()}
+        bound = inputs | kind.own | own
+        graph = kind.program.graph_module.graph
         names = [node.name for node in graph.find_nodes(op="placeholder")]
         values = [bound[name] for name in names]
         if self._replayed is None:
-            returned = self._call(*values)
+            returned = kind.call(*values)
         else:
             returned = self._replayed(values, [name in inputs for name in names])
         return self._named(returned)
 
     def _called(self, name: str) -> str:
         """What a binding of the program is called here."""
-        return self._renamed.get(name, name)
+        return self._names.get(name, name)
 
     def _named(self, returned: Sequence[Any]) -> dict[str, Tensor]:
-        names = {b.node: self._called(b.name) for b in self._program.outputs}
-        nodes: Any = self._program.graph_module.graph.output_node().args[0]
+        names = {b.node: self._called(b.name) for b in self._kind.program.outputs}
+        nodes: Any = self._kind.program.graph_module.graph.output_node().args[0]
         return {
             names[node.name]: value
             for node, value in zip(nodes, returned, strict=True)

@@ -173,16 +173,16 @@ class TensorRTExecutor:
         self._runtime = self._trt.Runtime(self._logger)
         rank = Rank(self.rank, self.gpu, self._trt, self._runtime, self._logger)
         parts = {name: parts_of(one, self.rank) for name, one in self._engines.items()}
-        engines = {part.engine.file: part.engine for own in parts.values() for part in own}
+        engines = {part.engine.file: part.engine for of_one in parts.values() for part in of_one}
         several = len(engines) > 1
         for file, engine in engines.items():
             self._contexts[file] = Context(
                 rank, engine, folder, user_managed=several, verify=verify
             )
             told("the engine")
-        for name, own in parts.items():
-            self._calls[name] = self._called(own, self._engines[name])
-            self._chains[name] = self._chain(name, own)
+        for name, pieces in parts.items():
+            self._calls[name] = self._called(pieces, self._engines[name])
+            self._chains[name] = self._chain(name, pieces)
         shared, own = weights_of(self.choice.manifests, self.rank, programs=False)
         bound = partial(
             bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told

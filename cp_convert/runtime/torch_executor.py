@@ -22,7 +22,7 @@ from ..ir.kinds import Twin, twins_of
 from ..ir.program import Lowered, names_in
 from ..ir.split import Pieces, split
 from ..lora.choose import Asked
-from .called import Called
+from .called import Called, Kind
 from .chain import Chain, Part, Tensors
 from .choice import Choice, weights_of
 from .collectives import groups_of, make_groups, unsupported
@@ -72,10 +72,8 @@ class TorchExecutor:
         wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
         names = make_groups(list(wanted), rank, group_of(communicator))
         told("groups")
-        called = partial(
-            Called, rank=rank, groups=names, device=self.device, compiled=compiled, graph=graph
-        )
-        made = partial(CalledPieces, called=called, steps=steps)
+        kind = partial(Kind, rank=rank, groups=names, device=self.device, compiled=compiled)
+        made = partial(CalledPieces, kind=kind, graph=graph, steps=steps)
         self._called: Mapping[str | None, CalledPieces] = (
             CalledSizes(manifest, next(iter(stored.values())), made)
             if manifest.dynamic is not None
@@ -128,7 +126,8 @@ class CalledPieces:
         variant: which.
         stored: as the bundle holds it, whole.
         cuts: where it is cut, as the engines are.
-        called: makes of a program what computes it.
+        kind: makes of a program what computes it.
+        graph: whether calls after the first are replayed as CUDA graphs.
         steps: the rank's step cache.
 
     Raises:
@@ -140,20 +139,21 @@ class CalledPieces:
         variant: str | None,
         stored: Stored,
         cuts: Cuts,
-        called: Callable[..., Called],
+        kind: Callable[[Stored], Kind],
         steps: StepCache | None,
+        *,
+        graph: bool,
     ) -> None:
         pieces = cuts.made(stored.program)
         programs = (stored.program,) if pieces is None else pieces.programs
         if pieces is not None and pieces.step is None and steps is not None:
             raise BackendMissing(f"torch's program cannot skip pieces: {pieces.why_not}.")
-        self._all: list[Called] = []
         twins = [WHOLE] if pieces is None else twins_of(programs, stored.names)
-        for number, (one, twin) in enumerate(zip(programs, twins, strict=True)):
-            of = (
-                self._all[twin.of] if twin.of < number else Stored(one, names_in(one, stored.names))
-            )
-            self._all.append(called(of, twin.names))
+        kinds = {
+            n: kind(Stored(programs[n], names_in(programs[n], stored.names)))
+            for n in sorted({twin.of for twin in twins})
+        }
+        self._all = [Called(kinds[twin.of], twin.names, graph=graph) for twin in twins]
         self._weights: Tensors = {}
         parts = [Part(one.inputs, partial(self._run, one)) for one in self._all]
         self._chain = Chain(variant, parts, None if pieces is None else pieces.step, steps)
@@ -226,9 +226,8 @@ class Cuts(NamedTuple):
     def of(cls, manifest: Manifest) -> Cuts:
         """As the engines of a variant are."""
         ends = [
-            Place(one.after) if one.before is None else Place(one.before, enters=True)
-            for one in manifest.pieces
-            if one.after is not None or one.before is not None
+            Place(one.after or one.before or "", enters=one.after is None)
+            for one in manifest.pieces[:-1]
         ]
         if not isinstance(manifest.step, Step):
             return cls((), ends)
