@@ -338,10 +338,8 @@ def replayed(
         inputs |= {emitted.names[node]: program.state[node] for node in whole}
         own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        names = [twin.names for twin in emitted.twins]
-        return prove_networks(
-            networks, inputs, proof, program, device, own, later=later, names=names
-        )
+        pieces = {"later": later, "names": [twin.names for twin in emitted.twins]}
+        return prove_networks(networks, inputs, proof, program, device, own, **pieces)
 
 
 def pays(made: Made, proof: Proof) -> bool:
