@@ -14,7 +14,7 @@ from contextlib import suppress
 from torch import fx
 
 from ..errors import UsageError
-from .cuts import Cut, Place, check_narrow, cut_before, cut_of, is_end
+from .cuts import Cut, Owners, Place, check_narrow, cut_before, cut_of, is_end
 
 
 def blocks_of(modules: Sequence[str]) -> list[str]:
@@ -42,7 +42,11 @@ def places_of(blocks: Sequence[str]) -> list[Place]:
 
 
 def cuts_between(
-    graph: fx.Graph, free: Collection[fx.Node], named: Sequence[Cut], places: Sequence[Place]
+    graph: fx.Graph,
+    free: Collection[fx.Node],
+    named: Sequence[Cut],
+    places: Sequence[Place],
+    within: Owners,
 ) -> list[Cut]:
     """The cuts that are named, and those of ``places`` that go with them, in their order.
 
@@ -51,11 +55,17 @@ def cuts_between(
         free: what every piece may have of its own.
         named: in their order; they are all among the result.
         places: where the program may be cut; it is where it is narrow.
+        within: the operators of every module.
     """
     known = {cut.place for cut in named}
     offered = [
         *named,
-        *(cut for place in places if place not in known for cut in _narrow(graph, place, free)),
+        *(
+            cut
+            for place in places
+            if place not in known
+            for cut in _narrow(graph, place, free, within)
+        ),
     ]
     offered.sort(key=lambda cut: (len(cut.before), cut.place not in known))
     taken: list[Cut] = []
@@ -71,9 +81,11 @@ def cuts_between(
     return taken
 
 
-def _narrow(graph: fx.Graph, place: Place, free: Collection[fx.Node]) -> Iterator[Cut]:
+def _narrow(
+    graph: fx.Graph, place: Place, free: Collection[fx.Node], within: Owners
+) -> Iterator[Cut]:
     """The cut at ``place``, if it can be made there."""
     with suppress(UsageError):
-        cut = (cut_before if place.enters else cut_of)(graph, place.module, free)
+        cut = (cut_before if place.enters else cut_of)(graph, place.module, free, within)
         check_narrow(cut)
         yield cut

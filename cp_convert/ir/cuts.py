@@ -6,7 +6,7 @@ out; or a refusal, where a residual is still open there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -76,27 +76,48 @@ def free_of(program: Lowered) -> set[fx.Node]:
     return free
 
 
-def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node]) -> Cut:
+Owners = Mapping[str, Sequence[fx.Node]]
+
+
+def owners(graph: fx.Graph) -> Owners:
+    """By the path of every module, the operators that were made within its forward."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            for path in dict.fromkeys(paths_of(node)):
+                found.setdefault(path, []).append(node)
+    return found
+
+
+def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
     """The cut after ``module``.
+
+    Args:
+        graph: of the program.
+        module: its path.
+        free: what every piece may have of its own.
+        within: see :func:`owners`.
 
     Raises:
         UsageError: there is no such module, or nothing that it computes is read by others.
     """
-    own = {n for n in graph.nodes if n.op == "call_function" and module in paths_of(n)}
-    own -= set(free)
-    outputs = [n for n in graph.nodes if n in own and any(user not in own for user in n.users)]
+    own = {n for n in within.get(module, ()) if n not in free}
+    outputs = [n for n in sorted(own) if any(user not in own for user in n.users)]
     if not outputs:
         raise _unknown(graph, module)
     return Cut(module, frozenset(own), tuple(outputs), frozenset(_needed(outputs, free)))
 
 
-def cut_before(graph: fx.Graph, module: str, free: Collection[fx.Node]) -> Cut:
+def cut_before(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
     """The cut before ``module``: what it is given, and all that this is computed from.
 
+    Moves that the module makes are before it, where they are of what it is given, or others read
+    them too: how a block is given its part of what is whole, and tables that all blocks read.
+
     Raises:
-        UsageError: see :func:`cut_of`.
+        UsageError: see :func:`cut_of`, which has the arguments.
     """
-    behind = cut_of(graph, module, free)
+    behind = cut_of(graph, module, free, within)
     before, shared = set(behind.before - behind.own), set[fx.Node]()
     for node in sorted(behind.own & behind.before, reverse=True):
         if node.target in MOVES and any(u in shared or u not in behind.own for u in node.users):

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from .blocks import cuts_between
-from .cuts import MOVES, Cut, Place, check_narrow, check_order, cut_of, free_of, paths_of
+from .cuts import MOVES, Cut, Place, check_narrow, check_order, cut_of, free_of, owners, paths_of
 from .program import Binding, Lowered, module_of, module_path, tensor_of
 from .streams import origin
 from .writer import Writer
@@ -106,15 +106,22 @@ def split(program: Lowered, modules: Sequence[str], places: Sequence[Place] = ()
     """
     graph = program.graph_module.graph
     free = free_of(program)
-    named = sorted((cut_of(graph, name, free) for name in modules), key=lambda cut: len(cut.before))
+    within = owners(graph)
+    named = sorted(
+        (cut_of(graph, name, free, within) for name in modules), key=lambda cut: len(cut.before)
+    )
     check_order(named, graph, free)
     for cut in named:
         check_narrow(cut)
-    cuts = cuts_between(graph, free, named, places) if places else named
+    cuts = cuts_between(graph, free, named, places, within) if places else named
     work = [n for n in graph.nodes if n not in free and n.op != "placeholder"]
     place = {node: sum(node not in cut.before for cut in cuts) for node in work}
+    own: dict[int, list[fx.Node]] = {}
+    for node in work:
+        if node.op != "output":
+            own.setdefault(place[node], []).append(node)
     step, why_not = _step(named, cuts, place)
-    whole = _Whole(program, place, free, len(cuts), step)
+    whole = _Whole(program, place, own, free, len(cuts), step)
     ends = [*(cut.place for cut in cuts), None]
     pieces = tuple(Piece(end, whole.piece(number)) for number, end in enumerate(ends))
     return Pieces(pieces, None if step is None else step.told, why_not)
@@ -176,6 +183,7 @@ class _Whole:
 
     program: Lowered
     place: Mapping[fx.Node, int]
+    own: Mapping[int, Sequence[fx.Node]]
     free: Collection[fx.Node]
     last: int
     step: _Entered | None
@@ -184,7 +192,7 @@ class _Whole:
         """The program of one; that at whose end the residual is known also returns it."""
         residual = self._residual(number)
         graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
-        own = [n for n, place in self.place.items() if place == number and n.op != "output"]
+        own = self.own[number]
         needed = self._needed(own, residual, number)
         for node in needed:
             if node.op == "placeholder" or node in self.place:
@@ -192,10 +200,9 @@ class _Whole:
                 twins[node].meta = dict(node.meta)
                 twins[node].name = node.name
         body = {*own, *(n for n in needed if n not in twins)}
-        for node in self.program.graph_module.graph.nodes:
-            if node in body:
-                twins[node] = graph.node_copy(node, twins.__getitem__)
-                twins[node].name = node.name
+        for node in sorted(body):
+            twins[node] = graph.node_copy(node, twins.__getitem__)
+            twins[node].name = node.name
         outputs = self._outputs(graph, twins, own, number)
         graph.lint()
         return self._program(graph, needed, outputs)
@@ -218,7 +225,7 @@ class _Whole:
             if node not in found and self.place.get(node) != number:
                 found.add(node)
                 waiting += node.all_input_nodes if node in self.free else []
-        return [node for node in self.program.graph_module.graph.nodes if node in found]
+        return sorted(found)
 
     def _outputs(
         self,
