@@ -331,15 +331,15 @@ def replayed(
     """
     job, emitted, engines = made.loaded.job, made.emitted, made.built.engines
     with clock.stage("replay"):
-        networks, *later = networks_of(engines, emitted)
+        first, *later = networks_of(engines, emitted)
         inputs = flat_inputs(program, source.all_inputs)
         shared = {node: name for node, name in emitted.names.items() if node in program.own}
         whole = emitted.names.keys() - shared
         inputs |= {emitted.names[node]: program.state[node] for node in whole}
         own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        pieces = {"later": later, "names": [twin.names for twin in emitted.twins]}
-        return prove_networks(networks, inputs, proof, program, device, own, **pieces)
+        names = [twin.names for twin in emitted.twins]
+        return prove_networks(first, inputs, proof, program, device, own, later=later, names=names)
 
 
 def pays(made: Made, proof: Proof) -> bool:

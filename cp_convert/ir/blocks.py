@@ -58,15 +58,8 @@ def cuts_between(
         within: the operators of every module.
     """
     known = {cut.place for cut in named}
-    offered = [
-        *named,
-        *(
-            cut
-            for place in places
-            if place not in known
-            for cut in _narrow(graph, place, free, within)
-        ),
-    ]
+    others = [place for place in places if place not in known]
+    offered = [*named, *(c for place in others for c in _narrow(graph, place, free, within))]
     offered.sort(key=lambda cut: (len(cut.before), cut.place not in known))
     taken: list[Cut] = []
     for number, cut in enumerate(offered):
