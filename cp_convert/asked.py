@@ -40,7 +40,9 @@ PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")
 ALLOW_CASTS: Final = ("float8",)
 """Stored types that are computed with in a larger one only when asked for."""
-LAYOUTS: Final = (AUTO, "per-rank", "shared")
+BLOCKS: Final = "blocks"
+"""The layout in which equal blocks share an engine."""
+LAYOUTS: Final = (AUTO, "per-rank", "shared", BLOCKS)
 EXTERNAL_FROM: Final = 1 << 30
 """Bytes of weights from which on ``auto`` keeps them out of the engines: a second copy in every
 engine, and several while one is built, no longer fit a small machine."""
@@ -109,7 +111,8 @@ class Asked:
             that would copy more than :data:`EXTERNAL_FROM` bytes of weights.
         layout: ``per-rank`` bakes a rank's slices into its engine, ``shared`` takes them by a
             collective, so that all ranks have the same engine; ``auto``: shared where weights are
-            external and the strategy lets it.
+            external and the strategy lets it; ``blocks``: likewise, and one engine for every kind
+            of block.
         compute_capabilities: RTX targets such as ``"8.9"``; empty means the backend's default.
         proof: how far down the conversion is proven: not at all, the program, or the program and
             the TensorRT networks; ``auto`` leaves the networks out where that takes longer than

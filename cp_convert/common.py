@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from .ir.records import Loaded, Traced
 from .ir.source import Source
-from .job import FUSED, Job
+from .job import BLOCKS, FUSED, Job
 from .mesh import SEQUENCE
 
 if TYPE_CHECKING:  # late: it imports TensorRT, which a recalled job does without
@@ -33,6 +33,7 @@ def shared_by(job: Job) -> tuple[object, ...]:
     """
     told = [getattr(job, one.name) for one in fields(job) if one.name not in _LATER]
     # The world decides at which sizes of a range a model is traced.
+    told.append(job.layout == BLOCKS)  # their weights are external whatever their size is
     return *told, job.strategy == FUSED, job.mesh.size(SEQUENCE) > 1, job.sizes
 
 

@@ -13,6 +13,7 @@ from .asked import ATTENTION_FP8 as ATTENTION_FP8
 from .asked import ATTENTIONS as ATTENTIONS
 from .asked import AUTO as AUTO
 from .asked import BACKEND_NAMES as BACKEND_NAMES
+from .asked import BLOCKS as BLOCKS
 from .asked import DEVICES as DEVICES
 from .asked import EXCHANGES as EXCHANGES
 from .asked import EXTERNAL_FROM as EXTERNAL_FROM
@@ -54,6 +55,12 @@ class Job(Asked):
         for one in self.allow_cast:
             _one_of("allow-cast", one, ALLOW_CASTS)
         _one_of("layout", self.layout, LAYOUTS)
+        if self.layout == BLOCKS and self.weights_mode == "embedded":
+            raise UsageError(
+                "--layout blocks --weights-mode embedded: equal blocks share an engine only where "
+                "their weights are inputs of it.",
+                hint="leave one of the two out.",
+            )
         _one_of("proof-device", self.proof_device, DEVICES)
         if self.exchange is not None:
             _one_of("exchange", self.exchange, tuple(EXCHANGES))
@@ -91,6 +98,7 @@ class Job(Asked):
             f"--quantize {self.quantize}": self.quantize is not None,
             f"--exchange {self.exchange}": self.exchange is not None,
             "--split-after": bool(self.split_after),
+            f"--layout {self.layout}": self.layout == BLOCKS,
             "--variant": bool(self.variants),
             "several --resolution": len(self.resolutions) > 1,
             f"--{span.name}": bool({"batch": self.batches, "text": self.texts}.get(span.name)),

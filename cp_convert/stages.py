@@ -17,6 +17,7 @@ from .cache.store import Cache
 from .capture.capture import capture, traced
 from .capture.combine import combine
 from .capture.residual import float32_residual
+from .cutting import in_pieces
 from .engine.build import prepare
 from .engine.engines import build_pieces, networks_of, ranks_of
 from .engine.fold_weights import fold_weights
@@ -36,8 +37,7 @@ from .ir.records import (
     Traced,
 )
 from .ir.source import Source
-from .ir.split import split
-from .job import AUTO, FUSED, RESIDUAL, Job
+from .job import AUTO, BLOCKS, FUSED, RESIDUAL, Job
 from .model.branches import blamed_on_rows
 from .progress import Clock
 from .prove import (
@@ -257,12 +257,11 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
         lowered = lower(folded.program)
-        after = rewritten.job.split_after
-        pieces = split(lowered, after) if after else None
+        pieces, twins = in_pieces(rewritten, lowered, folded.names)
     apart = {} if captured.linears is None else captured.linears.weights
     codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
     constants = {**folded.constants, **codes}
-    return Emitted(program, lowered, layout, folded.names, constants, pieces)
+    return Emitted(program, lowered, layout, folded.names, constants, pieces, twins=twins)
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -273,7 +272,7 @@ def _layout(job: Job, source: Source, program: Lowered) -> str:
             f"--layout shared: the ranks' engines differ, because {refusal}.",
             hint="--layout per-rank.",
         )
-    if job.layout == AUTO:
+    if job.layout in (AUTO, BLOCKS):
         return "shared" if source.external and refusal is None else "per-rank"
     return job.layout
 
@@ -296,7 +295,7 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
         device = check_device(job.proof_device)
         if emitted.pieces is not None:
             flat = flat_inputs(emitted.program, inputs)
-            check_pieces(emitted.pieces.programs, emitted.program, flat, job.world, device)
+            check_pieces(emitted.run_by_engines, emitted.program, flat, job.world, device)
         return prove(
             begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
         )
@@ -304,7 +303,7 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
 
 def _built(loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, clock: Clock) -> Built:
     """Engines of all ranks, for every piece of the program."""
-    count = len(ranks_of(loaded, emitted)) * len(emitted.programs)
+    count = len(ranks_of(loaded, emitted)) * len(emitted.kinds)
     with clock.stage("build", total=count):
         return build_pieces(loaded, emitted, pool, cache, clock.progress)
 
@@ -332,14 +331,15 @@ def replayed(
     """
     job, emitted, engines = made.loaded.job, made.emitted, made.built.engines
     with clock.stage("replay"):
-        networks, *later = networks_of(engines, len(emitted.programs))
+        first, *later = networks_of(engines, emitted)
         inputs = flat_inputs(program, source.all_inputs)
         shared = {node: name for node, name in emitted.names.items() if node in program.own}
         whole = emitted.names.keys() - shared
         inputs |= {emitted.names[node]: program.state[node] for node in whole}
         own = {name: program.own[node] for node, name in shared.items()}
         device = check_device(job.proof_device)
-        return prove_networks(networks, inputs, proof, program, device, own, later=later)
+        names = [twin.names for twin in emitted.twins]
+        return prove_networks(first, inputs, proof, program, device, own, later=later, names=names)
 
 
 def pays(made: Made, proof: Proof) -> bool:

@@ -25,8 +25,8 @@ from cp_convert.bundle.program import stored_at
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir import ops
 from cp_convert.ir.program import Lowered, copied, module_of, tensor_of
+from cp_convert.runtime.called import on_device
 from cp_convert.runtime.collectives import views_again
-from cp_convert.runtime.torch_executor import on_device
 from cp_convert.runtime.weights import bound_weights
 
 from .cases import CASES, FORECAST, STRATEGIES, Case

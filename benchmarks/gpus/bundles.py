@@ -24,8 +24,8 @@ from cp_convert.bundle.folder import read
 from cp_convert.bundle.program import Stored, stored_at
 from cp_convert.bundle.variants import all_variants
 from cp_convert.engine.specialise import specialise
+from cp_convert.runtime.called import on_device
 from cp_convert.runtime.replayed import Replayed
-from cp_convert.runtime.torch_executor import on_device
 
 from .alone import without_wires
 from .rank import KERNELS, RUNS, WARM

@@ -29,9 +29,9 @@ from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir.program import Lowered
 from cp_convert.prove.calibrate import largest_inputs
+from cp_convert.runtime.called import on_device
 from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import over_the_wire
-from cp_convert.runtime.torch_executor import on_device
 from cp_convert.runtime.weights import bound_weights
 
 from .cases import CASES, Case

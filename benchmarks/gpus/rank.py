@@ -39,10 +39,10 @@ from cp_convert.model.checkpoint import locate
 from cp_convert.model.instantiate import example_inputs, model_class
 from cp_convert.model.preset import Preset, path_of, read
 from cp_convert.prove.calibrate import largest_inputs
+from cp_convert.runtime.called import on_device
 from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import groups_of, make_groups, over_the_wire
 from cp_convert.runtime.replayed import Replayed
-from cp_convert.runtime.torch_executor import on_device
 from cp_convert.runtime.weights import bound_weights
 
 from .cases import CASES, IN_CODES, Case

@@ -66,7 +66,7 @@ def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
         plan=[_plan_entry(a) for a in signature.applied],
         sharding=[_sharding(move) for move in _moves(made)],
         attention=[_attention(outcome) for outcome in made.rewritten.outcomes],
-        collectives=_collectives(made.built.first),
+        collectives=_collectives(_engines_run(made)),
         layout=made.emitted.layout,  # type: ignore[arg-type]
         weights_mode="external" if source.external else "embedded",
         weights=[weight_entry(w) for w in made.weights],
@@ -303,6 +303,12 @@ def _attention(outcome: Outcome) -> m.Attention:
         padded_keys=0 if keys is None else keys.padding,
         padding_percent=_percent(slots * heads, site.global_queries * site.heads),
     )
+
+
+def _engines_run(made: Made) -> list[Engine]:
+    """What rank 0 runs in a forward: an engine once for every piece of its kind."""
+    by_piece = {engine.piece: engine for engine in made.built.first}
+    return [by_piece[twin.of] for twin in made.emitted.twins] or list(made.built.first)
 
 
 def _collectives(engines: Sequence[Engine]) -> list[m.Collective]:

@@ -16,11 +16,14 @@ def pieces_entry(made: Made) -> list[m.Piece]:
     return [
         m.Piece(
             after=one.after,
-            folder=f"{within}{piece_folder(number)}",
+            before=one.before,
+            folder=f"{within}{piece_folder(twin.of)}",
             io=io_entries(one.program),
             weights=list(made.emitted.names_in(one.program).values()),
+            kind=None if twin.of == number else twin.of,
+            names={} if twin.of == number else dict(twin.names),
         )
-        for number, one in enumerate(pieces.all)
+        for number, (one, twin) in enumerate(zip(pieces.all, made.emitted.twins, strict=True))
     ]
 
 
@@ -31,7 +34,7 @@ def step_entry(made: Made) -> m.Step | str | None:
         return None if pieces is None else pieces.why_not
     step = pieces.step
     streams = [m.Stream(entered=entered, left=left) for entered, left in step.streams]
-    return m.Step(residual=step.residual, streams=streams)
+    return m.Step(residual=step.residual, streams=streams, first=step.first, last=step.last)
 
 
 def io_entries(program: Lowered) -> list[m.Io]:

@@ -129,6 +129,10 @@ def _strategy(manifest: Manifest) -> Facts:
         "guidance": None if manifest.guidance is None else repr(manifest.guidance),
         "layout": manifest.layout,
         "split after": _joined([p.after for p in manifest.pieces if p.after is not None]),
+        "split before": _joined([p.before for p in manifest.pieces if p.before is not None]),
+        "pieces of one kind": _joined(
+            [f"{n} as {p.kind}" for n, p in enumerate(manifest.pieces) if p.kind is not None]
+        ),
         "plan from": manifest.plan_source,
         **_numbered("plan", plan),
         **_numbered("sharding", moves),

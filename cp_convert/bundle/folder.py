@@ -25,6 +25,7 @@ from ..version import __version__
 from . import manifest as manifests
 from .lock import alone
 from .manifest import Manifest
+from .parts import kind_problem, numbers_of_kinds
 from .variants import all_variants
 
 MANIFEST: Final = "manifest.json"
@@ -279,10 +280,17 @@ def verify(path: Path) -> Iterator[Check]:
 
 def _variant_checks(manifest: Manifest, folder: Path) -> Iterator[Check]:
     ranks = [engine.rank for engine in manifest.engines]
-    expected = list(range(manifest.world)) * (len(manifest.pieces) or 1)
+    numbers = numbers_of_kinds(manifest)
+    expected = list(range(manifest.world)) * len(numbers)
     problem = None if ranks == expected else f"lists ranks {ranks}, expected {expected}"
+    pieces = [engine.piece for engine in manifest.engines]
+    if problem is None and pieces != [number for number in numbers for _ in range(manifest.world)]:
+        problem = f"lists engines of pieces {pieces}, expected those of {numbers}"
     name = manifest.request.variant
-    yield Check("ranks" if name is None else f"ranks of {name}", problem)
+    of = "" if name is None else f" of {name}"
+    yield Check(f"ranks{of}", problem)
+    if any(piece.kind is not None for piece in manifest.pieces):
+        yield Check(f"pieces{of}", kind_problem(manifest))
     for engine in manifest.engines:
         yield Check(engine.file, file_problem(folder / engine.file, engine))
     if manifest.program is not None:

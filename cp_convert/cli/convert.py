@@ -130,7 +130,8 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 @click.option(
     "--layout", type=options.Word(LAYOUTS), default=AUTO, show_default=True,
     help="One engine for all ranks, or one each; auto: shared where weights are external and the "
-    "strategy names no groups.",
+    "strategy names no groups; blocks: likewise, and one for all blocks that differ in their "
+    "weights alone.",
 )  # fmt: skip
 @click.option(
     "--split-after", multiple=True, metavar="MODULE",

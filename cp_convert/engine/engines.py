@@ -82,7 +82,7 @@ def ranks_of(loaded: Loaded, emitted: Emitted) -> Sequence[int]:
 def build_pieces(
     loaded: Loaded, emitted: Emitted, pool: Pool, cache: Cache, progress: Progress
 ) -> Built:
-    """Engines of all ranks, for every piece of the program; pieces are built beside one another.
+    """Engines of all ranks, for every kind of piece; kinds are built beside one another.
 
     Raises:
         BuildFailed: see :func:`build_all`.
@@ -103,7 +103,7 @@ def build_pieces(
         return build_all(wanted, pool, cache, folder, progress)
 
     with pool.beside() as threads:
-        found = list(threads.map(of_piece, range(len(emitted.programs))))
+        found = list(threads.map(of_piece, emitted.kinds))
     engines = tuple(one for built in found for one in _under_all_names(built, job.mesh.ranks))
     return Built(engines, {at: key for built in found for at, key in built.keys.items()})
 
@@ -118,11 +118,15 @@ def _under_all_names(built: Built, world: Sequence[int]) -> Iterator[Engine]:
         yield replace(first, rank=rank, path=twin)
 
 
-def networks_of(engines: Sequence[Engine], pieces: int) -> list[list[Network]]:
-    """All ranks' networks, piece by piece."""
-    found = [engine.network for engine in engines if engine.network is not None]
-    each = len(found) // pieces
-    return [found[start : start + each] for start in range(0, len(found), each)]
+def networks_of(engines: Sequence[Engine], emitted: Emitted) -> list[list[Network]]:
+    """All ranks' networks, piece by piece: those of its kind."""
+    found: dict[int | None, list[Network]] = {}
+    for engine in engines:
+        if engine.network is not None:
+            found.setdefault(engine.piece, []).append(engine.network)
+    if emitted.pieces is None:
+        return list(found.values())
+    return [found[twin.of] for twin in emitted.twins]
 
 
 def build_all(wanted: Wanted, pool: Pool, cache: Cache, folder: Path, progress: Progress) -> Built:

@@ -6,56 +6,130 @@ out; or a refusal, where a residual is still open there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from ..errors import UsageError
 from ..words import near
-from . import ops  # noqa: F401  define cp::*, which is named below
+from . import ops
 from .program import Lowered, module_path
 from .streams import joined_later, shape_of
 
 _RESULT: Final = torch.ops.cp.result.default
+MOVES: Final = (
+    torch.ops.cp.shard.default,
+    torch.ops.cp.scatter.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten._to_copy.default,
+)
+"""How a block is given its part of what is whole before it."""
+
+
+class Place(NamedTuple):
+    """After a module, or before it, by its path."""
+
+    module: str
+    enters: bool = False
 
 
 @dataclass(frozen=True)
 class Cut:
-    """After a module: its operators, those that others read, and all that these need."""
+    """After a module, or before it: operators up to there, and which of them others read.
+
+    Attributes:
+        module: its path.
+        own: its operators.
+        outputs: what others read of it; of a cut before a module, what that is given.
+        before: all that the outputs are computed from, they too.
+        enters: whether it is before the module.
+    """
 
     module: str
     own: frozenset[fx.Node]
     outputs: tuple[fx.Node, ...]
     before: frozenset[fx.Node]
+    enters: bool = False
+
+    @property
+    def place(self) -> Place:
+        """Where it is."""
+        return Place(self.module, self.enters)
 
 
 def free_of(program: Lowered) -> set[fx.Node]:
-    """What follows from weights and constants alone; every piece may have its own."""
+    """What follows from weights and constants alone; every piece may have its own.
+
+    What ranks send one another is computed once, and handed on.
+    """
     inputs = {binding.node for binding in program.inputs}
     free: set[fx.Node] = set()
     for node in program.graph_module.graph.nodes:
         given = node.op == "placeholder" and node.name in inputs
+        given = given or node.target in ops.COLLECTIVES
         if node.op != "output" and not given and all(n in free for n in node.all_input_nodes):
             free.add(node)
     return free
 
 
-def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node]) -> Cut:
+Owners = Mapping[str, Sequence[fx.Node]]
+
+
+def owners(graph: fx.Graph) -> Owners:
+    """By the path of every module, the operators that were made within its forward."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function":
+            for path in dict.fromkeys(paths_of(node)):
+                found.setdefault(path, []).append(node)
+    return found
+
+
+def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
     """The cut after ``module``.
+
+    Args:
+        graph: of the program.
+        module: its path.
+        free: what every piece may have of its own.
+        within: see :func:`owners`.
 
     Raises:
         UsageError: there is no such module, or nothing that it computes is read by others.
     """
-    own = {n for n in graph.nodes if n.op == "call_function" and module in paths_of(n)}
-    own -= set(free)
-    outputs = [n for n in graph.nodes if n in own and any(user not in own for user in n.users)]
+    own = {n for n in within.get(module, ()) if n not in free}
+    outputs = [n for n in sorted(own) if any(user not in own for user in n.users)]
     if not outputs:
         raise _unknown(graph, module)
     return Cut(module, frozenset(own), tuple(outputs), frozenset(_needed(outputs, free)))
+
+
+def cut_before(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
+    """The cut before ``module``: what it is given, and all that this is computed from.
+
+    Moves that the module makes are before it, where they are of what it is given, or others read
+    them too: how a block is given its part of what is whole, and tables that all blocks read.
+
+    Raises:
+        UsageError: see :func:`cut_of`, which has the arguments.
+    """
+    behind = cut_of(graph, module, free, within)
+    before, shared = set(behind.before - behind.own), set[fx.Node]()
+    for node in sorted(behind.own & behind.before, reverse=True):
+        if node.target in MOVES and any(u in shared or u not in behind.own for u in node.users):
+            shared.add(node)
+    for node in sorted(behind.own & behind.before):
+        given = [n for n in node.all_input_nodes if n not in free]
+        known = [n in before or n.op == "placeholder" for n in given]
+        if node.target in MOVES and all(known) and (known or node in shared):
+            before.add(node)
+    own = behind.own - before
+    outputs = tuple(n for n in sorted(before) if any(user in own for user in n.users))
+    return Cut(module, own, outputs, frozenset(before), enters=True)
 
 
 def _needed(outputs: Iterable[fx.Node], free: Collection[fx.Node]) -> set[fx.Node]:
@@ -107,12 +181,17 @@ def check_order(cuts: Sequence[Cut], graph: fx.Graph, free: Collection[fx.Node])
                 f"{both}: neither follows from the other, so no order of two pieces has both ends.",
                 hint="name modules that run one after another, such as two blocks.",
             )
-    rest = [n for n in graph.nodes if n.op == "call_function" and n not in free]
-    if all(n in cuts[-1].before or n.target is _RESULT for n in rest):
+    if cuts and is_end(cuts[-1], graph, free):
         raise UsageError(
             f"--split-after {cuts[-1].module}: nothing of the program follows it.",
             hint="name a module that others follow, such as a block.",
         )
+
+
+def is_end(cut: Cut, graph: fx.Graph, free: Collection[fx.Node]) -> bool:
+    """Whether nothing follows a cut."""
+    rest = (n for n in graph.nodes if n.op == "call_function" and n not in free)
+    return all(n in cut.before or n.target is _RESULT for n in rest)
 
 
 def check_narrow(cut: Cut) -> None:

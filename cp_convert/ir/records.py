@@ -14,6 +14,7 @@ from ..mesh import Axis
 from .attention import Outcome
 from .attentions8 import Attentions
 from .engine import Engine
+from .kinds import Twin, through
 from .lift import Lifted
 from .linear8 import Linears
 from .program import Lowered, Program, names_in
@@ -128,6 +129,7 @@ class Emitted:
         constants: what forward computes from such weights alone, by binding.
         pieces: the same program cut into several, each with an engine of its own.
         lifted: the same program for a range of sizes, of which this is the largest.
+        twins: of every piece, whose engine it runs.
     """
 
     rewritten: Lowered
@@ -137,11 +139,27 @@ class Emitted:
     constants: Mapping[str, Tensor]
     pieces: Pieces | None = None
     lifted: Lifted | None = None
+    twins: tuple[Twin, ...] = ()
 
     @property
     def programs(self) -> tuple[Lowered, ...]:
-        """Of which engines are built: all pieces, or the one whole."""
+        """All pieces, or the one whole."""
         return (self.program,) if self.pieces is None else self.pieces.programs
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """Which of :attr:`programs` engines are built of, the first of every kind."""
+        return tuple(dict.fromkeys(twin.of for twin in self.twins)) or (0,)
+
+    @property
+    def run_by_engines(self) -> tuple[Lowered, ...]:
+        """What engines compute, piece by piece: the first of its kind, on the own values."""
+        if self.pieces is None:
+            return self.programs
+        programs = self.programs
+        return tuple(
+            through(programs[twin.of], self.names, twin, self.program) for twin in self.twins
+        )
 
     def names_in(self, program: Lowered) -> dict[str, str]:
         """Those bindings of weights that are inputs of one of :attr:`programs`."""
@@ -164,7 +182,7 @@ class Built:
 
     @property
     def first(self) -> tuple[Engine, ...]:
-        """Rank 0's engines, one for each piece."""
+        """Rank 0's engines, one for every kind of piece."""
         return tuple(one for one in self.engines if one.rank == 0)
 
 

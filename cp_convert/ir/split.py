@@ -20,7 +20,8 @@ from typing import Final
 import torch
 from torch import fx
 
-from .cuts import Cut, check_narrow, check_order, cut_of, free_of, paths_of
+from .blocks import cuts_between
+from .cuts import MOVES, Cut, Place, check_narrow, check_order, cut_of, free_of, owners, paths_of
 from .program import Binding, Lowered, module_of, module_path, tensor_of
 from .streams import origin
 from .writer import Writer
@@ -29,13 +30,6 @@ BETWEEN: Final = "between."
 """What the names of values begin with that one piece hands to another."""
 RESIDUAL: Final = f"{BETWEEN}residual"
 _RESULT: Final = torch.ops.cp.result.default
-_MOVES: Final = (
-    torch.ops.cp.shard.default,
-    torch.ops.cp.scatter.default,
-    torch.ops.aten.permute.default,
-    torch.ops.aten._to_copy.default,
-)
-"""How a block is given its part of what is whole before it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +37,22 @@ class Piece:
     """One of them.
 
     Attributes:
-        after: the module at whose end it ends; ``None`` for the last.
+        end: where it ends; ``None`` for the last.
         program: its inputs are forward's, by their names, and values of earlier pieces.
     """
 
-    after: str | None
+    end: Place | None
     program: Lowered
+
+    @property
+    def after(self) -> str | None:
+        """The module at whose end it ends, if it does."""
+        return None if self.end is None or self.end.enters else self.end.module
+
+    @property
+    def before(self) -> str | None:
+        """The module at whose beginning it ends, if it does."""
+        return self.end.module if self.end is not None and self.end.enters else None
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,16 @@ class Step:
     """What a cache over steps needs to know: the pieces between the first and the last are skipped.
 
     Attributes:
-        residual: an output of the first piece: what its blocks have added to a stream.
-        streams: of every stream that the last piece reads its name as the first piece leaves it,
-            and as the last takes it.
+        residual: an output of the last of the ``first``: what blocks have added to a stream.
+        streams: of every stream that the ``last`` read its name as the first leave it, and as the
+            last take it.
+        first, last: how many pieces are computed in any case, at the beginning and at the end.
     """
 
     residual: str
     streams: tuple[tuple[str, str], ...]
+    first: int = 1
+    last: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,13 @@ class Pieces:
         return tuple(one.program for one in self.all)
 
 
-def split(program: Lowered, modules: Sequence[str]) -> Pieces:
+def split(program: Lowered, modules: Sequence[str], places: Sequence[Place] = ()) -> Pieces:
     """``program`` in pieces, one for each of ``modules`` and one for the rest; it stays as it is.
 
     Args:
         program: of all ranks, or of one.
-        modules: paths; the order does not matter.
+        modules: paths; the order does not matter. What may be skipped lies between these.
+        places: where the program is cut besides, if it is narrow there (:mod:`.blocks`).
 
     Raises:
         UsageError: there is no such module, nothing lies before, between or behind them, or the
@@ -98,38 +106,49 @@ def split(program: Lowered, modules: Sequence[str]) -> Pieces:
     """
     graph = program.graph_module.graph
     free = free_of(program)
-    cuts = sorted((cut_of(graph, name, free) for name in modules), key=lambda cut: len(cut.before))
-    check_order(cuts, graph, free)
-    for cut in cuts:
+    within = owners(graph)
+    named = sorted(
+        (cut_of(graph, name, free, within) for name in modules), key=lambda cut: len(cut.before)
+    )
+    check_order(named, graph, free)
+    for cut in named:
         check_narrow(cut)
+    cuts = cuts_between(graph, free, named, places, within) if places else named
     work = [n for n in graph.nodes if n not in free and n.op != "placeholder"]
     place = {node: sum(node not in cut.before for cut in cuts) for node in work}
-    step, why_not = _step(cuts, place)
-    whole = _Whole(program, place, free, len(cuts))
-    pieces = []
-    for number, after in enumerate([*(cut.module for cut in cuts), None]):
-        residual = step.entered if step is not None and number == 0 else None
-        pieces.append(Piece(after, whole.piece(number, residual)))
-    return Pieces(tuple(pieces), None if step is None else step.told, why_not)
+    own: dict[int, list[fx.Node]] = {}
+    for node in work:
+        if node.op != "output":
+            own.setdefault(place[node], []).append(node)
+    step, why_not = _step(named, cuts, place)
+    whole = _Whole(program, place, own, free, len(cuts), step)
+    ends = [*(cut.place for cut in cuts), None]
+    pieces = tuple(Piece(end, whole.piece(number)) for number, end in enumerate(ends))
+    return Pieces(pieces, None if step is None else step.told, why_not)
 
 
 @dataclass(frozen=True)
 class _Entered:
-    """The first piece's stream: where it began and how it leaves; and what is told of it."""
+    """The first pieces' stream: how it leaves them and where it began; and what is told of it."""
 
     entered: tuple[fx.Node, fx.Node]
     told: Step
 
 
-def _step(cuts: Sequence[Cut], place: Mapping[fx.Node, int]) -> tuple[_Entered | None, str | None]:
+def _step(
+    named: Sequence[Cut], cuts: Sequence[Cut], place: Mapping[fx.Node, int]
+) -> tuple[_Entered | None, str | None]:
     """What a cache over steps needs, or why there cannot be one."""
-    if len(cuts) < 2:
+    if not named:
+        return None, "no --split-after says where what may be skipped begins and ends"
+    if len(named) < 2:
         return None, "a first and a last piece leave nothing between them to skip"
-    first, last = cuts[0], len(cuts)
-    leaving = [n for n in place if place[n] == 0 and n in first.outputs]
+    first, count = named[0], cuts.index(named[0]) + 1
+    end, last = cuts.index(named[-1]) + 1, len(cuts)
+    leaving = [n for n in place if place[n] < count and n in first.outputs]
     streams: list[tuple[fx.Node, fx.Node]] = []
     for node in place:
-        if not 0 < place[node] < last or all(place.get(u, last) < last for u in node.users):
+        if not count <= place[node] < end or all(place.get(u, last) < end for u in node.users):
             continue
         entered = origin(node, leaving.__contains__)
         if entered is None:
@@ -142,7 +161,7 @@ def _step(cuts: Sequence[Cut], place: Mapping[fx.Node, int]) -> tuple[_Entered |
     if began is None:
         return None, f"{first.module} adds to no stream"
     pairs = tuple((BETWEEN + a.name, BETWEEN + b.name) for a, b in streams)
-    return _Entered((main, began), Step(RESIDUAL, pairs)), None
+    return _Entered((main, began), Step(RESIDUAL, pairs, count, last + 1 - end)), None
 
 
 def _enters(module: str) -> Callable[[fx.Node], bool]:
@@ -153,7 +172,7 @@ def _enters(module: str) -> Callable[[fx.Node], bool]:
     def begins(node: fx.Node) -> bool:
         if not any(f"{path}.".startswith(within) for path in paths_of(node)):
             return True
-        return node.target in _MOVES and all(map(begins, node.all_input_nodes))
+        return node.target in MOVES and all(map(begins, node.all_input_nodes))
 
     return begins
 
@@ -164,32 +183,41 @@ class _Whole:
 
     program: Lowered
     place: Mapping[fx.Node, int]
+    own: Mapping[int, Sequence[fx.Node]]
     free: Collection[fx.Node]
     last: int
+    step: _Entered | None
 
-    def piece(self, number: int, residual: tuple[fx.Node, fx.Node] | None) -> Lowered:
-        """The program of one; with ``residual``, it also returns the difference of two nodes."""
+    def piece(self, number: int) -> Lowered:
+        """The program of one; that at whose end the residual is known also returns it."""
+        residual = self._residual(number)
         graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
-        own = [n for n, place in self.place.items() if place == number and n.op != "output"]
-        needed = self._needed(own, number)
+        own = self.own[number]
+        needed = self._needed(own, residual, number)
         for node in needed:
             if node.op == "placeholder" or node in self.place:
                 twins[node] = graph.placeholder(node.name)
                 twins[node].meta = dict(node.meta)
                 twins[node].name = node.name
         body = {*own, *(n for n in needed if n not in twins)}
-        for node in self.program.graph_module.graph.nodes:
-            if node in body:
-                twins[node] = graph.node_copy(node, twins.__getitem__)
-                twins[node].name = node.name
-        outputs = self._outputs(graph, twins, own, number, residual)
+        for node in sorted(body):
+            twins[node] = graph.node_copy(node, twins.__getitem__)
+            twins[node].name = node.name
+        outputs = self._outputs(graph, twins, own, number)
         graph.lint()
         return self._program(graph, needed, outputs)
 
-    def _needed(self, own: Sequence[fx.Node], number: int) -> list[fx.Node]:
-        """What these read and no operator of the piece computes, in the program's order."""
+    def _residual(self, number: int) -> Sequence[fx.Node]:
+        """A stream as the first pieces leave it and as it began, in the last of them."""
+        is_told = self.step is not None and number == self.step.told.first - 1
+        return self.step.entered if self.step is not None and is_told else ()
+
+    def _needed(
+        self, own: Sequence[fx.Node], residual: Sequence[fx.Node], number: int
+    ) -> list[fx.Node]:
+        """What the piece reads and does not compute itself, in the program's order."""
         found: set[fx.Node] = set()
-        waiting = [x for node in own for x in node.all_input_nodes]
+        waiting = [*residual, *(x for node in own for x in node.all_input_nodes)]
         if number == self.last:
             waiting += self.program.graph_module.graph.output_node().all_input_nodes
         while waiting:
@@ -197,7 +225,7 @@ class _Whole:
             if node not in found and self.place.get(node) != number:
                 found.add(node)
                 waiting += node.all_input_nodes if node in self.free else []
-        return [node for node in self.program.graph_module.graph.nodes if node in found]
+        return sorted(found)
 
     def _outputs(
         self,
@@ -205,7 +233,6 @@ class _Whole:
         twins: Mapping[fx.Node, fx.Node],
         own: Sequence[fx.Node],
         number: int,
-        residual: tuple[fx.Node, fx.Node] | None,
     ) -> tuple[Binding, ...]:
         """What the piece returns; forward's own outputs are the last one's."""
         if number == self.last:
@@ -214,7 +241,7 @@ class _Whole:
             return self.program.outputs
         write = Writer(graph)
         handed = {BETWEEN + n.name: twins[n] for n in own if self._is_read_later(n, number)}
-        if residual is not None:
+        if residual := self._residual(number):
             after, before = (twins[node] for node in residual)
             write.origin = after
             handed[RESIDUAL] = write.op(torch.ops.aten.sub.Tensor, after, before)
@@ -226,7 +253,10 @@ class _Whole:
         return tuple(_binding(name, node) for name, node in results.items())
 
     def _is_read_later(self, node: fx.Node, number: int) -> bool:
-        return any(self.place.get(user, self.last) > number for user in node.users)
+        if any(self.place.get(user, self.last) > number for user in node.users):
+            return True
+        step = self.step
+        return step is not None and node in step.entered and number < step.told.first - 1
 
     def _program(
         self, graph: fx.Graph, needed: Sequence[fx.Node], outputs: tuple[Binding, ...]

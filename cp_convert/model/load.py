@@ -16,7 +16,7 @@ from ..errors import CannotShard, ModelFileError, UsageError
 from ..ir.attention8 import Steps
 from ..ir.source import Branches, Example, Source
 from ..ir.tensors import Location
-from ..job import AUTO, EXTERNAL_FROM, Job, Variant
+from ..job import AUTO, BLOCKS, EXTERNAL_FROM, Job, Variant
 from .adapters import check_no_adapters
 from .attended import attending, without_steps
 from .branches import branched
@@ -252,7 +252,8 @@ def _filled(
 
 
 def _is_external(job: Job, size: int) -> bool:
-    return job.weights_mode == "external" or (job.weights_mode == AUTO and size >= EXTERNAL_FROM)
+    is_large = size >= EXTERNAL_FROM or job.layout == BLOCKS
+    return job.weights_mode == "external" or (job.weights_mode == AUTO and is_large)
 
 
 def _check_peers(given: Given) -> None:

@@ -33,6 +33,7 @@ def prove_networks(
     own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
     *,
     later: Sequence[Sequence[Network]] = (),
+    names: Sequence[Mapping[str, str]] = (),
 ) -> NetworkProof:
     """Replay all ranks' networks and compare them with the reference of ``proof``.
 
@@ -44,31 +45,41 @@ def prove_networks(
         device: where the layers are computed.
         own: inputs that differ from rank to rank, by binding name.
         later: where the program is cut into pieces, the networks of all but the first.
+        names: of every piece, by its networks' binding, what is bound to it.
 
     Raises:
         ProofFailed: an error beyond its bound, a layer that is not understood, or networks that
             are not of one program.
     """
     start, mover = time.perf_counter(), Mover(device)
-    pieces, inputs = list(map(mover.networks, (networks, *later))), mover.tree(dict(inputs))
+    pieces, inputs = _moved(mover, (networks, *later)), mover.tree(dict(inputs))
     own = mover.tree(dict(own))
     lowered = mover.program(lowered)
     with unrounded(proof.codes is not None):
-        wide = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide)
+        wide = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide, names=names)
         algebra = tuple(worst(of_rank, proof.reference) for of_rank in wide)
         if not all(error.within(proof.algebra_bound) for error in algebra):
             _check_against_program(wide, inputs, proof, lowered)
     codes: tuple[Error, ...] = ()
     if proof.codes is not None:
-        outputs = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide)
+        outputs = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide, names=names)
         codes = check_codes(proof.codes, outputs, "the networks")
-    outputs = replay_pieces(pieces, inputs, own=own)
+    outputs = replay_pieces(pieces, inputs, own=own, names=names)
     ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
         raise ProofFailed(
             f"the networks go astray: {deviation(ranks, proof.bound)}.", hint=ROUNDING
         )
     return NetworkProof(algebra, ranks, time.perf_counter() - start, codes)
+
+
+def _moved(mover: Mover, pieces: Sequence[Sequence[Network]]) -> list[Sequence[Network]]:
+    """The same on the device; those that several pieces have in common stay in common."""
+    moved: dict[int, Sequence[Network]] = {}
+    for networks in pieces:
+        if id(networks) not in moved:
+            moved[id(networks)] = mover.networks(networks)
+    return [moved[id(networks)] for networks in pieces]
 
 
 def _check_against_program(

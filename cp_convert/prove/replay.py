@@ -24,6 +24,7 @@ from .layers import LAYERS
 from .lockstep import HalfMatmulsInFloat32, PerRank, merged
 
 NOTHING: Final[Mapping[str, tuple[Tensor, ...]]] = {}
+SAME: Final[Mapping[str, str]] = {}
 
 
 def replay_pieces(
@@ -32,17 +33,20 @@ def replay_pieces(
     *,
     own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
     widen: bool = False,
+    names: Sequence[Mapping[str, str]] = (),
 ) -> list[list[Tensor]]:
     """Run all ranks' networks of one piece after another, each on what earlier ones return.
 
-    See :func:`replay`, which is this for one piece; the outputs are the last one's.
+    See :func:`replay`, which is this for one piece; the outputs are the last one's. ``names`` are
+    those of every piece, where several have the same networks.
     """
     between: dict[str, PerRank] = {}
     outputs: list[list[Tensor]] = []
-    for networks in pieces:
-        outputs = replay(networks, inputs, own=own, widen=widen, between=between)
+    for networks, called in zip(pieces, names or [SAME] * len(pieces), strict=True):
+        outputs = replay(networks, inputs, own=own, widen=widen, between=between, names=called)
         for number, binding in enumerate(networks[0].outputs):
-            between[binding.name] = merged([of_rank[number] for of_rank in outputs])
+            name = called.get(binding.name, binding.name)
+            between[name] = merged([of_rank[number] for of_rank in outputs])
     return outputs
 
 
@@ -53,6 +57,7 @@ def replay(
     own: Mapping[str, tuple[Tensor, ...]] = NOTHING,
     widen: bool = False,
     between: Mapping[str, PerRank] | None = None,
+    names: Mapping[str, str] = SAME,
 ) -> list[list[Tensor]]:
     """Run every rank's network on the same full inputs.
 
@@ -62,6 +67,7 @@ def replay(
         own: inputs that differ from rank to rank: weights of which every rank has its share.
         widen: compute in float32 wherever a network says float16 or bfloat16.
         between: inputs that networks before have returned, which are taken as they are.
+        names: by binding, under which name its value is known, where that is another.
 
     Returns:
         Every rank's outputs, in the order of the networks' own.
@@ -72,18 +78,14 @@ def replay(
     world = len(networks)
     _check_alike(networks)
     order = _order(networks[0])
-    known = between or {}
-    env: dict[str, PerRank] = {
-        b.name: known[b.name]
-        if b.name in known
-        else PerRank(
-            tuple(
-                _in(one, b.dtype, widen)
-                for one in (own[b.name] if b.name in own else (inputs[b.name],))
-            )
-        )
-        for b in networks[0].inputs
-    }
+    known, env = between or {}, dict[str, PerRank]()
+    for b in networks[0].inputs:
+        name = names.get(b.name, b.name)
+        if name in known:
+            env[b.name] = known[name]
+            continue
+        given = own[name] if name in own else (inputs[name],)
+        env[b.name] = PerRank(tuple(_in(one, b.dtype, widen) for one in given))
     dying = _last_uses(networks[0], order)
     with torch.no_grad(), exact(), HalfMatmulsInFloat32():
         for position in order:

@@ -6,7 +6,8 @@ the first and the last may be left out, see :mod:`.step_cache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +15,13 @@ from ..ir.split import Step
 from .step_cache import StepCache
 
 Tensors = Mapping[str, Tensor]
-Part = Callable[[Tensors], dict[str, Tensor]]
-"""Computes a piece: takes its inputs from all that is known by name, and returns its outputs."""
+
+
+class Part(NamedTuple):
+    """A piece: what it takes, and what computes it from that, perhaps among other values."""
+
+    inputs: Collection[str]
+    compute: Callable[[Tensors], dict[str, Tensor]]
 
 
 class Chain:
@@ -33,24 +39,34 @@ class Chain:
     ) -> None:
         self._variant, self._parts = variant, parts
         self._step, self._cache = step, cache
+        last = {name: number for number, part in enumerate(parts) for name in part.inputs}
+        compared = () if step is None else [name for both in step.streams for name in both]
+        self._dying: dict[int, list[str]] = {}
+        for name, number in last.items():
+            if name not in compared:
+                self._dying.setdefault(number, []).append(name)
 
     def __call__(self, given: Tensors) -> dict[str, Tensor]:
         """Outputs by name."""
-        first, *others = self._parts
-        if not others:
-            return first(given)
-        *between, last = others
-        held = {**given, **first(given)}
+        held, count = dict(given), len(self._parts)
         step, cache = self._step, self._cache
         if step is None or cache is None:
-            self._compute(between, held)
-        elif cache.skips(self._variant, held[step.residual]):
+            return self._compute(range(count), held)
+        begin, end = step.first, count - step.last
+        self._compute(range(begin), held)
+        if cache.skips(self._variant, held[step.residual]):
             held |= cache.streams(self._variant, step, held)
         else:
-            self._compute(between, held)
+            self._compute(range(begin, end), held)
             cache.keep(self._variant, step, held)
-        return last(held)
+        return self._compute(range(end, count), held)
 
-    def _compute(self, parts: Sequence[Part], held: dict[str, Tensor]) -> None:
-        for part in parts:
-            held |= part(held)
+    def _compute(self, numbers: range, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Compute pieces, and let go of what no later one takes; the outputs of the last."""
+        found: dict[str, Tensor] = {}
+        for number in numbers:
+            found = self._parts[number].compute(held)
+            held |= found
+            for name in self._dying.get(number, ()):
+                held.pop(name, None)
+        return found

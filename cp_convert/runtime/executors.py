@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from .. import bundle as bundles
 from ..bundle.manifest import Manifest
-from ..bundle.parts import TO_SKIP, why_no_step
+from ..bundle.parts import TO_SKIP, kind_problem, why_no_step
 from ..bundle.variants import all_variants, variant_of
-from ..errors import BackendMissing, ConvertError, UsageError
+from ..errors import BackendMissing, ConvertError, DamagedBundle, UsageError
 
 if TYPE_CHECKING:  # a bundle is checked before torch is imported
     from torch import Tensor
@@ -150,6 +150,7 @@ def _opened(
             hint=f"start {manifest.world} ranks.",
         )
     wanted = _wanted(manifest, variant, communicator)
+    _check_kinds(wanted)
     name, why_not = choose(wanted, executor, rank, device, communicator)
     steps = _steps(wanted, step_cache, communicator)
     given = (manifest, folder, rank, device, communicator)
@@ -166,6 +167,15 @@ def _opened(
         *given, variant=variant, compiled=compiled, graph=graph, verify=verify, steps=steps,
         told=told,
     )  # fmt: skip
+
+
+def _check_kinds(manifest: Manifest) -> None:
+    for one in all_variants(manifest):
+        if (problem := kind_problem(one)) is not None:
+            raise DamagedBundle(
+                f"the manifest is wrong: {problem}.",
+                hint="it was altered; `cp-convert verify` looks at the rest. Convert again.",
+            )
 
 
 def _steps(manifest: Manifest, threshold: float | None, communicator: Any) -> StepCache | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from ..backends import BACKENDS
 from ..bundle.manifest import Manifest, Step, of_rank
-from ..bundle.parts import parts_of
+from ..bundle.parts import Part as Piece
+from ..bundle.parts import between, parts_of
 from ..bundle.variants import all_variants
 from ..errors import ConvertError
 from ..ir import split
 from ..lora.choose import Asked
 from ..releases import NCCL
-from .chain import Chain
+from .chain import Chain, Part
 from .choice import Choice, weights_of
 from .gpu import Gpu
 from .groups import checked_world, group_of
 from .lora import Sets
 from .step_cache import StepCache
-from .tensorrt_context import Context, Rank
+from .tensorrt_context import Call, Context, Rank
 from .torch_executor import device_of
 from .weights import bound_weights
 
@@ -105,7 +106,8 @@ def bytes_needed(manifest: Manifest, rank: int) -> int:
     Activations are the largest engine's, in whose memory the others compute as well.
     """
     views = all_variants(manifest)
-    engines = [part.engine for one in views for part in parts_of(one, rank)]
+    parts = [parts_of(one, rank) for one in views]
+    engines = {part.engine.file: part.engine for own in parts for part in own}.values()
     own = [one for view in views for one in of_rank(view.weights, rank)]
     weights = {(one.file, one.offset): one.bytes for one in own}
     most = max(engine.activation_bytes or 0 for engine in engines)
@@ -150,7 +152,8 @@ class TensorRTExecutor:
         self._wants_graph = graph
         self._engines = engines_of(manifest, self.choice)
         self._size: str | None = None
-        self._contexts: dict[tuple[str | None, int], Context] = {}
+        self._contexts: dict[str, Context] = {}
+        self._calls: dict[str | None, list[Call]] = {}
         self._chains: dict[str | None, Chain] = {}
         self._memory: Tensor | None = None
         self._weights: dict[str, Tensor] = {}
@@ -169,24 +172,26 @@ class TensorRTExecutor:
         told("the engine")
         self._runtime = self._trt.Runtime(self._logger)
         rank = Rank(self.rank, self.gpu, self._trt, self._runtime, self._logger)
-        parts = {
-            (name, number): part
-            for name, one in self._engines.items()
-            for number, part in enumerate(parts_of(one, self.rank))
-        }
-        several = len(parts) > 1
-        for place, part in parts.items():
-            self._contexts[place] = Context(rank, part, folder, user_managed=several, verify=verify)
+        parts = {name: parts_of(one, self.rank) for name, one in self._engines.items()}
+        engines = {part.engine.file: part.engine for of_one in parts.values() for part in of_one}
+        several = len(engines) > 1
+        for file, engine in engines.items():
+            self._contexts[file] = Context(
+                rank, engine, folder, user_managed=several, verify=verify
+            )
             told("the engine")
-        self._chains = {name: self._chain(name) for name in self._engines}
+        for name, pieces in parts.items():
+            self._calls[name] = self._called(pieces, self._engines[name])
+            self._chains[name] = self._chain(name, pieces)
         shared, own = weights_of(self.choice.manifests, self.rank, programs=False)
         bound = partial(
             bound_weights, folder=folder, device=self.gpu.device, verify=verify, told=told
         )
         self._weights = bound(shared.values())
         only = {name: bound(weights) for name, weights in own.items()}
-        for (name, _), context in self._contexts.items():
-            context.bind({**self._weights, **only.get(name, {})})
+        for name, calls in self._calls.items():
+            for call in calls:
+                call.bind({**self._weights, **only.get(name, {})})
         if several:
             self._share_memory()
         self._sets = Sets(
@@ -196,12 +201,28 @@ class TensorRTExecutor:
             told("the communicator")
             self._communicate(communicator)
 
-    def _chain(self, variant: str | None) -> Chain:
+    def _called(self, parts: Sequence[Piece], manifest: Manifest) -> list[Call]:
+        """A variant's pieces, with memory for what each returns, which later ones write over."""
+        step = manifest.step if isinstance(manifest.step, Step) else None
+        planned = between(parts, step)
+        memory = [self.gpu.empty([n], getattr(torch, dtype)) for dtype, n in planned.kinds]
+        return [
+            Call(
+                self._contexts[part.engine.file],
+                part,
+                {one.name: memory[places[one.name]].view(one.shape) for one in part.outputs},
+            )
+            for part, places in zip(parts, planned.places, strict=True)
+        ]
+
+    def _chain(self, variant: str | None, parts: Sequence[Piece]) -> Chain:
         told = self._engines[variant].step
         step = _step(told) if isinstance(told, Step) else None
-        contexts = [one for (name, _), one in self._contexts.items() if name == variant]
-        parts = [partial(one.run, graph=self._wants_graph) for one in contexts]
-        return Chain(variant, parts, step, self.steps)
+        chained = [
+            Part(part.inputs, partial(call.run, graph=self._wants_graph))
+            for part, call in zip(parts, self._calls[variant], strict=True)
+        ]
+        return Chain(variant, chained, step, self.steps)
 
     def _share_memory(self) -> None:
         """One piece for the activations of all: the stream runs one forward after another."""
@@ -229,7 +250,7 @@ class TensorRTExecutor:
         if self.manifest.dynamic is None:
             return self._chains[variant](given)
         if variant != self._size:
-            self._contexts[None, 0].resize(self.choice.manifests[variant].io)
+            self._calls[None][0].resize(self.choice.manifests[variant].io)
             self._size = variant
         return self._chains[None](given)
 
@@ -243,8 +264,8 @@ class TensorRTExecutor:
         found = {**self._sets.bound, **self._sets.tensors(asked)}
         self.gpu.synchronize()  # a forward still reads what may be freed now
         changed = {n: tensor for n, tensor in found.items() if tensor is not self._weights[n]}
-        for context in self._contexts.values():
-            context.bind(changed)
+        for call in (call for calls in self._calls.values() for call in calls):
+            call.bind(changed)
         self._weights = found
 
     def close(self) -> None:
@@ -252,9 +273,11 @@ class TensorRTExecutor:
         if self._runtime is None:
             return
         self.gpu.synchronize()
+        for call in (call for calls in self._calls.values() for call in calls):
+            call.close()
         for context in self._contexts.values():
             context.close()
-        self._contexts, self._chains = {}, {}
+        self._contexts, self._chains, self._calls = {}, {}, {}
         self._runtime = None
         self._weights, self._memory, self._sets = {}, None, None
 
@@ -272,7 +295,7 @@ def engines_of(manifest: Manifest, choice: Choice) -> Mapping[str | None, Manife
 
 def _step(told: Step) -> split.Step:
     streams = tuple((one.entered, one.left) for one in told.streams)
-    return split.Step(told.residual, streams)
+    return split.Step(told.residual, streams, told.first, told.last)
 
 
 def _logger(trt: Any) -> Any:

@@ -8,27 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import Manifest, Step
 from ..bundle.program import Stored, read_program
 from ..bundle.sizes import AllSizes, size_called
-from ..engine.specialise import specialise
 from ..errors import BackendMissing
+from ..ir.cuts import Place
+from ..ir.kinds import Twin, twins_of
 from ..ir.program import Lowered, names_in
-from ..ir.split import split
+from ..ir.split import Pieces, split
 from ..lora.choose import Asked
-from ..prove.device import Mover
-from .chain import Chain, Tensors
+from .called import Called, Kind
+from .chain import Chain, Part, Tensors
 from .choice import Choice, weights_of
-from .codes import by_torch, multiplies_codes
-from .collectives import groups_of, make_groups, over_the_wire, unsupported
+from .collectives import groups_of, make_groups, unsupported
 from .groups import checked_world, group_of
 from .lora import Sets
-from .replayed import Replayed
 from .step_cache import StepCache
 from .weights import bound_weights
 
@@ -73,15 +72,13 @@ class TorchExecutor:
         wanted = dict.fromkeys(ranks for one in stored.values() for ranks in _groups(one.program))
         names = make_groups(list(wanted), rank, group_of(communicator))
         told("groups")
-        called = partial(
-            Called, rank=rank, groups=names, device=self.device, compiled=compiled, graph=graph
-        )
-        made = partial(CalledPieces, called=called, steps=steps)
+        kind = partial(Kind, rank=rank, groups=names, device=self.device, compiled=compiled)
+        made = partial(CalledPieces, kind=kind, graph=graph, steps=steps)
         self._called: Mapping[str | None, CalledPieces] = (
             CalledSizes(manifest, next(iter(stored.values())), made)
             if manifest.dynamic is not None
             else {
-                name: made(name, one, _modules(self.choice.manifests[name]))
+                name: made(name, one, Cuts.of(self.choice.manifests[name]))
                 for name, one in stored.items()
             }
         )
@@ -128,12 +125,10 @@ class CalledPieces:
     Args:
         variant: which.
         stored: as the bundle holds it, whole.
-        modules: after which it is cut, as the engines are; none: it stays whole.
-        called: makes of a program what computes it.
+        cuts: where it is cut, as the engines are.
+        kind: makes of a program what computes it.
+        graph: whether calls after the first are replayed as CUDA graphs.
         steps: the rank's step cache.
-
-    Attributes:
-        names: of weights that it is called with.
 
     Raises:
         BackendMissing: its pieces cannot be skipped, though those of the engines can.
@@ -143,28 +138,39 @@ class CalledPieces:
         self,
         variant: str | None,
         stored: Stored,
-        modules: Sequence[str],
-        called: Callable[[Stored], Called],
+        cuts: Cuts,
+        kind: Callable[[Stored], Kind],
         steps: StepCache | None,
+        *,
+        graph: bool,
     ) -> None:
-        pieces = split(stored.program, modules) if modules else None
+        pieces = cuts.made(stored.program)
         programs = (stored.program,) if pieces is None else pieces.programs
         if pieces is not None and pieces.step is None and steps is not None:
             raise BackendMissing(f"torch's program cannot skip pieces: {pieces.why_not}.")
-        self._all = [called(Stored(one, names_in(one, stored.names))) for one in programs]
-        self.names = {name for one in self._all for name in one.names.values()}
-        self._variant, self._steps = variant, steps
-        self._step = None if pieces is None else pieces.step
+        twins = [WHOLE] if pieces is None else twins_of(programs, stored.names)
+        kinds = {
+            n: kind(Stored(programs[n], names_in(programs[n], stored.names)))
+            for n in sorted({twin.of for twin in twins})
+        }
+        self._all = [Called(kinds[twin.of], twin.names, graph=graph) for twin in twins]
+        self._weights: Tensors = {}
+        parts = [Part(one.inputs, partial(self._run, one)) for one in self._all]
+        self._chain = Chain(variant, parts, None if pieces is None else pieces.step, steps)
 
     def __call__(self, given: Tensors, weights: Tensors) -> dict[str, Tensor]:
         """Outputs by name, of inputs and weights by name."""
-        parts = [partial(one, weights=weights) for one in self._all]
-        return Chain(self._variant, parts, self._step, self._steps)(given)
+        self._weights = weights
+        return self._chain(given)
+
+    def _run(self, one: Called, given: Tensors) -> dict[str, Tensor]:
+        return one(given, self._weights)
 
     def close(self) -> None:
         """Free their graphs."""
         for one in self._all:
             one.close()
+        self._weights = {}
 
 
 class CalledSizes(Mapping[str | None, CalledPieces]):
@@ -187,7 +193,7 @@ class CalledSizes(Mapping[str | None, CalledPieces]):
             size = size_called(self._manifest, str(name))
             if len(self._held) == SIZES:
                 self._held.pop(next(iter(self._held))).close()
-            self._held[name] = self._made(name, self._stored.at(size), [])
+            self._held[name] = self._made(name, self._stored.at(size), Cuts())
         return self._held[name]
 
     def __iter__(self) -> Iterator[str | None]:
@@ -197,6 +203,8 @@ class CalledSizes(Mapping[str | None, CalledPieces]):
         return len(self._held)
 
 
+WHOLE: Final = Twin(0, {})
+"""Of a program that is not cut."""
 SIZES: Final = 16
 """Of a range, how many a rank remembers the program of; the oldest is forgotten."""
 
@@ -208,77 +216,27 @@ def _programs(choice: Choice) -> Mapping[str | None, Manifest]:
     return choice.manifests
 
 
-def _modules(manifest: Manifest) -> list[str]:
-    return [one.after for one in manifest.pieces if one.after is not None]
+class Cuts(NamedTuple):
+    """Where a program is cut: after modules between which pieces are skipped, and elsewhere."""
 
+    modules: Sequence[str] = ()
+    places: Sequence[Place] = ()
 
-class Called:
-    """A program on one rank.
+    @classmethod
+    def of(cls, manifest: Manifest) -> Cuts:
+        """As the engines of a variant are."""
+        ends = [
+            Place(one.after or one.before or "", enters=one.after is None)
+            for one in manifest.pieces[:-1]
+        ]
+        if not isinstance(manifest.step, Step):
+            return cls((), ends)
+        skipped = ends[manifest.step.first - 1], ends[len(ends) - manifest.step.last]
+        return cls([one.module for one in skipped], ends)
 
-    Args:
-        stored: as the bundle holds it.
-        rank: whose.
-        groups: names of torch's process groups, by ranks.
-        device: where it runs.
-        compiled: whether it goes through ``torch.compile``.
-        graph: whether calls after the first are replayed as a CUDA graph.
-
-    Attributes:
-        names: of weights that it is called with, by placeholder.
-
-    Raises:
-        BackendMissing: a CUDA graph is asked for, and the device has none.
-    """
-
-    def __init__(
-        self,
-        stored: Stored,
-        rank: int,
-        groups: Mapping[tuple[int, ...], str],
-        device: torch.device,
-        *,
-        compiled: bool,
-        graph: bool,
-    ) -> None:
-        program = over_the_wire(specialise(stored.program, rank), rank, groups)
-        self.names, self._device = stored.names, device
-        self._program = on_device(program, device, stored.names)
-        self._own = {n: t for n, t in self._program.state.items() if n not in stored.names}
-        module = self._program.graph_module
-        self._call: Callable[..., Any] = fx.GraphModule(module, module.graph)
-        if compiled:
-            self._call = torch.compile(self._call, dynamic=False)
-        self._replayed = Replayed(self._call, device) if graph else None
-
-    @torch.no_grad()
-    def __call__(
-        self, given: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Outputs by name, of inputs and weights by name."""
-        inputs = {b.node: given[b.name].to(self._device) for b in self._program.inputs}
-        bound = inputs | self._own | {node: weights[name] for node, name in self.names.items()}
-        graph = self._program.graph_module.graph
-        names = [node.name for node in graph.find_nodes(op="placeholder")]
-        values = [bound[name] for name in names]
-        if self._replayed is None:
-            returned = self._call(*values)
-        else:
-            returned = self._replayed(values, [name in inputs for name in names])
-        return self._named(returned)
-
-    def _named(self, returned: Sequence[Any]) -> dict[str, Tensor]:
-        names = {b.node: b.name for b in self._program.outputs}
-        nodes: Any = self._program.graph_module.graph.output_node().args[0]
-        return {
-            names[node.name]: value
-            for node, value in zip(nodes, returned, strict=True)
-            if isinstance(node, fx.Node) and node.name in names
-        }
-
-    def close(self) -> None:
-        """Free its graph."""
-        if self._replayed is not None:
-            self._replayed.close()
+    def made(self, program: Lowered) -> Pieces | None:
+        """The pieces; ``None`` where it stays whole."""
+        return split(program, self.modules, self.places) if self.places else None
 
 
 def _groups(program: Lowered) -> list[tuple[int, ...]]:
@@ -319,13 +277,3 @@ def checked_device(device: str, rank: int) -> torch.device:
             "without.",
         )
     return found
-
-
-def on_device(program: Lowered, device: torch.device, elsewhere: Mapping[str, str]) -> Lowered:
-    """The program as ``device`` computes it, with its constants and own parameters there."""
-    fused = device.type == "cuda"
-    program = by_torch(program, products=multiplies_codes(device), fused=fused)
-    own = {name: t for name, t in program.state.items() if name not in elsewhere}
-    return Mover(device).program(
-        Lowered(program.graph_module, own, program.inputs, program.outputs, program.own)
-    )

@@ -16,6 +16,7 @@ from cp_convert import bundle
 from cp_convert.backends import select
 from cp_convert.bundle import manifest as m
 from cp_convert.bundle.difference import differences
+from cp_convert.bundle.parts import kinds_of
 from cp_convert.cli import cli
 from cp_convert.errors import ProofFailed, UsageError
 from cp_convert.job import Job
@@ -123,3 +124,52 @@ def test_triton_serves_one_engine_a_rank(job: Job, first: m.Manifest, tmp_path: 
     with pytest.raises(UsageError, match="every rank has 3 engines") as caught:
         triton.export(job.out, tmp_path)
     assert "--split-after" not in (caught.value.hint or "")
+
+
+# --- one engine for every kind of block ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_kinds(job: Job) -> m.Manifest:
+    """The same model by kinds of blocks."""
+    asked = replace(job, out=job.out.with_name("kinds"), layout="blocks", split_after=())
+    return convert(asked, select("auto"), Progress())
+
+
+@pytest.mark.engine
+def test_equal_blocks_share_an_engine(job: Job, first: m.Manifest, by_kinds: m.Manifest) -> None:
+    assert kinds_of(by_kinds) == [0, 1, 1, 1, 4]
+    out = job.out.with_name("kinds")
+    assert sorted(one.name for one in out.iterdir() if one.is_dir()) == [
+        "piece0", "piece1", "piece4", "program",
+    ]  # fmt: skip
+    assert by_kinds.proof.network is not None
+    assert max(error.max for error in by_kinds.proof.network.algebra) < 1e-5
+    assert not [one for one in bundle.verify(out) if one.problem is not None]
+    sent = [{one.kind: one.count for one in of.collectives} for of in (first, by_kinds)]
+    assert sent[0] == sent[1], "an engine counts as often as it runs"
+    again = replace(job, out=out.with_name("kinds-again"), layout="blocks", split_after=())
+    assert convert(again, select("auto"), Progress()).pieces == by_kinds.pieces
+    told = {one.name: (one.before, one.after) for one in differences(first, by_kinds)}
+    assert told["pieces of one kind"] == (None, "2 as 1, 3 as 1")
+    shown = CliRunner().invoke(cli, ["inspect", str(out)], env={"COLUMNS": "200"})
+    assert "1 to 3" in shown.output
+    assert "blocks.0 to 2" in shown.output
+
+
+@pytest.mark.engine
+def test_the_networks_are_given_every_piece_own_weights(
+    job: Job, by_kinds: m.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = network.replay_pieces
+
+    def mistaken(*args: Any, names: Sequence[dict[str, str]], **options: Any) -> list[list[Tensor]]:
+        other = dict(names[2])
+        one, two = "blocks.0.time.bias", "blocks.0.mlp.bias"
+        other[one], other[two] = other[two], other[one]
+        return replay(*args, names=[*names[:2], other, *names[3:]], **options)
+
+    monkeypatch.setattr(network, "replay_pieces", mistaken)
+    asked = replace(job, out=job.out.with_name("e"), layout="blocks", split_after=(), rtol=1e-5)
+    with pytest.raises(ProofFailed, match="the networks go astray"):
+        convert(asked, select("auto"), Progress())

@@ -20,7 +20,7 @@ from cp_convert.progress import Progress
 
 def _stand_ins(loaded: Any, emitted: Any, *_: Any) -> Built:
     engines = []
-    pieces = [None] if emitted.pieces is None else range(len(emitted.pieces.all))
+    pieces = [None] if emitted.pieces is None else emitted.kinds
     for piece, rank in product(pieces, range(loaded.job.world)):
         path = loaded.folder / loaded.within / piece_folder(piece) / engine_name(rank)
         path.parent.mkdir(parents=True, exist_ok=True)

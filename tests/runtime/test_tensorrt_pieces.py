@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,22 @@ def data_of(number: int) -> bytes:
 
 
 class Replaying(StandInGpu):
-    """Graphs that do again what was captured."""
+    """Graphs that do again what was captured, with the addresses of then, as CUDA's have them."""
+
+    contexts: Sequence[Any] = ()
 
     def captured(self, work: Callable[[], None]) -> Any:
-        return work
+        then = [dict(one.bound) for one in self.contexts]
+
+        def again() -> None:
+            now = [one.bound for one in self.contexts]
+            for one, bound in zip(self.contexts, then, strict=True):
+                one.bound = bound
+            work()
+            for one, bound in zip(self.contexts, now, strict=True):
+                one.bound = bound
+
+        return again
 
     def replay(self, graph: Any) -> None:
         graph()
@@ -73,12 +85,40 @@ def in_pieces(bundle: Path) -> m.Manifest:
     return manifest
 
 
+def of_two_kinds(bundle: Path) -> m.Manifest:
+    """The same with two pieces between, by one engine: ``u = 3 s`` and ``w`` as ``v = 3 u``."""
+    manifest = in_pieces(bundle)
+    first, between, last = manifest.pieces
+    taken, given = "between.add_1", "between.add_2"
+    io = [
+        m.Io(name=name, mode=mode, dtype="float32", shape=[64])  # type: ignore[arg-type]
+        for name, mode in ((taken, "input"), (given, "output"))
+    ]
+    twin = m.Piece(
+        after="other", folder=between.folder, io=io, weights=["w", "tied"], kind=1,
+        names={STREAM: taken, LEFT: given, "tied": "w", "w": "tied"},
+    )  # fmt: skip
+    end = msgspec.structs.replace(last.io[0], name=given)
+    last = msgspec.structs.replace(
+        last, io=[end, *last.io[1:]], kind=None, folder="piece3/", after=None
+    )
+    engines = [
+        msgspec.structs.replace(one, piece=3) if one.piece == 2 else one for one in manifest.engines
+    ]
+    manifest = msgspec.structs.replace(
+        manifest, pieces=[first, between, twin, last], engines=engines, step="none"
+    )
+    (bundle / "manifest.json").write_bytes(m.encode(manifest))
+    return manifest
+
+
 def computing(log: Log) -> Any:
     """The stand-in, whose contexts compute by what is bound to them.
 
     ``add = 3 x``, ``residual = 2 x``; ``add_1 = 3 add``; ``y = add_1 - add``.
     """
     trt = stand_in(log)
+    trt.contexts = []
 
     def execute(self: Any, stream_handle: int) -> bool:
         log.append("execute " + " ".join(name for name in self.bound if name not in ("w", "tied")))
@@ -103,6 +143,7 @@ def computing(log: Log) -> Any:
         def created(*args: Any) -> Any:
             context = create(*args)
             type(context).execute_async_v3 = execute
+            trt.contexts.append(context)
             return context
 
         engine.create_execution_context = created
@@ -121,11 +162,11 @@ def at(memory: int) -> Any:
 def opened(
     bundle: Path, log: Log, monkeypatch: pytest.MonkeyPatch, steps: StepCache | None, **more: Any
 ) -> TensorRTExecutor:
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", computing(log))
+    trt, gpu = computing(log), Replaying(log)
+    gpu.contexts = trt.contexts
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", trt)
     manifest, folder = bundles.read(bundle)
-    return TensorRTExecutor(
-        manifest, folder, 1, None, 4711, gpu=Replaying(log), steps=steps, **more
-    )
+    return TensorRTExecutor(manifest, folder, 1, None, 4711, gpu=gpu, steps=steps, **more)
 
 
 def test_pieces_share_memory_and_run_one_after_another(
@@ -152,6 +193,29 @@ def test_pieces_share_memory_and_run_one_after_another(
         ran = [line for line in log if line.startswith("execute")]
         assert [line.split()[-1] for line in ran] == ["x", STREAM, STREAM]
     assert bytes_needed(manifest, 0) == 8 + 16 + 24 + 3000 + 256  # the most activations
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_one_engine_computes_several_pieces(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, graph: bool
+) -> None:
+    log: Log = []
+    manifest = of_two_kinds(bundle)
+    # The last engine of this stand-in takes its stream under the name that it was built with.
+    names = {LEFT: "between.add_2", STREAM: STREAM, "y": "y"}
+    pieces = [*manifest.pieces[:3], msgspec.structs.replace(manifest.pieces[3], names=names)]
+    manifest = msgspec.structs.replace(manifest, pieces=pieces)
+    (bundle / "manifest.json").write_bytes(m.encode(manifest))
+    with opened(bundle, log, monkeypatch, None, graph=graph) as executor:
+        assert sum(line.startswith("engine") for line in log) == 3, "four pieces"
+        assert sum(line.startswith("context") for line in log) == 3
+        assert sum(line.startswith("communicator") for line in log) == 3
+        x = executor.gpu.empty([64], torch.float32)
+        for value in (2.0, 5.0, 2.0):
+            # 3 x, 9 x, 27 x; the last piece takes 3 x away.
+            assert executor(x=x.fill_(value))["y"][0] == 24 * value
+    # Both weights are one tensor; engines count once.
+    assert bytes_needed(manifest, 0) == 8 + 16 + 24 + 3000 + 256
 
 
 @pytest.mark.parametrize("graph", [False, True])
