@@ -193,6 +193,7 @@ def main() -> None:
     parser.add_argument("--worlds", default="8")
     parser.add_argument("--layouts", default="shared")
     parser.add_argument("--strategy", default="ulysses")
+    parser.add_argument("--tp", default="1", help="ranks that share weights")
     parser.add_argument("--weights", type=Path, help="a folder to keep the weights in")
     parser.add_argument("--sparse", action="store_true", help="weights that are holes in files")
     parser.add_argument("--format", choices=["bf16", *ALGORITHMS], default="bf16")
@@ -212,6 +213,7 @@ def main() -> None:
             for world in args.worlds.split(","):
                 for layout in args.layouts.split(","):
                     options = ["-s", args.strategy, "-w", world, "--layout", layout]
+                    options += ["--tp", args.tp] if args.tp != "1" else []
                     cache = Path(scratch) / "cache" if args.again else None
                     for what in ("first", "again") if args.again else ("no cache",):
                         runs = [
