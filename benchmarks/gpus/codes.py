@@ -12,8 +12,6 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,18 +22,15 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from cp_convert.bundle.program import stored_at
-from cp_convert.capture.linear8 import choose
-from cp_convert.capture.products8 import Measured, quantized
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir.program import Lowered
-from cp_convert.prove.calibrate import largest_inputs
 from cp_convert.runtime.called import on_device
 from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import over_the_wire
 from cp_convert.runtime.weights import bound_weights
 
 from .cases import CASES, Case
-from .rank import KERNELS, Rank, dense, listed, profile, replayed, told
+from .rank import KERNELS, Rank, dense, in_codes, listed, profile, replayed, told
 
 
 def bound(rank: Rank, weights: Path) -> Lowered:
@@ -48,19 +43,6 @@ def bound(rank: Rank, weights: Path) -> Lowered:
     )
     state = {**program.state} | {node: values[name] for node, name in stored.names.items()}
     return replace(program, state=state)
-
-
-def in_codes(rank: Rank, program: Lowered) -> Lowered:
-    """Linear layers in FP8, by the example inputs, as ``--quantize fp8`` has them."""
-    begun = time.perf_counter()
-    chosen, kept = choose(program)
-    given = {b.name: rank.inputs[b.name] for b in program.inputs}
-    largest = largest_inputs(program, chosen, [given], rank.device)
-    made, _ = quantized(program, chosen, Measured(largest))
-    seconds = round(time.perf_counter() - begun, 1)
-    why = dict(Counter(one.reason for one in kept))
-    rank.tell(what="quantized", layers=len(chosen), kept=why, seconds=seconds)
-    return made
 
 
 def accumulated_fast(codes: Lowered) -> Lowered:

@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -185,7 +186,7 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
     types = {n.name: n.meta["val"].dtype for n in holders}  # Wan's program has float32 ones too
     state = {**here.state} | {n: bound[name].to(types[n]) for n, name in stored.names.items()}
     if strategy.endswith(IN_CODES):
-        here = in_codes(rank, replace(here, state=state))
+        here = by_torch(in_codes(rank, replace(here, state=state)), products=True)
         state = {name: tensor.to(rank.device) for name, tensor in here.state.items()}
     given = {b.node: rank.inputs[b.name] for b in here.inputs}
     held = [n.name for n in here.graph_module.graph.find_nodes(op="placeholder")]
@@ -204,7 +205,8 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
 
 def in_codes(rank: Rank, program: Lowered) -> Lowered:
     """A rank's program with linear layers in FP8, by the example inputs on all ranks together."""
-    chosen, _ = choose(program)
+    begun = time.perf_counter()
+    chosen, kept = choose(program)
     given = {b.name: rank.inputs[b.name] for b in program.inputs}
     largest = largest_inputs(program, chosen, [given], rank.device)
     names = sorted(largest)
@@ -212,7 +214,10 @@ def in_codes(rank: Rank, program: Lowered) -> Lowered:
     dist.all_reduce(found, dist.ReduceOp.MAX)
     everywhere = dict(zip(names, found.tolist(), strict=True))
     made, _ = quantized(program, chosen, Measured(everywhere))
-    return by_torch(made, products=True)
+    seconds = round(time.perf_counter() - begun, 1)
+    why = dict(Counter(one.reason for one in kept))
+    rank.tell(what="quantized", layers=len(chosen), kept=why, seconds=seconds)
+    return made
 
 
 def listed(file: Path, wanted: set[str]) -> Iterator[Weight]:

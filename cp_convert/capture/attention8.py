@@ -32,8 +32,9 @@ from ..ir.program import (
     shape,
     tensor_of,
 )
-from ..ir.quantize import FP8, LARGEST
+from ..ir.quantize import FP8
 from .linear8 import KEEP, is_in_a_block
+from .scales import scale_of
 
 _HEADS: Final = range(16, 257, 8)
 """Sizes of heads for which there is a kernel."""
@@ -144,14 +145,8 @@ def measured(chosen: Sequence[fx.Node], largest: Mapping[str, float]) -> dict[st
 
 
 def _step(largest: float, node: fx.Node) -> float:
-    if not 0 < largest < float("inf"):
-        raise CannotConvert(
-            f"--attention fp8: what {module_path(node)} attends to has no scale: its largest "
-            f"magnitude is {largest}.",
-            where=module_path(node),
-            hint="--keep leaves it as it is; --calibration names other inputs.",
-        )
-    return largest / LARGEST[FP8]
+    path = module_path(node)
+    return scale_of(largest, path, FP8, f"--attention fp8: what {path} attends to", "it")
 
 
 def over_codes(program: Lowered, steps: Mapping[str, Steps]) -> Lowered:

@@ -38,7 +38,6 @@ from torch import Tensor, fx
 from ..errors import CannotConvert
 from ..ir.nvfp4 import (
     DEQUANTIZE_BLOCKS,
-    LARGEST_OF_ALL,
     PAIRS,
     QUANTIZE_DEQUANTIZE_BLOCKS,
     pairs,
@@ -49,9 +48,9 @@ from ..ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE_DEQUANTIZE, STEP, T
 from ..ir.source import Codes
 from ..ir.writer import Writer
 from .linear8 import LINEAR
+from .scales import scale_of
 
 aten: Final = torch.ops.aten
-_LARGEST: Final = {**LARGEST, PAIRS: LARGEST_OF_ALL}
 
 
 class Given(Protocol):
@@ -110,14 +109,8 @@ class Stored:
 
 
 def _scale(largest: float, node: fx.Node, what: str, dtype: torch.dtype) -> float:
-    if not 0 < largest < float("inf"):
-        raise CannotConvert(
-            f"--quantize: the {what} of {module_path(node)} has no scale: its largest magnitude "
-            f"is {largest}.",
-            where=module_path(node),
-            hint="--keep leaves the layer as it is; --calibration names other inputs.",
-        )
-    return largest / _LARGEST[dtype]
+    path = module_path(node)
+    return scale_of(largest, path, dtype, f"--quantize: the {what} of {path}", "the layer")
 
 
 def quantized(

@@ -36,7 +36,8 @@ class Kind:
         program: as the device computes it.
         own: constants and parameters that it holds, by placeholder.
         device: where it runs.
-        call: computes it, of the placeholders' values.
+        held: its placeholders.
+        call: computes it, of their values.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Kind:
         self.program = on_device(program, device, stored.names)
         self.own = {n: t for n, t in self.program.state.items() if n not in stored.names}
         module = self.program.graph_module
+        self.held = [n.name for n in module.graph.find_nodes(op="placeholder")]
         self.call: Callable[..., Any] = fx.GraphModule(module, module.graph)
         if compiled:
             self.call = torch.compile(self.call, dynamic=False)
@@ -88,13 +90,11 @@ class Called:
         inputs = {node: tensor.to(kind.device) for node, tensor in taken.items()}
         own = {node: weights[called(name)] for node, name in kind.names.items()}
         bound = inputs | kind.own | own
-        graph = kind.program.graph_module.graph
-        names = [node.name for node in graph.find_nodes(op="placeholder")]
-        values = [bound[name] for name in names]
+        values = [bound[name] for name in kind.held]
         if self._replayed is None:
             returned = kind.call(*values)
         else:
-            returned = self._replayed(values, [name in inputs for name in names])
+            returned = self._replayed(values, [name in inputs for name in kind.held])
         return self._named(returned)
 
     def _called(self, name: str) -> str:

@@ -19,13 +19,10 @@ from cp_convert.errors import CannotShard, ProofFailed
 from cp_convert.ir import ops
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import arguments, copied, module_of
-from cp_convert.prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
+from cp_convert.prove import Proof, Stages, flat_inputs, prove_networks
 from cp_convert.prove.calibrate import attention_losses, largest_of
-from cp_convert.sharding.shard import shard
-from cp_convert.strategies import CONTROL
-from cp_convert.strategies.rewrite import rewrite
-from cp_convert.strategies.rounded import rounded
-from tests.conftest import TINY_PLAN, axis_of, networks_of, strategy, table, tiny, tiny_inputs
+from tests.conftest import TINY_PLAN, networks_of, table, tiny, tiny_inputs
+from tests.prove.test_quantizers import proven, rounding_of, with_outcomes
 
 prepare(BACKENDS["tensorrt-rtx"])
 SLOW = pytest.mark.slow
@@ -117,18 +114,9 @@ def in_fp8(name: str, world: int, eight: str = "") -> Stages:
     lost = attention_losses(plain, steps, flat_inputs(plain, tiny_inputs()))
     assert all(1e-3 < one < 0.2 for one in lost.values())
     assert len(lost) == 2
-    axis = axis_of(world)
-    split, by = shard(dense, axis), strategy(name, world)
-    control, _ = rewrite(split, CONTROL, "control", axis, table())
-    done, outcomes = rewrite(split, by, name, axis, table(), eight=eight)
-    quantized = rounded(dense, split, eight, axis, table()) if eight else dense
-    sites = [(o.site, o.node) for o in outcomes]
+    stages, outcomes = with_outcomes(plain, dense, name, world, eight)
     assert [o.kept is None for o in outcomes] == [world > 1, False]
-    return Stages(dense, control, done, done, sites, axis, quantized, plain)
-
-
-def proven(stages: Stages) -> Proof:
-    return prove(measure(tiny(), tiny_inputs()), tiny_inputs(), stages)
+    return stages
 
 
 def of(graph: fx.Graph) -> list[fx.Node]:
@@ -155,18 +143,15 @@ def test_what_is_right_passes(name: str, world: int, eight: str, count: int) -> 
     assert len({tuple(one) for one in steps}) == 2  # of two sites
     stages = replace(stages, lowered=lower(stages.lowered))
     proof = proven(stages)
-    assert proof.codes is not None
-    assert proof.control is not None
-    assert max(e.max for e in proof.algebra) < 1e-5
-    assert proof.control.max > 1e-2
-    assert proof.codes.codes > 2 * 12 * 24 * 24  # probabilities among them
-    assert 0 < proof.codes.flipped < proof.codes.codes / 100
-    assert proof.codes.bound.max < proof.codes.loss.max
-    assert all(e.within(proof.codes.bound) for e in proof.codes.ranks)
+    codes = rounding_of(proof)
+    assert codes.codes > 2 * 12 * 24 * 24  # probabilities among them
+    assert 0 < codes.flipped < codes.codes / 100
+    assert codes.bound.max < codes.loss.max
+    assert all(e.within(codes.bound) for e in codes.ranks)
     flat = flat_inputs(stages.lowered, tiny_inputs())
     found = prove_networks(networks_of(stages.lowered, world), flat, proof, stages.lowered)
     assert max(e.max for e in found.algebra) < 1e-5
-    assert all(e.within(proof.codes.bound) for e in found.codes)
+    assert all(e.within(codes.bound) for e in found.codes)
 
 
 @pytest.mark.parametrize(("name", "world"), [("ring", 3), ("usp", 3)])

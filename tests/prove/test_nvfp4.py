@@ -22,6 +22,7 @@ from tests.prove.test_quantizers import (
     of,
     programs,
     proven,
+    rounding_of,
     sabotaged,
     scaled_by,
     staged,
@@ -60,12 +61,9 @@ def test_what_is_right_passes_in_three_statements(name: str, world: int, eight: 
     assert [n.meta["val"].shape[1] for n in rounded] == [24 // world] * 2
     stages = replace(stages, lowered=lower(stages.lowered))
     proof = proven(stages)
-    assert proof.codes is not None
-    assert proof.control is not None
-    assert max(e.max for e in proof.algebra) < 1e-5
-    assert proof.control.max > 1e-2
-    assert proof.codes.loss.max > 1e-2
-    assert all(e.within(proof.codes.bound) for e in proof.codes.ranks)
+    codes = rounding_of(proof)
+    assert codes.loss.max > 1e-2
+    assert all(e.within(codes.bound) for e in codes.ranks)
     networks = networks_of(stages.lowered, world)
     kinds = [layer.kind for layer in networks[0].layers]
     assert kinds.count("DYNAMIC_QUANTIZE") == 2

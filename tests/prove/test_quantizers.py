@@ -1,6 +1,6 @@
 """The proof of programs with quantizers: what passes, and what is caught by which of its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,8 +17,10 @@ from cp_convert.engine.build import prepare
 from cp_convert.engine.lower import lower
 from cp_convert.errors import ProofFailed
 from cp_convert.ir import ops
+from cp_convert.ir.attention import Outcome
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered, copied, module_of
+from cp_convert.ir.proof import Codes as Rounding
 from cp_convert.ir.quantize import DEQUANTIZE, FP8, LARGEST, QUANTIZE, dequantize, quantize
 from cp_convert.ir.source import Codes
 from cp_convert.prove import Proof, Stages, flat_inputs, measure, prove, prove_networks
@@ -219,13 +221,29 @@ def staged(
     plain: Lowered, dense: Lowered, name: str = "ulysses", world: int = 2, eight: str = ""
 ) -> Stages:
     """``dense``, which is ``plain`` in codes, as a conversion shards it."""
+    return with_outcomes(plain, dense, name, world, eight)[0]
+
+
+def with_outcomes(
+    plain: Lowered, dense: Lowered, name: str, world: int, eight: str
+) -> tuple[Stages, Sequence[Outcome]]:
+    """The same, and what became of every attention."""
     axis = axis_of(world)
     split, by = shard(dense, axis), strategy(name, world)
     control, _ = rewrite(split, CONTROL, "control", axis, table())
     done, outcomes = rewrite(split, by, name, axis, table(), eight=eight)
     quantized = rounded(dense, split, eight, axis, table()) if eight else dense
     sites = [(o.site, o.node) for o in outcomes]
-    return Stages(dense, control, done, done, sites, axis, quantized, plain)
+    return Stages(dense, control, done, done, sites, axis, quantized, plain), outcomes
+
+
+def rounding_of(proof: Proof) -> Rounding:
+    """Of a proof in which all ranks are right without it, and the control is wrong."""
+    assert proof.codes is not None
+    assert proof.control is not None
+    assert max(e.max for e in proof.algebra) < 1e-5
+    assert proof.control.max > 1e-2
+    return proof.codes
 
 
 @pytest.mark.parametrize(
@@ -240,13 +258,9 @@ def test_fp8_layers_are_proven(name: str, world: int, eight: str) -> None:
     stages = in_fp8(name, world, eight)
     sharded_too = [n for n in stages.rewritten.graph_module.graph.nodes if n.target is BOTH]
     assert [n.meta["val"].shape[1] for n in sharded_too] == [24 // world] * len(sharded_too)
-    proof = proven(replace(stages, lowered=lower(stages.lowered)))
-    assert proof.codes is not None
-    assert proof.control is not None
-    assert max(e.max for e in proof.algebra) < 1e-5
-    assert proof.control.max > 1e-2
-    assert proof.codes.bound.max < proof.codes.loss.max
-    assert max(e.max for e in proof.codes.ranks) <= proof.codes.bound.max
+    codes = rounding_of(proven(replace(stages, lowered=lower(stages.lowered))))
+    assert codes.bound.max < codes.loss.max
+    assert max(e.max for e in codes.ranks) <= codes.bound.max
 
 
 def scaled_by(target: Any, factor: float) -> Sabotage:
