@@ -64,6 +64,8 @@ class Mover:
             node.args, node.kwargs = pytree.tree_map(
                 self._device, (node.args, node.kwargs), is_leaf=_is_node
             )
+            if _makes_tensors(node):
+                node.kwargs = {**node.kwargs, "device": self.device}
         return Lowered(
             module,
             {name: self.tensor(value) for name, value in program.state.items()},
@@ -112,6 +114,15 @@ class Mover:
 
 def _is_node(leaf: Any) -> bool:
     return isinstance(leaf, fx.Node)
+
+
+def _makes_tensors(node: fx.Node) -> bool:
+    """Whether it takes none and is told a device, which is the CPU where it is not."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    told = node.target._schema.arguments
+    takes = any(isinstance(one.type, torch.TensorType) for one in told)
+    return not takes and any(one.name == "device" for one in told)
 
 
 @contextmanager

@@ -60,6 +60,27 @@ def test_nothing_stays_behind() -> None:
     assert seen == {META}
 
 
+@pytest.mark.parametrize("strategy", ["ulysses", "allgather-kv", "ring", "stream-kv"])
+def test_padding_and_masks_are_made_there(strategy: str) -> None:
+    """Two ranks do not divide 23 tokens: zeros and masks of our own stand in the program."""
+    inputs = tiny_inputs()
+    inputs["x"] = inputs["x"][:, :23]
+    stages = rewritten(tiny(), inputs, strategy, 2)
+    mover = Mover(META)
+    moved = stages.on(mover)
+    seen: set[tuple[str, torch.device]] = set()
+    run(
+        moved.rewritten,
+        mover.tree(inputs),
+        2,
+        watch=lambda node, values: seen.update(
+            (node.name, v.device) for v in values.values if isinstance(v, Tensor)
+        ),
+    )
+    assert any("full" in name for name, _ in seen)
+    assert {device for _, device in seen} == {META}
+
+
 @pytest.mark.engine
 def test_networks_move_too() -> None:
     prepare(BACKENDS["tensorrt-rtx"])
