@@ -28,7 +28,10 @@ from cp_convert.progress import Progress
 
 from .gpus.cases import FORECAST, STRATEGIES
 
-_TOKENS: Final = {"1024": "4,096+512", "2048": "16,384+512", "4096": "65,536+512"}
+_TOKENS: Final = {
+    "1024": "4,096+512", "2048": "16,384+512", "4096": "65,536+512", "whole": "4,096+512, whole",
+}  # fmt: skip
+
 _PUBLISHED: Final = (
     # hardware, source, seconds on one GPU, and by strategy, world and USP's factor
     ("h100-sxm", "xDiT documentation, 28 steps", 4.30,

@@ -67,7 +67,12 @@ CASES: Final = (
         strategies=(*STRATEGIES, f"ulysses{IN_CODES}"),
     ),
     replace(_PART, name="flux-2-4-at-4096", resolution="4096x4096"),
-    replace(_PART, name="flux-whole", depth={}),
+    replace(
+        _PART,
+        name="flux-whole",
+        depth={},
+        strategies=(*STRATEGIES, f"ulysses{IN_CODES}"),
+    ),
     Case(
         "wan-of-two-branches",
         "wan2.1-1.3b",
@@ -80,7 +85,7 @@ CASES: Final = (
         tf32=True,
     ),
 )
-FORECAST: Final = ("flux-2-4-at-1024", "flux-2-4-at-2048", "flux-2-4-at-4096")
+FORECAST: Final = ("flux-2-4-at-1024", "flux-2-4-at-2048", "flux-2-4-at-4096", "flux-whole")
 """Of which ``benchmarks.forecast`` compares forecasts with measurements."""
 
 

@@ -92,7 +92,7 @@ float32, root mean square; the first row's is that of the precision alone. Every
 `--executor tensorrt` refuses such a GPU is tested on a stand-in (`tests/runtime/test_tensorrt.py`). What these numbers tell is whether the programs are right over real collectives, and what each strategy moves and computes;
 an engine's own speed they do not tell.
 
-`flux-2-4` is FLUX.1-dev with 2 joint and 4 single blocks, at 1024x1024 (4,608 tokens), 2048x2048 (16,896) and 4096x4096 (66,048). `wan-of-two-branches` is Wan 2.1 1.3B whole, 480p, 81 frames (32,760 tokens), with both guidance branches
+`flux-whole` is FLUX.1-dev, 11.9 billion parameters, at 1024x1024; `flux-2-4` has 2 joint and 4 single blocks of it, at 1024x1024 (4,608 tokens), 2048x2048 (16,896) and 4096x4096 (66,048). `wan-of-two-branches` is Wan 2.1 1.3B whole, 480p, 81 frames (32,760 tokens), with both guidance branches
 in one batch: `cfg2` gives each GPU a branch (`--cfg 2`), the others split the tokens of both. `in fp8` multiplies FP8 in the blocks' linear layers (`--quantize fp8`, scales from the example inputs).
 
 {tables}
@@ -100,9 +100,11 @@ in one batch: `cfg2` gives each GPU a branch (`--cfg 2`), the others split the t
 What they say:
 
 - At 4,608 tokens two GPUs are 1.60 (Ulysses) to 1.65 times (AllGather KV) one, where diffusers' are 1.58 and 1.59 and xDiT publishes 1.60 for the whole model on two H100; at 16,896 tokens 1.74 to 1.84, at 66,048 1.88 to 1.90.
-- Replayed, ours take 0.4 to 4.8 percent less than diffusers' in the four pairs that there are; least and most of a row lie further apart than that.
-- Ring takes 1.01 to 1.03 times AllGather KV's time with two GPUs (it is one gather then), Stream KV 1.01 and 1.05.
-- FP8 takes 0.83 times bfloat16's time on two GPUs at 16,896 tokens; weights and inputs are random, so its error is not a published model's. Attention is in bfloat16.
+- FLUX.1-dev whole: 1.60 (Ulysses) and 1.64 times (AllGather KV) one GPU, 1.60 by diffusers, and in FP8 2.05 times; FP8 on one GPU takes 95.5 ms ([quantized.md](quantized.md), another run).
+- Replayed, ours take 0.1 to 4.8 percent less than diffusers' in the five pairs that there are; least and most of a row lie further apart than that.
+- Ring takes 1.01 to 1.03 times AllGather KV's time with two GPUs (it is one gather then), Stream KV 0.99 to 1.05.
+- FP8 takes 0.83 times bfloat16's time on two GPUs at 16,896 tokens, 0.78 in the whole model at 4,608; weights and inputs are random, so its error is not a published model's. Attention is in bfloat16.
+  Its memory has the numbers in bfloat16 beside the codes made of them, as this benchmark makes them there; ranks of a quantized bundle load codes.
 - Wan: a branch a GPU is 1.77 times one GPU, splitting both branches' tokens 1.59 (ours) and 1.68 times (diffusers'), each as it is, not compiled. Why ours takes 5 percent longer than diffusers' there
   was not profiled. Two ranks of ours hold 4.2 GB each, diffusers' 4.7, the dense model 6.1.
 
