@@ -186,4 +186,8 @@ def _typed(leaf: Any) -> Any:
 
 
 def _told(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, tuple(value.shape), value.stride(), value.storage_offset(), value.device
+    """Where it begins in memory decides nothing: it is traced as a tensor in memory of its own.
+
+    Weights of a file all begin elsewhere.
+    """
+    return value.dtype, tuple(value.shape), value.stride(), value.device

@@ -60,7 +60,17 @@ def test_every_node_has_its_value_and_its_origin() -> None:
             assert "test_once.py" in node.meta["stack_trace"]
 
 
-def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_behind_another(module: nn.Module) -> None:
+    held = [parameter.data for parameter in module.parameters()]
+    memory, begin = torch.cat([one.flatten() for one in held]), 0
+    for parameter in module.parameters():
+        values = memory[begin : begin + parameter.numel()].view(parameter.shape)
+        parameter.data, begin = values, begin + parameter.numel()
+
+
+@pytest.mark.parametrize("located", [False, True])
+def test_equal_calls_are_traced_once(located: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a file, which lie one behind another in one memory, are no other calls."""
     from cp_convert.capture import once as module
 
     counted: list[Any] = []
@@ -70,6 +80,8 @@ def test_equal_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for depth in (1, 3):
         blocks = Blocks()
         blocks.layers, blocks.norms = blocks.layers[:depth], blocks.norms[:depth]
+        if located:
+            one_behind_another(blocks)
         counted.clear()
         decompose_once(
             exported(blocks, torch.randn(2, 5, 16), torch.randn(2, 5, 16)).graph_module, table()
