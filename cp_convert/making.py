@@ -11,8 +11,11 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
+from .ahead import Ahead, errand_of
 from .bundle.describe import describe
 from .bundle.external import Placing
 from .bundle.folder import CONSTANTS
@@ -97,7 +100,7 @@ def _all_built(
     """Every variant with the key of its program; engines are built while the next is traced."""
     waiting: deque[tuple[Future[Made], Keys]] = deque()
     with (
-        closing(_all_begun(loaded, common, cache, clock)) as all_begun,
+        closing(_all_begun(loaded, common, pool, cache, clock)) as all_begun,
         pool.beside() as threads,
     ):
         for begun in all_begun:
@@ -120,24 +123,30 @@ def _range_built(
     clock: Clock,
 ) -> Generator[tuple[Made, Keys]]:
     """One program for a range of sizes, with the keys of those that it was made from."""
-    with closing(_all_begun(loaded, common, cache, clock)) as all_begun:
+    with closing(_all_begun(loaded, common, pool, cache, clock)) as all_begun:
         begun = list(all_begun)
     done, proofs = ranged([emitted(one, clock, placing) for one in begun], loaded.job, clock)
     made = build_engines(done, pool, cache, clock)
     yield replace(made, proofs=proofs), [one.key for one in begun]
 
 
-def _all_begun(loaded: Loaded, common: Common, cache: Cache, clock: Clock) -> Generator[Begun]:
+def _all_begun(
+    loaded: Loaded, common: Common, pool: Pool, cache: Cache, clock: Clock
+) -> Generator[Begun]:
     """Every variant before its strategy matters; by an earlier job, or now."""
-    variants, known = loaded.variants, common.taken(loaded)
-    # All are measured before another thread reads parameters.
-    truths = () if known else [measured(one, clock) for one in variants]
-    for one, trace, truth, earlier in zip_longest(variants, common.traces or (), truths, known):
-        clock.progress.variant(one.source.variant.name)
-        begun = earlier or begin(one, trace, cache, clock, truth=truth)
-        if not known:
-            common.keep(begun)
-        yield begun
+    variants, known, traces = loaded.variants, common.taken(loaded), common.traces or ()
+    with TemporaryDirectory(prefix="cp-convert-", ignore_cleanup_errors=True) as scratch:
+        ahead = Ahead(None if known or traces else errand_of(loaded, Path(scratch)), pool)
+        # All are measured before another thread reads parameters.
+        truths = () if known else [measured(one, clock) for one in variants]
+        rows = zip_longest(variants, traces, truths, known)
+        for number, (one, trace, truth, earlier) in enumerate(rows):
+            clock.progress.variant(one.source.variant.name)
+            seen = ahead.seen(number, one.source, clock)
+            begun = earlier or begin(one, trace, cache, clock, truth=truth, seen=seen)
+            if not known:
+                common.keep(begun)
+            yield begun
 
 
 def _weights(

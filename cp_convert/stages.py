@@ -12,9 +12,8 @@ from typing import Any
 
 from .arranging import arranged
 from .bundle.external import Placing
-from .cache.fingerprint import program_key
 from .cache.store import Cache
-from .capture.capture import capture, traced
+from .capture.capture import see
 from .capture.combine import combine
 from .capture.residual import float32_residual
 from .cutting import in_pieces
@@ -34,6 +33,7 @@ from .ir.records import (
     Loaded,
     Made,
     Rewritten,
+    Seen,
     Traced,
 )
 from .ir.source import Source
@@ -105,6 +105,7 @@ def begin(
     clock: Clock,
     *,
     truth: Truth | None = None,
+    seen: Seen | None = None,
 ) -> Begun:
     """Measure, trace and decompose: the same for every strategy.
 
@@ -114,6 +115,7 @@ def begin(
         cache: where to look, and to keep.
         clock: times the stages.
         truth: see :func:`measured`, where that was done already.
+        seen: the program, where another process traced it.
 
     Raises:
         ConvertError: the model cannot be run or traced.
@@ -121,16 +123,15 @@ def begin(
     workarounds = prepare(loaded.backend, fused=loaded.job.strategy == FUSED)
     table = decompositions()
     truth = truth or measured(loaded, clock)
-    trace = traced(loaded.source, clock) if trace is None else trace
-    key = program_key(loaded.tool, trace) if cache.folder is not None else None
-    captured = capture(loaded.source, trace, table, cache, key, clock)
+    seen = seen or see(loaded.source, trace, table, cache, loaded.tool, clock)
+    captured = seen.captured
     if RESIDUAL in loaded.job.float32:
         captured = replace(captured, dense=float32_residual(captured.dense))
     captured = replace(captured, dense=combine(captured.dense, loaded.source.branches))
     truth = _measured_further(loaded, captured, truth, clock)
     if loaded.job.quantize is not None or loaded.source.codes:
         captured = quantized(loaded, captured, clock)
-    return Begun(loaded, captured, truth, table, workarounds, key)
+    return Begun(loaded, captured, truth, table, workarounds, seen.key)
 
 
 def build(

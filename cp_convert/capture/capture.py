@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
+from ..cache.fingerprint import program_key
 from ..cache.store import Cache
 from ..errors import CannotLower
 from ..ir.frozen_value import digest_of
 from ..ir.program import Lowered
-from ..ir.records import Captured, Traced
+from ..ir.records import Captured, Seen, Traced
 from ..ir.serialize import pack, read_packed, unpack
 from ..ir.signature import Signature
 from ..ir.source import Source
@@ -42,6 +44,32 @@ def traced(source: Source, clock: Clock) -> Traced:
             groups=source.groups,
         )
     return Traced(program, applied)
+
+
+def see(
+    source: Source,
+    trace: Traced | None,
+    table: Mapping[Any, Any],
+    cache: Cache,
+    tool: str,
+    clock: Clock,
+) -> Seen:
+    """Trace, unless that is done, and decompose what the cache does not know, see :func:`capture`.
+
+    Args:
+        source: the model.
+        trace: its program, where it was traced already.
+        table: the backend's decompositions.
+        cache: where to look.
+        tool: key of our own code and of the versions below it.
+        clock: times the stages.
+
+    Raises:
+        ConvertError: see :func:`traced` and :func:`capture`.
+    """
+    trace = traced(source, clock) if trace is None else trace
+    key = program_key(tool, trace) if cache.folder is not None else None
+    return Seen(capture(source, trace, table, cache, key, clock), key)
 
 
 def capture(
@@ -80,9 +108,27 @@ def capture(
     if key is not None:
         # What has no name to be found by again is decomposed every time.
         with clock.stage("keep"), suppress(CannotLower), cache.store("traces", key) as folder:
-            pack(dense, described=dense.state).write(folder / _PROGRAM)
-            (folder / _SIGNATURE).write_bytes(msgspec.json.encode(signature))
+            write(Captured(dense, signature), folder)
     return Captured(dense, signature)
+
+
+def write(captured: Captured, folder: Path) -> None:
+    """Write the program, without parameters' numbers, for :func:`captured_in`.
+
+    Raises:
+        CannotLower: it has a value that no file can hold.
+    """
+    pack(captured.dense, described=captured.dense.state).write(folder / _PROGRAM)
+    (folder / _SIGNATURE).write_bytes(msgspec.json.encode(captured.signature))
+
+
+def captured_in(folder: Path, source: Source) -> Captured:
+    """What :func:`write` wrote there, with the parameters of ``source``."""
+    signature = msgspec.json.decode((folder / _SIGNATURE).read_bytes(), type=Signature)
+    held = dict(source.module.named_parameters(remove_duplicate=False))
+    dense = unpack(read_packed(folder / _PROGRAM))
+    state = {node: held[signature.parameters[node]].detach() for node in dense.state}
+    return Captured(replace(dense, state=state), signature)
 
 
 def _without_lent(source: Source, trace: Traced, dense: Lowered) -> Lowered:
@@ -95,10 +141,4 @@ def _without_lent(source: Source, trace: Traced, dense: Lowered) -> Lowered:
 
 def _recalled(source: Source, cache: Cache, key: str) -> Captured | None:
     entry = cache.find("traces", key)
-    if entry is None:
-        return None
-    signature = msgspec.json.decode((entry / _SIGNATURE).read_bytes(), type=Signature)
-    held = dict(source.module.named_parameters(remove_duplicate=False))
-    dense = unpack(read_packed(entry / _PROGRAM))
-    state = {node: held[signature.parameters[node]].detach() for node in dense.state}
-    return Captured(replace(dense, state=state), signature)
+    return None if entry is None else captured_in(entry, source)

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
@@ -47,6 +47,7 @@ class Pool:
         self.jobs = jobs
         self.memory = memory
         self._at_work: dict[Path, tuple[Any, Connection, Task]] = {}
+        self._aside: list[Any] = []
         self._turn = threading.Condition()
         self._stopped = False
         if sys.platform == "linux" and not has_driver():
@@ -65,7 +66,23 @@ class Pool:
         for process, answer, _task in self._at_work.values():
             process.join()
             answer.close()
+        for process in self._aside:
+            process.join()
         self._at_work.clear()
+
+    def aside(self, target: Callable[..., None], *given: Any) -> Connection:
+        """Start a process for other work; it ends with the ``with`` block at the latest.
+
+        Args:
+            target: is called there.
+            given: with these, and with the connection of whose other end the reader is returned.
+        """
+        answer, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=target, args=(*given, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        self._aside.append(process)
+        return answer  # type: ignore[no-any-return]
 
     @contextmanager
     def beside(self) -> Iterator[ThreadPoolExecutor]:
@@ -85,7 +102,7 @@ class Pool:
         """End the workers; nothing is started any more."""
         with self._turn:
             self._stopped = True
-            for process, _answer, _task in self._at_work.values():
+            for process in (*self._aside, *(held[0] for held in self._at_work.values())):
                 process.kill()
             self._turn.notify_all()
 
@@ -135,7 +152,7 @@ class Pool:
 
     def _has_room(self, most: int) -> bool:
         count = len(self._at_work)
-        held = psutil.Process().memory_info().rss
+        held = psutil.Process().memory_info().rss + sum(map(_memory, self._aside))
         return count == 0 or (count < self.jobs and held + (count + 1) * most <= self.memory)
 
     def _start(self, task: Task) -> None:
@@ -170,6 +187,13 @@ class Pool:
             )
         progress.said(f"rank {rank}", said)
         return data
+
+
+def _memory(process: Any) -> int:
+    """Bytes that a process holds; none when it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return int(psutil.Process(process.pid).memory_info().rss)
+    return 0
 
 
 @contextmanager

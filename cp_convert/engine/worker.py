@@ -72,10 +72,10 @@ def run(task: Task, answer: Connection) -> None:
     A worker that cannot say what went wrong ends with a traceback and a non-zero exit code; the
     traceback, and whatever libraries write, stands in the task's log.
     """
-    _write_into(task.log)
+    write_into(task.log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _end_with_parent()
+    end_with_parent()
     try:
         said = _built(task)
     except ConvertError as error:
@@ -153,14 +153,14 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _write_into(log: Path) -> None:
+def write_into(log: Path) -> None:
     """Let this process, its native libraries too, write into ``log`` from now on."""
     with suppress(OSError), log.open("wb") as file:  # a full disk is told by what is built
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A parent that is killed cannot stop its workers; Linux does it then."""
     if sys.platform == "linux":
         parent_death = 1  # PR_SET_PDEATHSIG, prctl(2)

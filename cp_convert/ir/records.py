@@ -93,6 +93,19 @@ class Captured:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What another process traced.
+
+    Attributes:
+        captured: the program, with this process's parameters.
+        key: of the traced program in the cache; ``None`` for one that gets none.
+    """
+
+    captured: Captured
+    key: str | None
+
+
+@dataclass(frozen=True)
 class Rewritten:
     """The program with the strategy in it.
 
