@@ -205,7 +205,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
-            weights = (args.weights or Path(scratch)) / Path(preset).stem
+            weights = (args.weights or Path(scratch)) / Path(preset).name.removesuffix(".toml")
             if not weights.is_dir() and args.format in ALGORITHMS:
                 write_quantized(preset, weights, ALGORITHMS[args.format])
             elif not weights.is_dir():
