@@ -171,6 +171,24 @@ def save(
     Returns:
         Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
     """
+    written = {}
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for name, tensor in tensors.items():
+            if stop is not None and stop.is_set():
+                break
+            offset, digest = file.tell(), hashlib.sha256()
+            for piece in (tensor,) if made is None else made(name):
+                for some in as_bytes(piece.detach().contiguous()).split(_CHUNK):
+                    digest.update(some.numpy())
+                    _put(file, some)
+            written[name] = (offset, digest.hexdigest())
+        file.truncate()
+    return written
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Where each will be, and the header's length in front of that."""
     header, begin = {}, 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
@@ -184,20 +202,7 @@ def save(
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    written = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            if stop is not None and stop.is_set():
-                break
-            offset, digest = file.tell(), hashlib.sha256()
-            for piece in (tensor,) if made is None else made(name):
-                for some in as_bytes(piece.detach().contiguous()).split(_CHUNK):
-                    digest.update(some.numpy())
-                    _put(file, some)
-            written[name] = (offset, digest.hexdigest())
-        file.truncate()
-    return written
+    return len(text).to_bytes(8, "little") + text
 
 
 def _put(file: BinaryIO, some: Tensor) -> None:
