@@ -334,10 +334,9 @@ def replayed(
     with clock.stage("replay"):
         first, *later = networks_of(engines, emitted)
         inputs = flat_inputs(program, source.all_inputs)
-        shared = {name: node for node, name in emitted.names.items() if node in program.own}
-        whole = emitted.names.keys() - shared.values()
-        inputs |= {emitted.names[node]: program.state[node] for node in whole}
-        own = Selected(program.own, shared)
+        bound = {name: node for node, name in emitted.names.items()}
+        own = Selected(program.own, {name: n for name, n in bound.items() if n in program.own})
+        inputs |= {name: program.state[n] for name, n in bound.items() if name not in own}
         device = check_device(job.proof_device)
         names = [twin.names for twin in emitted.twins]
         return prove_networks(first, inputs, proof, program, device, own, later=later, names=names)
