@@ -29,7 +29,7 @@ def test_parts_are_of_every_segment_and_make_up_the_whole(
     for member, part in enumerate(held):
         expected = [piece.chunk(size, dim)[member] for piece in pieces]
         assert torch.equal(part, torch.cat(expected, dim))
-        for most in (1, 3, whole.numel()):
+        for most in (1, 5):
             some = list(share.pieces(whole, member, most))
             assert torch.equal(torch.cat([piece.reshape(-1) for piece in some]), part.reshape(-1))
             assert max(piece.numel() for piece in some) <= max(most, part[:1].numel())
