@@ -38,7 +38,7 @@ def write_weights(preset: str, folder: Path, *, sparse: bool = False) -> None:
 
     ``sparse``: the numbers are holes in the files, read as zeros, which need no room on the disk.
     """
-    told = read(path_of(preset))
+    told = read(path_of(preset) or Path(preset))
     with unallocated():
         module = build(told, told.config, tiny=False, random=False, bytes_each=0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def write_quantized(preset: str, folder: Path, algorithm: str = "FP8") -> None:
 
     Codes are holes in the file, all scales are there.
     """
-    told = read(path_of(preset))
+    told = read(path_of(preset) or Path(preset))
     with unallocated():
         module = build(told, told.config, tiny=False, random=False, bytes_each=0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for preset in args.presets:
-            weights = (args.weights or Path(scratch)) / preset
+            weights = (args.weights or Path(scratch)) / Path(preset).name.removesuffix(".toml")
             if not weights.is_dir() and args.format in ALGORITHMS:
                 write_quantized(preset, weights, ALGORITHMS[args.format])
             elif not weights.is_dir():

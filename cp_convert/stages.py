@@ -36,6 +36,7 @@ from .ir.records import (
     Seen,
     Traced,
 )
+from .ir.selected import Selected
 from .ir.source import Source
 from .job import AUTO, BLOCKS, FUSED, RESIDUAL, Job
 from .model.branches import blamed_on_rows
@@ -334,10 +335,9 @@ def replayed(
     with clock.stage("replay"):
         first, *later = networks_of(engines, emitted)
         inputs = flat_inputs(program, source.all_inputs)
-        shared = {node: name for node, name in emitted.names.items() if node in program.own}
-        whole = emitted.names.keys() - shared
-        inputs |= {emitted.names[node]: program.state[node] for node in whole}
-        own = {name: program.own[node] for node, name in shared.items()}
+        bound = {name: node for node, name in emitted.names.items()}
+        own = Selected(program.own, {name: n for name, n in bound.items() if n in program.own})
+        inputs |= {name: program.state[n] for name, n in bound.items() if name not in own}
         device = check_device(job.proof_device)
         names = [twin.names for twin in emitted.twins]
         return prove_networks(first, inputs, proof, program, device, own, later=later, names=names)

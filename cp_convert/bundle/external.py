@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +33,8 @@ Placed = Mapping[str, tuple[Weight, ...]]
 NOTHING: Final = Shares({}, Axis("tp", ((0,),)))
 _PIECE: Final = 1 << 27
 """Numbers that are checked and hashed at once: between two pieces the thread waits its turn."""
+_PART: Final = 1 << 23
+"""Numbers of a shared weight that are copied at once, checked, hashed and written."""
 
 
 class Placing:
@@ -162,15 +164,18 @@ def _place_parts(
         place = share.place(tuple(whole.shape), member)
         parts[name] = described = whole.new_zeros(()).expand(share.shape(tuple(whole.shape)))
         if place is not None:
-            parts[name] = share.of(whole, member)
+            parts[name] = share.of(whole, member)  # one range: a view
             if name in located and located[name].dtype == whole.dtype:
                 left[name] = _within(located[name], described, place[0])
 
-    def made(name: str) -> Tensor:
-        part = shares.of[name].of(parameters[name].detach(), member).contiguous()
-        if not is_finite(part):
-            raise WeightsError(f"{name} holds NaN or infinity.", hint="the checkpoint is broken.")
-        return part
+    def made(name: str) -> Iterator[Tensor]:
+        for part in shares.of[name].pieces(parameters[name].detach(), member, _PART):
+            own = part.contiguous()
+            if not is_finite(own):
+                raise WeightsError(
+                    f"{name} holds NaN or infinity.", hint="the checkpoint is broken."
+                )
+            yield own
 
     found = files.place(parts, left, PART.format(member), made)
     return {name: replace(one, ranks=shares.ranks(member)) for name, one in found.items()}
@@ -209,7 +214,7 @@ class _Files:
         parameters: Mapping[str, Tensor],
         located: Mapping[str, Location],
         target: str,
-        made: Callable[[str], Tensor] | None = None,
+        made: Callable[[str], Iterable[Tensor]] | None = None,
     ) -> dict[str, Weight]:
         """Every parameter's place: in the user's file, or in ``target`` of the bundle."""
         own = to_write(parameters, located, copy=self.copy)

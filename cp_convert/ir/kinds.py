@@ -19,6 +19,7 @@ import msgspec
 from torch import Tensor, fx
 
 from .program import Binding, Lowered, names_in
+from .selected import Selected
 from .serialize import plain, target_name, told_tensor, told_value
 from .tensors import numbers
 
@@ -82,7 +83,7 @@ def through(built: Lowered, names: Mapping[str, str], twin: Twin, whole: Lowered
     return replace(
         built,
         state={node: whole.state[given.get(node, node)] for node in built.state},
-        own={node: whole.own[own] for node, own in given.items() if own in whole.own},
+        own=Selected(whole.own, {node: own for node, own in given.items() if own in whole.own}),
         inputs=tuple(_renamed(one, twin) for one in built.inputs),
         outputs=tuple(_renamed(one, twin) for one in built.outputs),
     )

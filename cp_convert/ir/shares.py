@@ -42,6 +42,16 @@ class Share:
         parts = [whole.narrow(self.dim, start, stop - start) for start, stop in ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
+    def pieces(self, whole: Tensor, member: int, most: int) -> Iterator[Tensor]:
+        """The same numbers in row-major order, about ``most`` at once and a row at least."""
+        if prod(whole.shape[: self.dim]) > 1:
+            rows = max(1, most // prod(self.shape(tuple(whole.shape))[1:]))
+            for some in whole.split(rows):
+                yield self.of(some, member)
+            return
+        for start, stop in self.layout.tokens_of(member):
+            yield from whole.narrow(self.dim, start, stop - start).reshape(-1).split(most)
+
     def place(self, whole: tuple[int, ...], member: int) -> tuple[int, int] | None:
         """First number and count of the part in row-major order; ``None``: it is in pieces."""
         ranges = self.layout.tokens_of(member)
@@ -80,6 +90,9 @@ class Shared(Mapping[str, tuple[Tensor, ...]]):
         parts = [share.of(whole, member) for member in range(self._axis.size)]
         places = {r: i for group in self._axis.groups for i, r in enumerate(group)}
         return tuple(parts[places[rank]] for rank in sorted(places))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shares  # a Mapping's own would make the parts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shares)

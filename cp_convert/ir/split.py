@@ -23,6 +23,7 @@ from torch import fx
 from .blocks import cuts_between
 from .cuts import MOVES, Cut, Place, check_narrow, check_order, cut_of, free_of, owners, paths_of
 from .program import Binding, Lowered, module_of, module_path, tensor_of
+from .selected import Selected
 from .streams import origin
 from .writer import Writer
 
@@ -269,7 +270,7 @@ class _Whole:
             {name: tensor for name, tensor in whole.state.items() if name in given},
             (*(b for b in whole.inputs if b.node in given), *between),
             outputs,
-            {name: tensors for name, tensors in whole.own.items() if name in given},
+            Selected(whole.own, {name: name for name in whole.own if name in given}),
         )
 
 

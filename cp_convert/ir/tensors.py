@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,8 @@ from ..errors import WeightsError
 from ..files import file_state
 
 _CHUNK: Final = 1 << 24
+_LEAST: Final = 1 << 12
+"""Bytes of a hole: file systems have none that are smaller."""
 
 
 SAFETENSORS: Final = {
@@ -149,9 +152,11 @@ def save(
     path: Path,
     stop: Event | None = None,
     *,
-    made: Callable[[str], Tensor] | None = None,
+    made: Callable[[str], Iterable[Tensor]] | None = None,
 ) -> dict[str, tuple[int, str]]:
     """Write one safetensors file, tensor by tensor: the library would hold all of them in memory.
+
+    Zeros by the megabyte are holes in it, which are read as zeros and take no room on the disk.
 
     Format: https://github.com/huggingface/safetensors, *Format*: the header's length in 8 bytes,
     little-endian; the header in JSON; the numbers.
@@ -160,11 +165,30 @@ def save(
         tensors: by name.
         path: of the file.
         stop: ends it early.
-        made: makes the numbers of a name when its turn comes; ``tensors`` only describes them then.
+        made: makes the numbers of a name when its turn comes, piece by piece in row-major order;
+            ``tensors`` only describes them then.
 
     Returns:
         Offset in the file and SHA-256 of every tensor; fewer of them when ``stop`` was set.
     """
+    written = {}
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for name, tensor in tensors.items():
+            if stop is not None and stop.is_set():
+                break
+            offset, digest = file.tell(), hashlib.sha256()
+            for piece in (tensor,) if made is None else made(name):
+                for some in as_bytes(piece.detach().contiguous()).split(_CHUNK):
+                    digest.update(some.numpy())
+                    _put(file, some)
+            written[name] = (offset, digest.hexdigest())
+        file.truncate()
+    return written
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Where each will be, and the header's length in front of that."""
     header, begin = {}, 0
     for name, tensor in tensors.items():
         end = begin + tensor.nbytes
@@ -178,20 +202,15 @@ def save(
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    written = {}
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            if stop is not None and stop.is_set():
-                break
-            offset, digest = file.tell(), hashlib.sha256()
-            flat = numbers(tensor if made is None else made(name))
-            for start in range(0, len(flat), _CHUNK):
-                piece = flat[start : start + _CHUNK]
-                digest.update(piece)
-                file.write(piece)
-            written[name] = (offset, digest.hexdigest())
-    return written
+    return len(text).to_bytes(8, "little") + text
+
+
+def _put(file: BinaryIO, some: Tensor) -> None:
+    """Write bytes, or leave a hole of their size where all of them are zero."""
+    if len(some) < _LEAST or bool(some[:_LEAST].any()) or bool(some.any()):
+        file.write(some.numpy().data)
+    else:
+        file.seek(len(some), os.SEEK_CUR)
 
 
 def numbers(tensor: Tensor) -> memoryview:

@@ -105,8 +105,8 @@ def _weights(
         first.setdefault((one.file, one.offset), key)
     described = {key: _described(told[key]) for key in first.values()}
 
-    def made(key: str) -> Tensor:
-        return constants[key] if key in constants else found[key]
+    def made(key: str) -> tuple[Tensor]:
+        return (constants[key] if key in constants else found[key],)
 
     places = save(described, file, made=made)
     return [

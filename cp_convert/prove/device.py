@@ -71,14 +71,14 @@ class Mover:
             {name: self.tensor(value) for name, value in program.state.items()},
             program.inputs,
             program.outputs,
-            self._own(program),
+            self.of_ranks(program.own),
         )
 
-    def _own(self, program: Executable) -> Mapping[str, tuple[Tensor, ...]]:
+    def of_ranks(self, own: Mapping[str, tuple[Tensor, ...]]) -> Mapping[str, tuple[Tensor, ...]]:
         """On the CPU as they are: those of large models are made one by one, when they are read."""
         if self.device.type == "cpu":
-            return program.own
-        return {name: tuple(map(self.tensor, of)) for name, of in program.own.items()}
+            return own
+        return {name: tuple(map(self.tensor, of)) for name, of in own.items()}
 
     def _move_attribute(self, module: nn.Module, path: str) -> None:
         """Parameters become buffers: which of both an attribute is means nothing in a graph."""

@@ -53,7 +53,7 @@ def prove_networks(
     """
     start, mover = time.perf_counter(), Mover(device)
     pieces, inputs = _moved(mover, (networks, *later)), mover.tree(dict(inputs))
-    own = mover.tree(dict(own))
+    own = mover.of_ranks(own)
     lowered = mover.program(lowered)
     with unrounded(proof.codes is not None):
         wide = replay_pieces(pieces, inputs, own=own, widen=not proof.is_wide, names=names)
