@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -52,6 +53,12 @@ FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first; the others in the order in which they are written."""
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; the collector would look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def axis_of(world: int) -> Axis:
