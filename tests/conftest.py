@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
+from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cp_convert import ContextParallelInput, ContextParallelOutput, cli
+from cp_convert.cache import fingerprint
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.trace import trace
 from cp_convert.ir.network import Network
@@ -23,15 +28,37 @@ from cp_convert.ir.program import Lowered
 from cp_convert.ir.sharded import Sharded
 from cp_convert.mesh import Axis, Mesh
 from cp_convert.prove import Stages
+from cp_convert.runtime import launch
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, Strategy, choose
 from cp_convert.strategies.rewrite import rewrite
 from cp_convert.strategies.rounded import rounded
+from tests import server
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so do processes: others' tests run beside them
+server.share()
+
+
+FIRST = (
+    "tests/test_wheel.py", "tests/test_survival.py", "tests/test_ci_example.py",
+    "tests/diffusers/test_example.py", "tests/test_examples.py", "tests/test_models.py",
+)  # fmt: skip
+"""Tests of many seconds each: one that is begun last is waited for by all other workers."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; the others in the order in which they are written."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; the collector would look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def axis_of(world: int) -> Axis:
@@ -55,6 +82,23 @@ def example(name: str) -> ModuleType:
     spec.loader.exec_module(module)
     sys.path.remove(str(EXAMPLES))
     return module
+
+
+SHORTER = {
+    "flux": (("GRID = 32", "GRID = 8"), ("TEXT_TOKENS = 128", "TEXT_TOKENS = 16")),
+    "plain_dit": (("BLOCKS = 512, 16, 256, 8, 3", "BLOCKS = 100, 16, 64, 8, 1"),),
+}
+
+
+def shorter(name: str, folder: Path) -> Path:
+    """A copy of an example with fewer tokens, and of equal blocks one: all it does, less often."""
+    path = folder / f"{name}.py"
+    text = (EXAMPLES / path.name).read_text()
+    for old, new in SHORTER[name]:
+        assert old in text, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
 
 
 class TinyAttention(nn.Module):
@@ -143,6 +187,39 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+class Installed(NamedTuple):
+    """What a key takes from an installed package."""
+
+    name: str
+    version: str
+    requires: tuple[str, ...]
+
+
+def _installed(one: metadata.Distribution) -> Installed:
+    return Installed(one.name, one.version, tuple(one.requires or ()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def installed_packages() -> Iterator[None]:
+    """They stay as they are while tests run; every conversion would read and parse all of them."""
+    told = SimpleNamespace(
+        distribution=cache(lambda name: _installed(metadata.distribution(name))),
+        distributions=cache(lambda: [_installed(one) for one in metadata.distributions()]),
+        PackageNotFoundError=metadata.PackageNotFoundError,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fingerprint, "metadata", told)
+        patch.setattr(fingerprint, "_required", cache(fingerprint._required))
+        yield
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that ``cp-convert run`` starts are forked: each would import torch for itself."""
+    popen = SimpleNamespace(**{**vars(subprocess), "Popen": server.Forked})
+    monkeypatch.setattr(launch, "subprocess", popen)
 
 
 @pytest.fixture

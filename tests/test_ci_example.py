@@ -13,6 +13,17 @@ from tests.conftest import EXAMPLES, ROOT
 
 pytestmark = pytest.mark.engine
 
+TOOL = """\
+if __name__ == "__main__":
+    import sys
+    from cp_convert import cli
+    if sys.argv[1] == "convert":
+        import cp_convert.engine.worker  # which it comes to itself, and once is enough
+        from tests.server import fork_server
+        fork_server()
+    cli.main()
+"""
+
 
 def test_the_workflow_runs(tmp_path: Path) -> None:
     job = yaml.safe_load((EXAMPLES / "ci" / "convert.yml").read_text())["jobs"]["convert"]
@@ -21,7 +32,7 @@ def test_the_workflow_runs(tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(EXAMPLES)
     tool = tmp_path / "bin" / "cp-convert"
     tool.parent.mkdir()
-    tool.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m cp_convert "$@"\n')
+    tool.write_text(f"#!{sys.executable}\n{TOOL}")
     tool.chmod(0o755)
     told = tmp_path / "step.md"
     env = os.environ | job["env"] | {

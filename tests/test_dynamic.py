@@ -27,6 +27,7 @@ SIZED = (
 BASE = ("-s", "ulysses", "-w", 2, "--weights-mode", "external", "-p", "fp32", "-q")
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_bundle_for_a_range(run: Run, model_file: Write, tmp_path: Path) -> None:
     """The engine is built, and its network replayed at sizes that divide and that do not."""
     out, model = tmp_path / "out", model_file(*SIZED)

@@ -4,9 +4,10 @@ Who may import whom is import-linter's (``pyproject.toml``).
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import pytest
 
@@ -27,11 +28,18 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
-every_module = pytest.mark.parametrize("path", MODULES, ids=name_of)
+Found = TypeVar("Found")
+
+
+def wherever(look: Callable[[Path], Found]) -> dict[str, Found]:
+    """By module, what is found there, where something is; one test for hundreds of files."""
+    assert len(MODULES) > 200
+    return {name_of(path): found for path in MODULES if (found := look(path))}
 
 
 # --- ranks are arguments --------------------------------------------------------------------------
@@ -54,10 +62,9 @@ def asked(tree: ast.AST) -> Iterator[str]:
         yield from (f"{n}, line {node.lineno}" for n in names if n in ENVIRONMENT | PLACES)  # type: ignore[attr-defined]
 
 
-@every_module
-def test_only_the_top_asks_who_it_is(path: Path) -> None:
-    if path.relative_to(ROOT).parts[1] not in AT_THE_TOP:
-        assert not list(asked(tree_of(path)))
+def test_only_the_top_asks_who_it_is() -> None:
+    found = wherever(lambda path: list(asked(tree_of(path))))
+    assert {name.split("/")[1] for name in found} <= set(AT_THE_TOP), found
 
 
 @pytest.mark.parametrize(
@@ -80,16 +87,17 @@ def functions(tree: ast.Module) -> list[ast.FunctionDef]:
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
 
 
-@every_module
-def test_functions_are_short(path: Path) -> None:
-    found = {f.name: lines(f) for f in functions(tree_of(path))}
-    assert not {name: length for name, length in found.items() if length > LONGEST_FUNCTION}
+def test_functions_are_short() -> None:
+    def long(path: Path) -> dict[str, int]:
+        found = {f.name: lines(f) for f in functions(tree_of(path))}
+        return {name: length for name, length in found.items() if length > LONGEST_FUNCTION}
+
+    assert not wherever(long)
 
 
-@every_module
-def test_files_are_short(path: Path) -> None:
-    length = len(path.read_text().splitlines())
-    assert length <= LONGEST_FILE or name_of(path) in TABLES
+def test_files_are_short() -> None:
+    long = wherever(lambda path: len(path.read_text().splitlines()) > LONGEST_FILE)
+    assert not set(long) - set(TABLES)
 
 
 def share_of_rows(tree: ast.Module, table: str) -> float:
@@ -187,26 +195,33 @@ def reached(start: str, edges: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-ALL = {
-    name: imports(tree_of(path), name)
-    for path in MODULES
-    for name in [".".join(path.relative_to(ROOT).with_suffix("").parts)]
-}
-AT_ONCE = {name: found.at_once for name, found in ALL.items()}
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@cache
+def imports_of(path: Path) -> Imports:
+    return imports(tree_of(path), dotted(path))
+
+
+def at_once() -> dict[str, set[str]]:
+    return {dotted(path): imports_of(path).at_once for path in MODULES}
 
 
 def test_modules_form_no_circle() -> None:
-    circles = [n for n in ALL if any(n in reached(other, AT_ONCE) for other in AT_ONCE[n])]
+    edges = at_once()
+    circles = [n for n in edges if any(n in reached(other, edges) for other in edges[n])]
     assert not circles
 
 
 def test_no_late_import_hides_a_circle() -> None:
+    edges = at_once()
     hidden = [
-        (name, target)
-        for name, found in ALL.items()
-        for late in found.late
+        (dotted(path), target)
+        for path in MODULES
+        for late in imports_of(path).late
         for target in late.targets
-        if name in reached(target, AT_ONCE)
+        if dotted(path) in reached(target, edges)
     ]
     assert not hidden
 
@@ -227,17 +242,15 @@ def _says_why(told: list[str], at: int) -> bool:
     return inside and _says_why(told, at - 1)
 
 
-@every_module
-def test_late_imports_say_why(path: Path) -> None:
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    assert not unexplained(path.read_text(), ALL[name].late)
+def test_late_imports_say_why() -> None:
+    assert not wherever(lambda path: unexplained(path.read_text(), imports_of(path).late))
 
 
 def test_late_imports_are_noticed() -> None:
     text = "def f():\n    from .pipeline import convert\n"
     found = imports(ast.parse(text), "cp_convert.job")
     assert found == Imports(set(), [Late(2, ("cp_convert.pipeline",))])
-    assert "cp_convert.job" in reached("cp_convert.pipeline", AT_ONCE)
+    assert "cp_convert.job" in reached("cp_convert.pipeline", at_once())
     assert unexplained(text, found.late) == [2]
     assert not unexplained(text.replace("convert\n", "convert  # late: torch\n"), found.late)
     assert not unexplained("# Late: torch.\nimport x\n\nfrom . import y\n", [Late(4, ())])

@@ -17,6 +17,7 @@ import pytest
 
 from cp_convert import bundle
 from cp_convert.cache.store import Cache
+from tests.server import fork_server, missing
 
 pytestmark = pytest.mark.engine
 
@@ -44,7 +45,6 @@ class Started:
 
     def __init__(self, folder: Path, command: list[str], room: int = resource.RLIM_INFINITY):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["cp_convert.cli.main", "cp_convert.engine.worker"])
         self._said = folder / f"said-{time.monotonic_ns()}"
         self._process = context.Process(target=_run, args=(command, self._said, room))
         self._process.start()
@@ -76,6 +76,7 @@ def _run(command: list[str], said: Path, room: int) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    fork_server()
     from cp_convert import cli
 
     cli.main(command)
@@ -89,6 +90,11 @@ def started(model: Path, out: Path, *options: str) -> Started:
 
 def is_whole(out: Path) -> bool:
     return not any(check.problem for check in bundle.verify(out))
+
+
+def test_the_server_finds_what_it_is_to_import() -> None:
+    """It would keep silent, and every process would import it for itself."""
+    assert not missing()
 
 
 def test_killed_at_any_moment(model_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
-from tests.conftest import EXAMPLES, ROOT
+from tests.conftest import EXAMPLES, ROOT, shorter
 
 pytestmark = pytest.mark.engine
 
@@ -59,9 +59,10 @@ def test_the_wheel_reads_without_torch_and_converts_with_it(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # python -m would find the checkout in the current folder
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
+    run(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", wheel)
+    pip_there = (sys.executable, "-m", "pip", "--python", python, "--quiet")
+    run(*pip_there, "install", wheel)
     script = "import importlib.util as u; assert not u.find_spec('torch'); import cp_convert.bundle"
     run(python, "-c", script)
     help_text = run(tmp_path / "venv" / "bin" / "cp-convert", "--help").stdout
@@ -86,9 +87,9 @@ def test_the_wheel_reads_without_torch_and_converts_with_it(
     script = "from cp_convert.releases import NEWER; print(NEWER['tensorrt-rtx'])"
     pip, *words = shlex.split(run(python, "-c", script).stdout)
     assert pip == "pip"
-    run(python, "-m", "pip", "--quiet", *words)
-    out = tmp_path / "bundle"
-    run(python, "-m", "cp_convert", EXAMPLES / "plain_dit.py", "-s", "ulysses", "-w", 2, "-o", out)
+    run(*pip_there, *words)
+    model, out = shorter("plain_dit", tmp_path), tmp_path / "bundle"
+    run(python, "-m", "cp_convert", model, "-s", "ulysses", "-w", 2, "-o", out)
     (site / "lent.pth").unlink()
     run(python, "-m", "cp_convert", "verify", out)
     manifest = json.loads(run(python, "-m", "cp_convert", "inspect", "--json", out).stdout)

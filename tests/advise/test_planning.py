@@ -36,6 +36,7 @@ from cp_convert.progress import Progress
 from cp_convert.show.page import page
 from tests.cli.test_cli import Run, Write, cp_convert  # noqa: F401
 from tests.conftest import EXAMPLES, rewritten, tiny, tiny_inputs
+from tests.runtime.bundles import stand_ins
 
 SHIPPED = hardware.read("h200")
 assert SHIPPED.measured is not None
@@ -218,7 +219,8 @@ def test_auto_takes_what_plan_recommends(name: str, bandwidth: float, tmp_path: 
     wanted = replace(
         job(EXAMPLES / "plain_dit.py", 4), strategy="auto", hardware=str(own), out=tmp_path / "out"
     )
-    manifest = convert(wanted, select("auto", ()), Progress())
+    with stand_ins():
+        manifest = convert(wanted, select("auto", ()), Progress())
     found = forecast(wanted, told, name, Progress())
     expected = best(o for o in found.options if o.world == 4)
     assert expected is not None
@@ -308,7 +310,8 @@ def test_tp_as_far_as_memory_asks(model_file: Write, tmp_path: Path) -> None:
         job(model, 2), strategy="auto", hardware=str(own), out=tmp_path / "out", open_axes=("tp",)
     )
     notes: list[str] = []
-    assert convert(wanted, select("auto", ()), Heard(notes)).axes == {"cp": 1, "tp": 2}
+    with stand_ins():
+        assert convert(wanted, select("auto", ()), Heard(notes)).axes == {"cp": 1, "tp": 2}
     assert any(re.match("auto takes tp 2 on .*, which nothing without tp does", n) for n in notes)
 
 

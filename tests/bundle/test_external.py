@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
@@ -26,7 +27,7 @@ from cp_convert.model.checkpoint import locate
 from cp_convert.model.load import load
 from cp_convert.prove.lockstep import run
 from cp_convert.prove.measure import flat_inputs
-from tests.conftest import EXAMPLES, example, rewritten, tiny, tiny_inputs
+from tests.conftest import rewritten, shorter, tiny, tiny_inputs
 
 
 def convert(*args: object) -> int:
@@ -93,9 +94,9 @@ def test_a_stopped_search_leaves_at_once(tmp_path: Path) -> None:
     ],
 )
 def test_engines_without_weights_are_proven(strategy: str, layout: str, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
+    path, out = shorter("plain_dit", tmp_path), tmp_path / "bundle"
     status = convert(
-        EXAMPLES / "plain_dit.py", "-s", strategy, "-w", 3, "-p", "fp32", "-o", out, "-q",
+        path, "-s", strategy, "-w", 3, "-p", "fp32", "-o", out, "-q",
         "--proof", "network", "--weights-mode", "external", "--layout", layout,
     )  # fmt: skip
     assert status == 0
@@ -107,8 +108,7 @@ def test_engines_without_weights_are_proven(strategy: str, layout: str, tmp_path
     assert {c.kind for c in told.collectives if c.kind == "scatter"} == (
         {"scatter"} if layout == "shared" else set()
     )
-    torch.manual_seed(0)
-    model = example("plain_dit").build_model()
+    model = runpy.run_path(str(path))["build_model"]()
     parameters = dict(model.named_parameters())
     assert {w.name for w in told.weights} == set(parameters)
     assert all(torch.equal(numbers_of(w, out), parameters[w.name]) for w in told.weights)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cp_convert.backends import BACKENDS, select
+from cp_convert.cache import fingerprint
 from cp_convert.cache.fingerprint import code_key, program_key, tool_key, versions
 from cp_convert.capture.capture import traced
 from cp_convert.capture.trace import trace
@@ -141,6 +142,7 @@ def weights_in_place(start: Start) -> None:
 
 def package_version(start: Start) -> None:
     """As after an upgrade that left no file of ours as it was, or a patched package did not."""
+    start.patch.setattr(fingerprint, "metadata", metadata)  # they are read again
     one = type(metadata.distribution("torch"))
     before = one.version.fget  # type: ignore[attr-defined]
     patched = property(lambda it: "0+other" if it.metadata["Name"] == "numpy" else before(it))

@@ -1,4 +1,4 @@
-"""Ranks as processes, forked from a server that has imported torch and diffusers once."""
+"""Ranks as processes, forked from the server that has imported torch and diffusers once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def run_ranks(work: Work, world: int, folder: Path, *args: Any, seconds: float =
     A refusal comes back as its text.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.diffusers.pipelines", "cp_convert.diffusers"])
     port = _free_port()
     folder.mkdir(exist_ok=True)
     ranks = [

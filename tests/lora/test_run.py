@@ -26,7 +26,6 @@ WANTED = {
 def outputs_of(bundles: Sequence[Path], asked: Sequence[Any], folder: Path) -> list[list[Tensor]]:
     """By rank, what every bundle returns with each of these sets, one after the other."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cp_convert.runtime.session", "cp_convert.runtime.lora"])
     work = [
         context.Process(target=_rank, args=(list(bundles), list(asked), rank, folder))
         for rank in range(2)

@@ -1,5 +1,7 @@
 """Bundles for the run-time's tests: all stages but TensorRT's build, whose engines nobody opens."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,14 @@ def _stand_ins(loaded: Any, emitted: Any, *_: Any) -> Built:
     return Built(tuple(engines), {})
 
 
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """Conversions build no engines; files of a few bytes stand in their places."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "_built", _stand_ins)
+        yield
+
+
 def converted(model: Path, out: Path, strategy: str, world: int, **options: Any) -> Manifest:
     """A bundle of ``model`` in float32 at ``out``."""
     usual: dict[str, Any] = {"precision": "fp32", "proof": "none", "program": "yes"}
@@ -37,8 +47,7 @@ def converted(model: Path, out: Path, strategy: str, world: int, **options: Any)
         model=model, out=out, strategy=strategy, world=world, command="cp-convert",
         **usual | options,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "_built", _stand_ins)
+    with stand_ins():
         return convert(job, select("auto"), Progress())
 
 

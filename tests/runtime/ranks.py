@@ -1,4 +1,4 @@
-"""Ranks as processes that import torch once: forked from a server, each runs many bundles."""
+"""Ranks as processes, forked from the server (:mod:`tests.server`); each runs many bundles."""
 
 import multiprocessing
 import os
@@ -10,9 +10,6 @@ from typing import Any
 def outputs_of(bundles: Sequence[Path], world: int, folder: Path) -> list[list[Any]]:
     """What rank 0, 1, ... return, bundle by bundle, for the inputs in ``inputs.pt`` beside each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["cp_convert.runtime.session", "cp_convert.runtime.torch_executor"]
-    )
     work = [
         context.Process(target=_rank, args=(list(bundles), rank, world, folder))
         for rank in range(world)

@@ -192,6 +192,7 @@ def test_without_a_threshold_nothing_is_skipped(
         assert all(apart(value, want) <= 1e-5 for value, _ in found)
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_the_command_line_times_what_is_left(made: Made, run: Run) -> None:
     """The same inputs again are as near as can be, and what is skipped would be the same."""
     asked = ("run", made("flux"), "--devices", "cpu", "--repeat", 2, "--step-cache", 0.05)

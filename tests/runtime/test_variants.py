@@ -37,7 +37,6 @@ def told(bundle: Path, steps: Sequence[Step], folder: Path) -> list[list[Any]]:
     one for each rank.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cp_convert.runtime.session", "cp_convert.runtime.lora"])
     folder.mkdir()
     torch.save(list(steps), folder / "steps.pt")
     work = [context.Process(target=_rank, args=(bundle, rank, folder)) for rank in range(2)]
@@ -212,6 +211,7 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> R
     return command
 
 
+@pytest.mark.usefixtures("forked_ranks")
 def test_the_command_runs_one_variant(
     run: Run, several: Callable[[str], Several], tmp_path: Path
 ) -> None:
