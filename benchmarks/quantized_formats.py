@@ -172,7 +172,7 @@ def _proven(manifest: Any, out: Path) -> dict[str, Any]:
         "targets": manifest.runs_on.compute_capabilities,
         "layout": manifest.layout,
         "products": _types(one[:2] for one in plan.products()),
-        "attentions": _types(one[:3] for one in plan.attentions()),
+        "attentions": _types(map(_three, plan.attentions())),
     }
     if told is None:
         return found
@@ -187,6 +187,11 @@ def _proven(manifest: Any, out: Path) -> dict[str, Any]:
     if told.attentions is not None:
         found["attending"] = told.attentions.products
     return found
+
+
+def _three(types: Sequence[str]) -> Sequence[str]:
+    """The type of queries, keys and values, among which a mask stands; all where none is thrice."""
+    return [one for one, count in Counter(types).items() if count >= 3] or types
 
 
 def _types(all_types: Any) -> dict[str, int]:

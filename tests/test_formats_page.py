@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from benchmarks.formats_page import page
-from benchmarks.quantized_formats import _wrong
+from benchmarks.quantized_formats import _three, _types, _wrong
 
 FORMATS = {"modelopt-fp8": "ModelOpt's FP8", "quantize-nvfp4": "`--quantize nvfp4`"}
 
@@ -25,7 +25,7 @@ def test_cells_of_a_format_are_one_row() -> None:
         "targets": ["12.0"], "products": {"fp4_e2m1": 17, "bf16": 5},
         "linears": {"nvfp4": 17, "bf16": 13},
     }  # fmt: skip
-    told = {"8.9": "NVFP4 is multiplied from 10.0 on."}
+    told = {"8.9": "NVFP4 is multiplied from 10.0 on. Hint: leave it out."}
     results: dict[str, Any] = {
         "FLUX.1": {
             "modelopt-fp8": {
@@ -36,7 +36,7 @@ def test_cells_of_a_format_are_one_row() -> None:
         },
         "Wan": {
             "modelopt-fp8": {
-                "ulysses 2": {"refused": "more ranks | than heads"},
+                "ulysses 2": {"refused": "more ranks | than heads [blocks.0]"},
                 "ring 4": {"failed": "the engine multiplies half"},
             }
         },
@@ -72,3 +72,9 @@ def test_engines_that_multiply_something_else_have_failed(
 ) -> None:
     assert _wrong(proven()) == ""
     assert told in _wrong(proven(**changed)).replace("+", ".")
+
+
+def test_a_mask_is_no_operand() -> None:
+    fp8 = "fp8_e4m3"
+    kernels = [(fp8, fp8, "bf16", fp8, "int32"), 4 * ("bf16",), (fp8, fp8, "bf16")]
+    assert _types(map(_three, kernels)) == {fp8: 1, "bf16": 1, f"bf16+{fp8}": 1}
