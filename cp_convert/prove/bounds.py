@@ -47,16 +47,16 @@ def judged_by(truth: Truth, rtol: float | None) -> tuple[tuple[Tensor, ...], Err
     return truth.rounded, limit
 
 
-def nothing_shown(truth: Truth, off: float) -> ProofFailed:
+def nothing_shown(lost: float, off: float) -> ProofFailed:
     """The error where not even the dense model in the job's precision is near.
 
     Args:
-        truth: what the dense model does.
+        lost: what the dense model loses, the largest relative error.
         off: the largest relative error of a rank.
     """
     return ProofFailed(
         f"nothing can be proven in this precision: the dense model itself loses "
-        f"{truth.worst.max:.1e} of its output in it with these inputs and weights, and the ranks, "
+        f"{lost:.1e} of its output in it with these inputs and weights, and the ranks, "
         f"which round in another order, are {off:.1e} off what it returns then.",
         hint="with float32 arithmetic all ranks are right. Take another --precision, --float32 "
         "for the module that loses so much, example inputs whose products half precision holds, "

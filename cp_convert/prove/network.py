@@ -16,6 +16,7 @@ from ..errors import ProofFailed
 from ..ir.network import Network
 from ..ir.program import Executable
 from ..ir.proof import FLOOR, Error, NetworkProof, Proof
+from .bounds import nothing_shown
 from .device import Mover
 from .errors import ROUNDING, deviation, worst
 from .lockstep import run
@@ -67,6 +68,9 @@ def prove_networks(
     outputs = replay_pieces(pieces, inputs, own=own, names=names)
     ranks = tuple(worst(of_rank, proof.against) for of_rank in outputs)
     if not all(error.within(proof.bound) for error in ranks):
+        if proof.rounded is not None:
+            lost = max(error.max for error in (proof.dense, *proof.spread))
+            raise nothing_shown(lost, max(error.max for error in ranks))
         raise ProofFailed(
             f"the networks go astray: {deviation(ranks, proof.bound)}.", hint=ROUNDING
         )

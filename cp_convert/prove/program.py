@@ -115,7 +115,7 @@ def _in_precision(
     ranks = _errors(stages.lowered, inputs, stages.world, against)
     if not all(error.within(bound) for error in ranks):
         if against is not truth.reference:
-            raise nothing_shown(truth, max(error.max for error in ranks))
+            raise nothing_shown(truth.worst.max, max(error.max for error in ranks))
         raise ProofFailed(
             f"the lowered program went astray: {deviation(ranks, bound)}.", hint=ROUNDING
         )

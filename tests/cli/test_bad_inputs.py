@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
+from benchmarks.checkpoints.comfy import as_json, quantized, write
 from cp_convert import cli
 from tests.conftest import MODEL_FILE
-from tests.model.comfy_files import as_json, quantized, write
 
 USAGE, MODEL = 2, 3
 Header = dict[str, Any]

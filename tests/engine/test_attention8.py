@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.checkpoints.modelopt import FILE, tensors_of, with_attention, write
+from benchmarks.plans import Plan, read_plan
 from cp_convert.backends import BACKENDS
 from cp_convert.capture import attention8
 from cp_convert.capture.decompose import decompose
@@ -20,10 +22,8 @@ from cp_convert.prove import Stages, flat_inputs, measure, prove, prove_networks
 from cp_convert.sharding.shard import shard
 from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import TINY_PLAN, axis_of, networks_of, sharpened, strategy, table, tiny
-from tests.engine.plans import Plan, read_plan
 from tests.engine.test_quantized import check_proof, check_run, converted, dense_of
 from tests.engine.test_quantized_models import FLUX2, layers_of
-from tests.model.fp8_files import FILE, tensors_of, with_attention, write
 from tests.runtime.bundles import FLUX, QWEN, WAN
 
 pytestmark = pytest.mark.engine

@@ -8,8 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
+from benchmarks.checkpoints.comfy import in_nvfp4 as comfy_nvfp4
+from benchmarks.checkpoints.comfy import quantized
+from benchmarks.checkpoints.comfy import write as write_file
+from benchmarks.checkpoints.modelopt import FILE, in_nvfp4
+from benchmarks.plans import Plan, read_plan
 from cp_convert.bundle.manifest import Manifest, Weight
-from tests.engine.plans import Plan, read_plan
 from tests.engine.test_quantized import (
     check_proof,
     check_run,
@@ -17,10 +22,6 @@ from tests.engine.test_quantized import (
     converted,
     dense_of,
 )
-from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
-from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
-from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, in_nvfp4
 from tests.runtime.bundles import FLUX, QWEN
 
 pytestmark = pytest.mark.engine

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks.activations import built
+from benchmarks.plans import read_plan
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import prepare
 from cp_convert.strategies import STRATEGIES
-from tests.engine.plans import read_plan
 
 pytestmark = pytest.mark.engine
 

@@ -10,6 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
+from benchmarks.checkpoints.comfy import quantized
+from benchmarks.checkpoints.comfy import write as write_file
+from benchmarks.checkpoints.modelopt import FILE, smoothed, tensors_of, write
+from benchmarks.checkpoints.rowwise import fp8r, qwen_layers, torchao
+from benchmarks.plans import Plan, read_plan
 from cp_convert.backends import BACKENDS, select
 from cp_convert.bundle import folder
 from cp_convert.bundle.manifest import Manifest
@@ -21,11 +27,6 @@ from cp_convert.model.cast import cast_inputs
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from tests.conftest import rewritten, tiny, tiny_inputs
-from tests.engine.plans import Plan, read_plan
-from tests.model.comfy_files import FLUX_LAYERS, original_flux, quantized, smaller_flux
-from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, smoothed, tensors_of, write
-from tests.model.rowwise_files import fp8r, qwen_layers, torchao
 from tests.runtime.bundles import FLUX, QWEN
 from tests.runtime.ranks import outputs_of
 

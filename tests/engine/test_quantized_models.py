@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from torch import nn
 
+from benchmarks.checkpoints.comfy import quantized
+from benchmarks.checkpoints.comfy import write as write_file
+from benchmarks.checkpoints.modelopt import tensors_of, write
+from benchmarks.checkpoints.rowwise import fp8r, torchao
 from cp_convert.backends import BACKENDS
 from cp_convert.engine.build import prepare
 from tests.engine.test_quantized import check_proof, converted
-from tests.model.comfy_files import quantized
-from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import tensors_of, write
-from tests.model.rowwise_files import fp8r, torchao
 from tests.runtime.bundles import WAN
 
 pytestmark = pytest.mark.engine

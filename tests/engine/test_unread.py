@@ -9,6 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
+from benchmarks.checkpoints.comfy import write as write_file
+from benchmarks.checkpoints.modelopt import FILE, FP8, in_nvfp4, smoothed
+from benchmarks.checkpoints.rowwise import fp8r
 from cp_convert import stages
 from cp_convert.backends import BACKENDS, select
 from cp_convert.bundle.manifest import Manifest
@@ -20,10 +24,6 @@ from cp_convert.model.load import load, surroundings
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 from tests.engine.test_quantized import checkpoint, single_file
-from tests.model.comfy_files import FLUX_LAYERS, original_flux, smaller_flux
-from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, FP8, in_nvfp4, smoothed
-from tests.model.rowwise_files import fp8r
 from tests.runtime.bundles import FLUX, _stand_ins
 
 pytestmark = pytest.mark.engine

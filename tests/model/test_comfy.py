@@ -8,6 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.checkpoints.authors import (
+    FLUX_LAYERS,
+    original_flux,
+    original_flux2,
+    original_wan,
+    smaller_flux,
+)
+from benchmarks.checkpoints.comfy import FP8, STYLES, as_json, quantized, write
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.ir.tensors import bytes_of, tensor_at
@@ -16,19 +24,8 @@ from cp_convert.model.formats import without_scales
 from cp_convert.model.load import load, surroundings
 from cp_convert.model.meta import unallocated
 from cp_convert.model.weights import load_weights
-from tests.model.comfy_files import (
-    FLUX_LAYERS,
-    FP8,
-    STYLES,
-    as_json,
-    original_flux,
-    original_flux2,
-    quantized,
-    smaller_flux,
-    write,
-)
 from tests.model.test_modelopt import LAYERS, job, module
-from tests.model.test_original import original_wan, wan
+from tests.model.test_original import wan
 from tests.runtime.bundles import FLUX, QWEN
 from tests.runtime.test_tensor import FLUX2
 

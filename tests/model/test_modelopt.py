@@ -7,11 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cp_convert.errors import UsageError, WeightsError
-from cp_convert.ir.source import Source
-from cp_convert.job import Job
-from cp_convert.model.load import load, surroundings
-from tests.model.fp8_files import (
+from benchmarks.checkpoints.modelopt import (
     FILE,
     FP8,
     smoothed,
@@ -20,6 +16,10 @@ from tests.model.fp8_files import (
     write,
     written_twice,
 )
+from cp_convert.errors import UsageError, WeightsError
+from cp_convert.ir.source import Source
+from cp_convert.job import Job
+from cp_convert.model.load import load, surroundings
 
 MODEL = """
 import torch

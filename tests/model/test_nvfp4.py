@@ -6,19 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
+from benchmarks.checkpoints.comfy import as_json, quantized
+from benchmarks.checkpoints.comfy import in_nvfp4 as comfy_nvfp4
+from benchmarks.checkpoints.comfy import write as write_file
+from benchmarks.checkpoints.modelopt import FILE, FP8, in_nvfp4, numbers_of, write, written_twice
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import without
-from tests.model.comfy_files import (
-    FLUX_LAYERS,
-    as_json,
-    original_flux,
-    quantized,
-    smaller_flux,
-)
-from tests.model.comfy_files import in_nvfp4 as comfy_nvfp4
-from tests.model.comfy_files import write as write_file
-from tests.model.fp8_files import FILE, FP8, in_nvfp4, numbers_of, write, written_twice
 from tests.model.test_comfy import built, made_of_flux
 from tests.model.test_comfy import loaded as opened
 from tests.model.test_modelopt import LAYERS, Damage, loaded, module, with_

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.checkpoints.authors import original_wan
 from cp_convert.errors import WeightsError
 from cp_convert.ir.tensors import bytes_of, tensor_at
 from cp_convert.model.adapters import check_no_adapters
@@ -23,39 +24,6 @@ def wan() -> nn.Module:
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4,
         out_channels=4, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
     ).eval()  # fmt: skip
-
-
-WAN = {
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "proj_out": "head.head",
-    ".norm2": ".normX",
-    ".norm3": ".norm2",
-    ".normX": ".norm3",
-    "attn1": "self_attn",
-    "attn2": "cross_attn",
-    ".to_out.0.": ".o.",
-    ".to_q.": ".q.",
-    ".to_k.": ".k.",
-    ".to_v.": ".v.",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-
-
-def original_wan(module: nn.Module) -> dict[str, Tensor]:
-    named = {}
-    for name, tensor in module.state_dict().items():
-        for ours, theirs in WAN.items():
-            name = name.replace(ours, theirs)
-        if name.endswith("scale_shift_table"):
-            whole = name == "scale_shift_table"
-            name = "head.modulation" if whole else name.replace("scale_shift_table", "modulation")
-        named[name] = tensor.clone()
-    return named
 
 
 def assert_equal(module: nn.Module, truth: nn.Module, filled: Filled) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from benchmarks.checkpoints.modelopt import tensors_of, write
 from cp_convert import instantiate as older_instantiate
 from cp_convert import preset as older_preset
 from cp_convert.backends import BACKENDS
@@ -30,7 +31,6 @@ from cp_convert.sharding.shard import shard
 from cp_convert.strategies import CONTROL, STRATEGIES
 from cp_convert.strategies.rewrite import rewrite
 from tests.conftest import axis_of, networks_of, table
-from tests.model.fp8_files import tensors_of, write
 
 NAMES = preset.names()
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
+from benchmarks.checkpoints.comfy import write
+from benchmarks.checkpoints.rowwise import BY_TOKEN, FP8, fp8r, torchao
 from cp_convert.errors import WeightsError
 from cp_convert.ir.tensors import bytes_of, tensor_at
-from tests.model.comfy_files import FLUX_LAYERS, original_flux, smaller_flux, write
-from tests.model.rowwise_files import BY_TOKEN, FP8, fp8r, torchao
 from tests.model.test_comfy import built, loaded, made_of_flux, named
 from tests.model.test_modelopt import LAYERS
 from tests.runtime.bundles import FLUX

@@ -24,6 +24,7 @@ from cp_convert.engine.specialise import specialise
 from cp_convert.errors import ProofFailed
 from cp_convert.ir.network import Layer, Network
 from cp_convert.ir.program import Lowered
+from cp_convert.ir.proof import Error
 from cp_convert.job import STRATEGY_NAMES
 from cp_convert.model.cast import cast_inputs, cast_module
 from cp_convert.prove import Proof, flat_inputs, measure, prove, prove_networks
@@ -311,6 +312,17 @@ def test_networks_are_proven(name: str, dtype: torch.dtype) -> None:
     found = prove_networks(networks, inputs, proof, lowered)
     assert all(error.max < 1e-5 for error in found.algebra)
     assert all(error.within(proof.bound) for error in found.ranks)
+
+
+def test_no_network_is_blamed_for_what_the_dense_model_loses() -> None:
+    """As the program is not: where the bound shows nothing, that is said."""
+    networks, proof, inputs, lowered = prepared("ulysses", 2, torch.bfloat16)
+    narrow = replace(proof, bound=Error(1e-9, 1e-9))
+    with pytest.raises(ProofFailed, match="the networks go astray"):
+        prove_networks(networks, inputs, narrow, lowered)
+    unheld = replace(narrow, rounded=proof.reference)
+    with pytest.raises(ProofFailed, match="nothing can be proven in this precision"):
+        prove_networks(networks, inputs, unheld, lowered)
 
 
 def selected(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:

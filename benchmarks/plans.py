@@ -1,7 +1,7 @@
 """What an engine says of itself: operators and the types of their operands, in the text it holds.
 
 TensorRT-RTX's ahead-of-time step leaves its program in the engine as text. Its form is nowhere
-documented, so this is for tests alone; they fail where it finds nothing.
+documented, so this is for tests and benchmarks alone; they fail where it finds nothing.
 """
 
 import re
@@ -40,6 +40,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
+    """All of it: types by tensor, operators, and the steps that issue them."""
+
     tensors: dict[str, str]
     operators: tuple[Operator, ...]
     steps: tuple[Step, ...]
@@ -73,6 +75,7 @@ class Plan:
 
 
 def read_plan(engine: Path) -> Plan:
+    """What the engine's file holds; of pieces of text that look like operators."""
     lines = [found.group().decode() for found in _TEXT.finditer(engine.read_bytes())]
     tensors = dict(m.groups() for line in lines if (m := _TENSOR.match(line)))
     operators = []

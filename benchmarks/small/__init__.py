@@ -1,0 +1,1 @@
+"""Model files of small transformers, as cp-convert takes them; eight heads, few blocks."""
