@@ -25,7 +25,7 @@ from cp_convert.bundle.program import stored_at
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir import ops
 from cp_convert.ir.program import Lowered, copied, module_of, tensor_of
-from cp_convert.runtime.called import on_device
+from cp_convert.runtime.called import AS_WRITTEN, on_device
 from cp_convert.runtime.collectives import views_again
 from cp_convert.runtime.weights import bound_weights
 
@@ -90,7 +90,7 @@ def program(rank: Rank, strategy: str, weights: Path, world: int) -> None:
     held = [n.name for n in here.graph_module.graph.find_nodes(op="placeholder")]
     values = [state[n] if n in state else given[n] for n in held]
     call = torch.fx.GraphModule(here.graph_module, here.graph_module.graph)
-    fast = torch.compile(call, dynamic=False)
+    fast = torch.compile(call, dynamic=False, options=AS_WRITTEN)
     rank.measured(strategy, replayed(rank, lambda: fast(*values)[0]), ranks=world)
     if os.environ.get("PROFILE"):
         profile(rank, f"{strategy} of {world}", lambda: fast(*values)[0])

@@ -24,7 +24,7 @@ from cp_convert.bundle.folder import read
 from cp_convert.bundle.program import Stored, stored_at
 from cp_convert.bundle.variants import all_variants
 from cp_convert.engine.specialise import specialise
-from cp_convert.runtime.called import on_device
+from cp_convert.runtime.called import AS_WRITTEN, on_device
 from cp_convert.runtime.replayed import Replayed
 
 from .alone import without_wires
@@ -55,7 +55,7 @@ def called(stored: Stored) -> Callable[[], Any]:
         for node in held
     ]
     module = torch.fx.GraphModule(here.graph_module, here.graph_module.graph)
-    graph = Replayed(torch.compile(module, dynamic=False), DEVICE)
+    graph = Replayed(torch.compile(module, dynamic=False, options=AS_WRITTEN), DEVICE)
     given = [False] * len(values)
     return lambda: graph(values, given)
 

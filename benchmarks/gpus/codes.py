@@ -24,7 +24,7 @@ from torch.nn.attention import sdpa_kernel
 from cp_convert.bundle.program import stored_at
 from cp_convert.engine.specialise import specialise
 from cp_convert.ir.program import Lowered
-from cp_convert.runtime.called import on_device
+from cp_convert.runtime.called import AS_WRITTEN, on_device
 from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import over_the_wire
 from cp_convert.runtime.weights import bound_weights
@@ -64,7 +64,7 @@ def measured(rank: Rank, name: str, program: Lowered) -> None:
     size = sum(state[n].nbytes for n in held if n in state)
     call = torch.fx.GraphModule(program.graph_module, program.graph_module.graph)
     rank.measured(name, lambda: call(*values)[0], weights_gb=round(size / 1e9, 2))
-    fast = torch.compile(call, dynamic=False)
+    fast = torch.compile(call, dynamic=False, options=AS_WRITTEN)
     rank.measured(f"{name}, compiled", lambda: fast(*values)[0])
     rank.measured(f"{name}, replayed", replayed(rank, lambda: fast(*values)[0]))
     if os.environ.get("PROFILE"):

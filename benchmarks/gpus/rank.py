@@ -40,7 +40,7 @@ from cp_convert.model.checkpoint import locate
 from cp_convert.model.instantiate import example_inputs, model_class
 from cp_convert.model.preset import Preset, path_of, read
 from cp_convert.prove.calibrate import largest_inputs
-from cp_convert.runtime.called import on_device
+from cp_convert.runtime.called import AS_WRITTEN, on_device
 from cp_convert.runtime.codes import by_torch
 from cp_convert.runtime.collectives import groups_of, make_groups, over_the_wire
 from cp_convert.runtime.replayed import Replayed
@@ -196,7 +196,7 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
         strategy, lambda: call(*values)[0], load_seconds=round(seconds, 2), load_gb=size / 1e9
     )
     if rank.case.compiled:
-        fast = torch.compile(call, dynamic=False)
+        fast = torch.compile(call, dynamic=False, options=AS_WRITTEN)
         rank.measured(f"{strategy}, compiled", lambda: fast(*values)[0])
         rank.measured(f"{strategy}, replayed", replayed(rank, lambda: fast(*values)[0]))
         if os.environ.get("PROFILE"):
