@@ -20,7 +20,7 @@ from .codes import by_torch, multiplies_codes
 from .collectives import over_the_wire
 from .replayed import Replayed
 
-AS_WRITTEN: Final = {"emulate_precision_casts": True}
+AS_WRITTEN: Final[dict[str, Any]] = {"emulate_precision_casts": True}
 """For ``torch.compile``: round where the program rounds. Fused kernels leave roundings to half
 precision out, and what a model multiplies by 1000 (times, guidance) becomes other numbers then than
 those that were proven."""
