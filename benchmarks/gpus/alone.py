@@ -119,9 +119,12 @@ def main() -> None:
     only = rest[1].split(",") if rest[1:] else STRATEGIES
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         dist.init_process_group("nccl", init_method=f"file://{scratch}/store", rank=0, world_size=1)
-        for case in (one for one in CASES if one.name in names):
-            measure(case, Path(folder), Path(out), [int(one) for one in worlds.split(",")], only)
-        dist.destroy_process_group()
+        try:
+            for case in (one for one in CASES if one.name in names):
+                chosen = [int(one) for one in worlds.split(",")]
+                measure(case, Path(folder), Path(out), chosen, only)
+        finally:  # a group that is left open keeps the process from ending
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
