@@ -26,16 +26,7 @@ from .engine.pool import Pool
 from .errors import CannotShard
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
-from .ir.records import (
-    Built,
-    Captured,
-    Emitted,
-    Loaded,
-    Made,
-    Rewritten,
-    Seen,
-    Traced,
-)
+from .ir.records import Built, Captured, Emitted, Loaded, Made, Rewritten, Seen, Traced
 from .ir.selected import Selected
 from .ir.source import Source
 from .job import AUTO, BLOCKS, FUSED, RESIDUAL, Job

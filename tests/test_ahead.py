@@ -36,7 +36,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     assert path is not None
     told = read(path)
     model = replace_config(folder / "small.toml", {**told.config, **told.tiny})
-    job = Job(model, "ulysses", 2, folder / "out", resolutions=SIZES, jobs=2)
+    job = Job(model, "ulysses", 2, folder / "out", resolutions=SIZES, jobs=2, proof="none")
     module = load(job).module
     numbers = {name: one.contiguous() for name, one in module.state_dict().items()}
     save_file(numbers, weights := folder / "weights.safetensors")
