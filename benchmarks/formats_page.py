@@ -71,26 +71,20 @@ def _cells(cells: Cells) -> list[str]:
         return [*counts, *("" for _ in range(len(_HEAD) - 1 - len(counts)))]
     targets = sorted({target for one in proofs for target in one["targets"]}, key=float)
     return [
-        *counts, f"{max(one['error'] for one in proofs):.0e}", _rounded(proofs), _flipped(proofs),
-        _loss(proofs), _products(proofs), _attentions(proofs), ", ".join(targets),
+        *counts, f"{max(one['error'] for one in proofs):.0e}",
+        _nearest(proofs, "rounded", "rounded_bound", ".0e"),
+        _nearest(proofs, "flipped", "codes", ","), _loss(proofs), _products(proofs),
+        _attentions(proofs), ", ".join(targets),
     ]  # fmt: skip
 
 
-def _rounded(proofs: Sequence[Mapping[str, Any]]) -> str:
-    """Of the cell that comes nearest to its bound."""
+def _nearest(proofs: Sequence[Mapping[str, Any]], part: str, whole: str, digits: str) -> str:
+    """Of the cell that has most of a whole: of its bound, of its codes."""
     known = [one for one in proofs if one.get("codes")]
     if not known:
         return ""
-    worst = max(known, key=lambda one: one["rounded"] / one["rounded_bound"])
-    return f"{worst['rounded']:.0e} of {worst['rounded_bound']:.0e}"
-
-
-def _flipped(proofs: Sequence[Mapping[str, Any]]) -> str:
-    known = [one for one in proofs if one.get("codes")]
-    if not known:
-        return ""
-    worst = max(known, key=lambda one: one["flipped"] / one["codes"])
-    return f"{worst['flipped']:,} of {worst['codes']:,}"
+    most = max(known, key=lambda one: one[part] / one[whole])
+    return f"{most[part]:{digits}} of {most[whole]:{digits}}"
 
 
 def _loss(proofs: Sequence[Mapping[str, Any]]) -> str:

@@ -7,7 +7,6 @@ where it fails in any way, its variants are traced as if there were none, which 
 
 from __future__ import annotations
 
-import signal
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,7 +18,7 @@ from .cache.store import Cache
 from .capture.capture import captured_in, see, write
 from .engine.build import prepare
 from .engine.pool import Pool
-from .engine.worker import end_with_parent, write_into
+from .engine.worker import begin
 from .ir.records import Loaded, Seen
 from .ir.source import Source
 from .job import FUSED, Job
@@ -98,9 +97,7 @@ class Ahead:
 
 def run(errand: Errand, answer: Connection) -> None:
     """The process: load the model, and trace it with every variant's inputs."""
-    write_into(errand.folder / "log")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a worker, see :mod:`.engine.worker`
-    end_with_parent()
+    begin(errand.folder / "log")
     job = errand.job
     prepare(errand.backend, fused=job.strategy == FUSED)
     cache, table, clock = Cache(job.cache), decompositions(), Clock(Progress())

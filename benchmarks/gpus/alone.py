@@ -120,8 +120,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         dist.init_process_group("nccl", init_method=f"file://{scratch}/store", rank=0, world_size=1)
         try:
+            chosen = [int(one) for one in worlds.split(",")]
             for case in (one for one in CASES if one.name in names):
-                chosen = [int(one) for one in worlds.split(",")]
                 measure(case, Path(folder), Path(out), chosen, only)
         finally:  # a group that is left open keeps the process from ending
             dist.destroy_process_group()

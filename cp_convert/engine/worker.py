@@ -72,10 +72,7 @@ def run(task: Task, answer: Connection) -> None:
     A worker that cannot say what went wrong ends with a traceback and a non-zero exit code; the
     traceback, and whatever libraries write, stands in the task's log.
     """
-    write_into(task.log)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent()
+    begin(task.log)
     try:
         said = _built(task)
     except ConvertError as error:
@@ -84,6 +81,18 @@ def run(task: Task, answer: Connection) -> None:
         said = pickle.dumps((output_error(error, task.path).as_dict(), _peak()))
     with suppress(BrokenPipeError):  # the parent has been stopped
         answer.send_bytes(said)
+
+
+def begin(log: Path) -> None:
+    """What every process does first that works for a conversion: it ends when that does.
+
+    Args:
+        log: where it, and what libraries it calls, write from now on.
+    """
+    _write_into(log)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides; a terminal tells all
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _end_with_parent()
 
 
 def _built(task: Task) -> bytes:
@@ -153,14 +162,14 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def write_into(log: Path) -> None:
+def _write_into(log: Path) -> None:
     """Let this process, its native libraries too, write into ``log`` from now on."""
     with suppress(OSError), log.open("wb") as file:  # a full disk is told by what is built
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """A parent that is killed cannot stop its workers; Linux does it then."""
     if sys.platform == "linux":
         parent_death = 1  # PR_SET_PDEATHSIG, prctl(2)
