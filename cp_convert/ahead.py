@@ -16,6 +16,7 @@ from typing import Final
 from .backends import Backend
 from .cache.store import Cache
 from .capture.capture import captured_in, see, write
+from .collecting import set_aside
 from .engine.build import prepare
 from .engine.pool import Pool
 from .engine.worker import begin
@@ -104,10 +105,11 @@ def run(errand: Errand, answer: Connection) -> None:
     with surroundings(job):
         source = load(job)
         variants = source, *source.others
-        for number in errand.numbers:
-            found = see(variants[number], None, table, cache, errand.tool, clock)
-            folder = errand.folder / str(number)
-            folder.mkdir()
-            write(found.captured, folder)
-            with suppress(BrokenPipeError):  # the conversion has ended
-                answer.send((number, found.key))
+        with set_aside():
+            for number in errand.numbers:
+                found = see(variants[number], None, table, cache, errand.tool, clock)
+                folder = errand.folder / str(number)
+                folder.mkdir()
+                write(found.captured, folder)
+                with suppress(BrokenPipeError):  # the conversion has ended
+                    answer.send((number, found.key))

@@ -17,6 +17,7 @@ from .bundle.manifest import Manifest
 from .cache.fingerprint import program_key, tool_key
 from .cache.store import Cache
 from .capture.capture import traced
+from .collecting import set_aside
 from .common import Common
 from .ir.records import Loaded
 from .job import FUSED, Job
@@ -82,7 +83,7 @@ def _converted(
         # Late: TensorRT takes seconds to import, which a job that is recalled does without.
         from .making import make
 
-        with placing.to_blame():
+        with set_aside(), placing.to_blame():
             manifest, engine_keys, programs = make(loaded, common, placing, cache, clock)
         key = job_key(loaded.job, loaded.values, programs)
         keep(cache, request, key, manifest, engine_keys, folder)
