@@ -1,4 +1,4 @@
-"""A lowered program in pieces, and which of them one engine serves.
+"""A program in pieces, and which of them one engine serves; nothing of it is lowered yet.
 
 The program of all ranks comes in, and what was asked for; its pieces go out, each with the number
 of the one whose engine it runs. Nothing where every rank has one engine.
@@ -13,19 +13,17 @@ from .ir.blocks import blocks_of, places_of
 from .ir.cuts import Place
 from .ir.kinds import Twin, twins_of
 from .ir.program import Lowered
-from .ir.records import Rewritten
+from .ir.records import Draft, Rewritten
 from .ir.split import Pieces, split
 from .job import BLOCKS
 
 
-def in_pieces(
-    rewritten: Rewritten, lowered: Lowered, names: Mapping[str, str]
-) -> tuple[Pieces | None, tuple[Twin, ...]]:
-    """The pieces that ``lowered`` is cut into, and their kinds.
+def in_pieces(rewritten: Rewritten, program: Lowered, names: Mapping[str, str]) -> Draft | None:
+    """The pieces that ``program`` is cut into, and their kinds; ``None`` where it stays whole.
 
     Args:
         rewritten: knows what was asked for, and where attentions are.
-        lowered: the same program, lowered.
+        program: the same program, its weights folded.
         names: by placeholder, the binding of a weight that is an engine's input.
 
     Raises:
@@ -38,12 +36,12 @@ def in_pieces(
     if not job.split_after and not places:
         if job.layout == BLOCKS:
             raise _no_blocks()
-        return None, ()
-    pieces = split(lowered, job.split_after, places)
+        return None
+    pieces = split(program, job.split_after, places)
     twins = twins_of(pieces.programs, names)
     if job.layout == BLOCKS:
         _check_kinds(pieces, twins)
-    return pieces, twins
+    return Draft(program, pieces, twins, names)
 
 
 def _check_kinds(pieces: Pieces, twins: Sequence[Twin]) -> None:

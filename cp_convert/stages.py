@@ -21,6 +21,7 @@ from .engine.build import prepare
 from .engine.engines import build_pieces, networks_of, ranks_of
 from .engine.fold_weights import fold_weights
 from .engine.lower import lower
+from .engine.lower_pieces import lower_pieces
 from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
@@ -249,12 +250,17 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         program = by_scatter(program) if layout == "shared" else program
         names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
-        lowered = lower(folded.program)
-        pieces, twins = in_pieces(rewritten, lowered, folded.names)
+        draft = in_pieces(rewritten, folded.program, folded.names)
+        if draft is None:
+            lowered, pieces, twins = lower(folded.program), None, ()
+        else:
+            lowered, pieces, twins = lower_pieces(draft)
     apart = {} if captured.linears is None else captured.linears.weights
     codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
     constants = {**folded.constants, **codes}
-    return Emitted(program, lowered, layout, folded.names, constants, pieces, twins=twins)
+    return Emitted(
+        program, lowered, layout, folded.names, constants, pieces, twins=twins, draft=draft
+    )
 
 
 def _layout(job: Job, source: Source, program: Lowered) -> str:
@@ -286,9 +292,9 @@ def _proven(begun: Begun, rewritten: Rewritten, emitted: Emitted, clock: Clock) 
         others = job.mesh.others
         stages = Stages(*programs, sites, axis, quantized, plain, others)
         device = check_device(job.proof_device)
-        if emitted.pieces is not None:
-            flat = flat_inputs(emitted.program, inputs)
-            check_pieces(emitted.run_by_engines, emitted.program, flat, job.world, device)
+        if (draft := emitted.draft) is not None:
+            flat = flat_inputs(draft.whole, inputs)
+            check_pieces(draft.run_by_engines, draft.whole, flat, job.world, device)
         return prove(
             begun.truth, inputs, stages, rtol=job.rtol, max_loss=job.max_loss, device=device
         )

@@ -19,7 +19,7 @@ def pieces_entry(made: Made) -> list[m.Piece]:
             before=one.before,
             folder=f"{within}{piece_folder(twin.of)}",
             io=io_entries(one.program),
-            weights=list(made.emitted.names_in(one.program).values()),
+            weights=[twin.names[name] for name in made.emitted.names_in(one.program).values()],
             kind=None if twin.of == number else twin.of,
             names={} if twin.of == number else dict(twin.names),
         )

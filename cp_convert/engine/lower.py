@@ -19,7 +19,8 @@ from ..trt.libraries import DYNAMO_CONVERTERS, post_lowering, settings
 from .deconvolution import deconvolutions
 from .opmath import in_opmath
 
-_SHARD = torch.ops.cp.shard.default
+_SHARD: Final = torch.ops.cp.shard.default
+_RESULT: Final = torch.ops.cp.result.default
 
 
 def lower(program: Lowered) -> Lowered:
@@ -85,7 +86,7 @@ def _as_tensors(graph: fx.Graph) -> None:
         if node.target in _ACTIVATIONS and node.args[0].op in ("placeholder", "get_attr"):
             weight = node.args[0]
             with graph.inserting_before(node):
-                tensor = graph.call_function(torch.ops.cp.result.default, (weight,))
+                tensor = graph.call_function(_RESULT, (weight,))
             tensor.meta = dict(weight.meta)
             node.args = (tensor, *node.args[1:])
 
@@ -107,10 +108,14 @@ def _outputs(program: Lowered, graph_module: fx.GraphModule) -> tuple[Binding, .
     """Return tensors only, each as a tensor of its own, and name them in the bindings."""
     graph, node = graph_module.graph, graph_module.graph.output_node()
     values = [value for value in _flat(node.args[0]) if isinstance(value, fx.Node)]
-    with graph.inserting_before(node):
-        returned = [graph.call_function(torch.ops.cp.result.default, (v,)) for v in values]
-    for result, value in zip(returned, values, strict=True):
-        result.meta = dict(value.meta)
+    returned: list[fx.Node] = []
+    for value in values:
+        result = value
+        if value.target is not _RESULT or value in returned:
+            with graph.inserting_before(node):
+                result = graph.call_function(_RESULT, (value,))
+            result.meta = dict(value.meta)
+        returned.append(result)
     node.args = (tuple(returned),)
     graph_module.recompile()
     return tuple(

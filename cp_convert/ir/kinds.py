@@ -78,8 +78,7 @@ def through(built: Lowered, names: Mapping[str, str], twin: Twin, whole: Lowered
     """
     if not twin.renames:
         return built
-    nodes = {name: node for node, name in names.items()}
-    given = {node: nodes[twin.names[name]] for node, name in names_in(built, names).items()}
+    given = weights_of(built, names, twin)
     return replace(
         built,
         state={node: whole.state[given.get(node, node)] for node in built.state},
@@ -87,6 +86,12 @@ def through(built: Lowered, names: Mapping[str, str], twin: Twin, whole: Lowered
         inputs=tuple(_renamed(one, twin) for one in built.inputs),
         outputs=tuple(_renamed(one, twin) for one in built.outputs),
     )
+
+
+def weights_of(built: Lowered, names: Mapping[str, str], twin: Twin) -> dict[str, str]:
+    """By the placeholders of ``built`` that are inputs of its engine, those that the piece has."""
+    nodes = {name: node for node, name in names.items()}
+    return {node: nodes[twin.names[name]] for node, name in names_in(built, names).items()}
 
 
 def _renamed(binding: Binding, twin: Twin) -> Binding:
@@ -101,7 +106,7 @@ def _kind(program: Lowered, names: Mapping[str, str], digests: _Digests) -> _Kin
     places: dict[fx.Node, int] = {}
     called, rows = dict[fx.Node, str](), list[Any]()
     inputs = {one.node: one.name for one in program.inputs}
-    for node in _by_use(program.graph_module.graph):
+    for node in by_use(program.graph_module.graph):
         if node.op == "placeholder":
             rows.append(_given(program, node, inputs, names, digests))
             if (name := inputs.get(node.name, names.get(node.name))) is not None:
@@ -121,7 +126,7 @@ def _kind(program: Lowered, names: Mapping[str, str], digests: _Digests) -> _Kin
     return _Kind(hashlib.sha256(msgspec.msgpack.encode(rows)).digest(), bindings)
 
 
-def _by_use(graph: fx.Graph) -> list[fx.Node]:
+def by_use(graph: fx.Graph) -> list[fx.Node]:
     """All nodes, each behind what it reads: in an order that follows from what is read alone."""
     found: dict[fx.Node, None] = {}
     for root in (graph.output_node(), *graph.nodes):

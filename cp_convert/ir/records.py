@@ -131,6 +131,31 @@ class Rewritten:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """A program in pieces, before any of it is lowered.
+
+    Attributes:
+        whole: the program.
+        pieces: of it.
+        twins: of every piece, whose engine it will run.
+        names: by placeholder, the binding of a weight that is an engine's input.
+    """
+
+    whole: Lowered
+    pieces: Pieces
+    twins: tuple[Twin, ...]
+    names: Mapping[str, str]
+
+    @property
+    def run_by_engines(self) -> tuple[Lowered, ...]:
+        """What engines are made of, piece by piece: the first of its kind, on the own values."""
+        programs = self.pieces.programs
+        return tuple(
+            through(programs[twin.of], self.names, twin, self.whole) for twin in self.twins
+        )
+
+
+@dataclass(frozen=True)
 class Emitted:
     """The program as it is handed to TensorRT's converters.
 
@@ -143,6 +168,7 @@ class Emitted:
         pieces: the same program cut into several, each with an engine of its own.
         lifted: the same program for a range of sizes, of which this is the largest.
         twins: of every piece, whose engine it runs.
+        draft: what the pieces were before they were lowered.
     """
 
     rewritten: Lowered
@@ -153,6 +179,7 @@ class Emitted:
     pieces: Pieces | None = None
     lifted: Lifted | None = None
     twins: tuple[Twin, ...] = ()
+    draft: Draft | None = None
 
     @property
     def programs(self) -> tuple[Lowered, ...]:
@@ -163,16 +190,6 @@ class Emitted:
     def kinds(self) -> tuple[int, ...]:
         """Which of :attr:`programs` engines are built of, the first of every kind."""
         return tuple(dict.fromkeys(twin.of for twin in self.twins)) or (0,)
-
-    @property
-    def run_by_engines(self) -> tuple[Lowered, ...]:
-        """What engines compute, piece by piece: the first of its kind, on the own values."""
-        if self.pieces is None:
-            return self.programs
-        programs = self.programs
-        return tuple(
-            through(programs[twin.of], self.names, twin, self.program) for twin in self.twins
-        )
 
     def names_in(self, program: Lowered) -> dict[str, str]:
         """Those bindings of weights that are inputs of one of :attr:`programs`."""

@@ -50,7 +50,9 @@ def test_nothing_is_made_before_a_proof_reads_it(
         found.append(emitted(*given))
         for program in found[-1].programs:
             pack(program, described=found[-1].names_in(program))
-        assert len(found[-1].run_by_engines) == len(found[-1].programs)
+        draft = found[-1].draft
+        assert draft is not None
+        assert len(draft.run_by_engines) == len(found[-1].programs)
         assert not made
         return found[-1]
 
