@@ -18,10 +18,15 @@ def nothing_aside() -> Iterator[None]:
     gc.freeze()
 
 
+@set_aside()
+def fails() -> None:
+    assert gc.get_freeze_count() > 0
+    raise ZeroDivisionError
+
+
 def test_what_is_alive_is_set_aside_and_comes_back() -> None:
-    with pytest.raises(ZeroDivisionError), set_aside():
-        assert gc.get_freeze_count() > 0
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert gc.get_freeze_count() == 0
 
 

@@ -15,6 +15,17 @@ from ..ir.split import Pieces
 from .lower import lower
 
 
+def lower_all(
+    program: Lowered, draft: Draft | None
+) -> tuple[Lowered, Pieces | None, tuple[Twin, ...]]:
+    """``program`` lowered, by its pieces where it has such; see :func:`lower_pieces`.
+
+    Raises:
+        CannotLower: see :func:`.lower.lower`.
+    """
+    return (lower(program), None, ()) if draft is None else lower_pieces(draft)
+
+
 def lower_pieces(draft: Draft) -> tuple[Lowered, Pieces, tuple[Twin, ...]]:
     """All pieces lowered: as one program, one by one, and whose engine each of them runs.
 
