@@ -8,13 +8,11 @@ one (a residual over several blocks, two streams of blocks beside one another) i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
-from torch import fx
-
 from ..errors import UsageError
-from .cuts import Cut, Owners, Place, check_narrow, cut_before, cut_of, is_end
+from .cuts import Cut, Place, Wiring, check_narrow, cut_before, cut_of, is_end
 
 
 def blocks_of(modules: Sequence[str]) -> list[str]:
@@ -41,25 +39,17 @@ def places_of(blocks: Sequence[str]) -> list[Place]:
     return found
 
 
-def cuts_between(
-    graph: fx.Graph,
-    free: Collection[fx.Node],
-    named: Sequence[Cut],
-    places: Sequence[Place],
-    within: Owners,
-) -> list[Cut]:
+def cuts_between(wiring: Wiring, named: Sequence[Cut], places: Sequence[Place]) -> list[Cut]:
     """The cuts that are named, and those of ``places`` that go with them, in their order.
 
     Args:
-        graph: of the program.
-        free: what every piece may have of its own.
+        wiring: of the program.
         named: in their order; they are all among the result.
         places: where the program may be cut; it is where it is narrow.
-        within: the operators of every module.
     """
     known = {cut.place for cut in named}
     others = [place for place in places if place not in known]
-    offered = [*named, *(c for place in others for c in _narrow(graph, place, free, within))]
+    offered = [*named, *(cut for place in others for cut in _narrow(wiring, place))]
     offered.sort(key=lambda cut: (len(cut.before), cut.place not in known))
     taken: list[Cut] = []
     for number, cut in enumerate(offered):
@@ -69,16 +59,14 @@ def cuts_between(
         later = next((one for one in offered[number:] if one.place in known), None)
         follows = not taken or taken[-1].before < cut.before
         precedes = later is None or cut.before < later.before
-        if cut.before and follows and precedes and not is_end(cut, graph, free):
+        if cut.before and follows and precedes and not is_end(cut, wiring):
             taken.append(cut)
     return taken
 
 
-def _narrow(
-    graph: fx.Graph, place: Place, free: Collection[fx.Node], within: Owners
-) -> Iterator[Cut]:
+def _narrow(wiring: Wiring, place: Place) -> Iterator[Cut]:
     """The cut at ``place``, if it can be made there."""
     with suppress(UsageError):
-        cut = (cut_before if place.enters else cut_of)(graph, place.module, free, within)
-        check_narrow(cut)
+        cut = (cut_before if place.enters else cut_of)(wiring, place.module)
+        check_narrow(cut, wiring)
         yield cut

@@ -6,7 +6,7 @@ out; or a refusal, where a residual is still open there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -61,11 +61,39 @@ class Cut:
         return Place(self.module, self.enters)
 
 
-def free_of(program: Lowered) -> set[fx.Node]:
-    """What follows from weights and constants alone; every piece may have its own.
+Owners = Mapping[str, Sequence[fx.Node]]
 
-    What ranks send one another is computed once, and handed on.
+
+@dataclass(frozen=True)
+class Wiring:
+    """What of a program is asked again for every cut.
+
+    Attributes:
+        graph: of the program.
+        free: what follows from weights and constants alone; every piece may have its own.
+        order: all that is not free and no placeholder, in the program's order.
+        reads: what each of these reads, those of the same kind alone.
+        within: the operators of every module.
     """
+
+    graph: fx.Graph
+    free: frozenset[fx.Node]
+    order: tuple[fx.Node, ...]
+    reads: Mapping[fx.Node, tuple[fx.Node, ...]]
+    within: Owners
+
+    @classmethod
+    def of(cls, program: Lowered) -> Wiring:
+        """Looked up once."""
+        graph, free = program.graph_module.graph, _free_of(program)
+        order = tuple(n for n in graph.nodes if n not in free and n.op != "placeholder")
+        known = set(order)
+        reads = {n: tuple(x for x in n.all_input_nodes if x in known) for n in order}
+        return cls(graph, free, order, reads, _owners(graph))
+
+
+def _free_of(program: Lowered) -> frozenset[fx.Node]:
+    """What ranks send one another is computed once, and handed on: it is not free."""
     inputs = {binding.node for binding in program.inputs}
     free: set[fx.Node] = set()
     for node in program.graph_module.graph.nodes:
@@ -73,13 +101,10 @@ def free_of(program: Lowered) -> set[fx.Node]:
         given = given or node.target in ops.COLLECTIVES
         if node.op != "output" and not given and all(n in free for n in node.all_input_nodes):
             free.add(node)
-    return free
+    return frozenset(free)
 
 
-Owners = Mapping[str, Sequence[fx.Node]]
-
-
-def owners(graph: fx.Graph) -> Owners:
+def _owners(graph: fx.Graph) -> Owners:
     """By the path of every module, the operators that were made within its forward."""
     found: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -89,41 +114,35 @@ def owners(graph: fx.Graph) -> Owners:
     return found
 
 
-def cut_of(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
-    """The cut after ``module``.
-
-    Args:
-        graph: of the program.
-        module: its path.
-        free: what every piece may have of its own.
-        within: see :func:`owners`.
+def cut_of(wiring: Wiring, module: str) -> Cut:
+    """The cut after ``module``, by its path.
 
     Raises:
         UsageError: there is no such module, or nothing that it computes is read by others.
     """
-    own = {n for n in within.get(module, ()) if n not in free}
-    outputs = [n for n in sorted(own) if any(user not in own for user in n.users)]
+    own = {n for n in wiring.within.get(module, ()) if n not in wiring.free}
+    outputs = [n for n in sorted(own) if not own.issuperset(n.users)]
     if not outputs:
-        raise _unknown(graph, module)
-    return Cut(module, frozenset(own), tuple(outputs), frozenset(_needed(outputs, free)))
+        raise _unknown(wiring.graph, module)
+    return Cut(module, frozenset(own), tuple(outputs), frozenset(_needed(outputs, wiring)))
 
 
-def cut_before(graph: fx.Graph, module: str, free: Collection[fx.Node], within: Owners) -> Cut:
+def cut_before(wiring: Wiring, module: str) -> Cut:
     """The cut before ``module``: what it is given, and all that this is computed from.
 
     Moves that the module makes are before it, where they are of what it is given, or others read
     them too: how a block is given its part of what is whole, and tables that all blocks read.
 
     Raises:
-        UsageError: see :func:`cut_of`, which has the arguments.
+        UsageError: see :func:`cut_of`.
     """
-    behind = cut_of(graph, module, free, within)
+    behind = cut_of(wiring, module)
     before, shared = set(behind.before - behind.own), set[fx.Node]()
     for node in sorted(behind.own & behind.before, reverse=True):
         if node.target in MOVES and any(u in shared or u not in behind.own for u in node.users):
             shared.add(node)
     for node in sorted(behind.own & behind.before):
-        given = [n for n in node.all_input_nodes if n not in free]
+        given = [n for n in node.all_input_nodes if n not in wiring.free]
         known = [n in before or n.op == "placeholder" for n in given]
         if node.target in MOVES and all(known) and (known or node in shared):
             before.add(node)
@@ -132,18 +151,18 @@ def cut_before(graph: fx.Graph, module: str, free: Collection[fx.Node], within: 
     return Cut(module, own, outputs, frozenset(before), enters=True)
 
 
-def _needed(outputs: Iterable[fx.Node], free: Collection[fx.Node]) -> set[fx.Node]:
+def _needed(outputs: Iterable[fx.Node], wiring: Wiring) -> set[fx.Node]:
     """All that these are computed from, they too; of an operator with several results, all."""
     found: set[fx.Node] = set()
-    waiting = list(outputs)
+    waiting = [node for node in outputs if node in wiring.reads]
     while waiting:
         node = waiting.pop()
-        if node in found or node in free or node.op == "placeholder":
+        if node in found:
             continue
         found.add(node)
-        waiting += node.all_input_nodes
+        waiting += wiring.reads[node]
         if not isinstance(node.meta.get("val"), Tensor):
-            waiting += node.users
+            waiting += [user for user in node.users if user in wiring.reads]
     return found
 
 
@@ -166,7 +185,7 @@ def _unknown(graph: fx.Graph, module: str) -> UsageError:
     )
 
 
-def check_order(cuts: Sequence[Cut], graph: fx.Graph, free: Collection[fx.Node]) -> None:
+def check_order(cuts: Sequence[Cut], wiring: Wiring) -> None:
     """Refuse cuts between, before or behind which nothing lies; they are sorted by size.
 
     Raises:
@@ -181,33 +200,33 @@ def check_order(cuts: Sequence[Cut], graph: fx.Graph, free: Collection[fx.Node])
                 f"{both}: neither follows from the other, so no order of two pieces has both ends.",
                 hint="name modules that run one after another, such as two blocks.",
             )
-    if cuts and is_end(cuts[-1], graph, free):
+    if cuts and is_end(cuts[-1], wiring):
         raise UsageError(
             f"--split-after {cuts[-1].module}: nothing of the program follows it.",
             hint="name a module that others follow, such as a block.",
         )
 
 
-def is_end(cut: Cut, graph: fx.Graph, free: Collection[fx.Node]) -> bool:
+def is_end(cut: Cut, wiring: Wiring) -> bool:
     """Whether nothing follows a cut."""
-    rest = (n for n in graph.nodes if n.op == "call_function" and n not in free)
+    rest = (n for n in reversed(wiring.order) if n.op == "call_function")
     return all(n in cut.before or n.target is _RESULT for n in rest)
 
 
-def check_narrow(cut: Cut) -> None:
+def check_narrow(cut: Cut, wiring: Wiring) -> None:
     """Refuse to cut where a stream runs beside the module that is named.
 
     Raises:
         UsageError: with the stream, and where it is joined.
     """
-    followers = set(cut.outputs)
-    for node in next(iter(cut.own)).graph.nodes:
-        if node not in cut.before and any(x in followers for x in node.all_input_nodes):
+    followers, before = set(cut.outputs), cut.before
+    for node in wiring.order:
+        if node not in before and not followers.isdisjoint(wiring.reads[node]):
             followers.add(node)
-    for node in sorted(cut.before):
-        if node in cut.outputs or all(user in cut.before for user in node.users):
+    for node in wiring.order:
+        if node not in before or before.issuperset(node.users) or node in cut.outputs:
             continue
-        later = joined_later(node, cut.before, followers)
+        later = joined_later(node, before, followers)
         if later is not None:
             raise UsageError(
                 f"--split-after {cut.module}: a residual is still open there. Beside what "

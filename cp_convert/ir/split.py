@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from .blocks import cuts_between
-from .cuts import MOVES, Cut, Place, check_narrow, check_order, cut_of, free_of, owners, paths_of
+from .cuts import MOVES, Cut, Place, Wiring, check_narrow, check_order, cut_of, paths_of
 from .program import Binding, Lowered, module_of, module_path, tensor_of
 from .selected import Selected
 from .streams import origin
@@ -105,24 +105,21 @@ def split(program: Lowered, modules: Sequence[str], places: Sequence[Place] = ()
         UsageError: there is no such module, nothing lies before, between or behind them, or the
             program is not narrow there: a residual is still open.
     """
-    graph = program.graph_module.graph
-    free = free_of(program)
-    within = owners(graph)
-    named = sorted(
-        (cut_of(graph, name, free, within) for name in modules), key=lambda cut: len(cut.before)
-    )
-    check_order(named, graph, free)
+    wiring = Wiring.of(program)
+    named = sorted((cut_of(wiring, name) for name in modules), key=lambda cut: len(cut.before))
+    check_order(named, wiring)
     for cut in named:
-        check_narrow(cut)
-    cuts = cuts_between(graph, free, named, places, within) if places else named
-    work = [n for n in graph.nodes if n not in free and n.op != "placeholder"]
-    place = {node: sum(node not in cut.before for cut in cuts) for node in work}
+        check_narrow(cut, wiring)
+    cuts = cuts_between(wiring, named, places) if places else named
+    place = dict.fromkeys(wiring.order, 0)
+    for number, cut in enumerate(cuts, 1):
+        place |= dict.fromkeys(place.keys() - cut.before, number)
     own: dict[int, list[fx.Node]] = {}
-    for node in work:
+    for node in wiring.order:
         if node.op != "output":
             own.setdefault(place[node], []).append(node)
     step, why_not = _step(named, cuts, place)
-    whole = _Whole(program, place, own, free, len(cuts), step)
+    whole = _Whole(program, place, own, wiring.free, len(cuts), step)
     ends = [*(cut.place for cut in cuts), None]
     pieces = tuple(Piece(end, whole.piece(number)) for number, end in enumerate(ends))
     return Pieces(pieces, None if step is None else step.told, why_not)
