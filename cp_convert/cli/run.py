@@ -64,7 +64,7 @@ from . import options
     "first]",
 )  # fmt: skip
 @click.option(
-    "--step-cache", "step_cache", type=click.FloatRange(0), metavar="THRESHOLD",
+    "--step-cache", "step_cache", type=options.Finite(0), metavar="THRESHOLD",
     help="Skip the pieces between the first and the last where the first adds nearly what it did "
     "before. With --repeat every forward after the first is skipped, as inputs are the same.",
 )  # fmt: skip
@@ -74,7 +74,7 @@ from . import options
     help="Compare what is read with the manifest's SHA-256.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(1), metavar="SECONDS",
+    "--timeout", type=options.Seconds(), metavar="SECONDS",
     help="All ranks are ended when one says nothing for so long.  [default: 60; 600 with "
     "--compile, as the first forward compiles]",
 )  # fmt: skip
@@ -125,7 +125,7 @@ def command(
             reports = _run(manifest, request, place, Path(scratch), screen)
             if place is not None and place.rank:
                 return
-            checked = _checked(manifest, request)
+            checked = _checked(manifest, request, reports[0]["executor"])
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
         ran(screen, manifest, reports, checked, outputs, sets, _variant(manifest, request))
@@ -209,13 +209,13 @@ def _run(
         return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
 
 
-def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
+def _checked(manifest: Manifest, request: dict[str, Any], by: str) -> Any:
     """The outputs against the dense model, where that is wanted."""
     if not request["check"]:
         return None
     from ..runtime.dense import compare  # late: torch
 
-    return compare(manifest, request)
+    return compare(manifest, request, by)
 
 
 def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:

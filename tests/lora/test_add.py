@@ -157,6 +157,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[ConvertError], str]] = {
     "program": (without_program, {}, UsageError, r"constants\.cat\w* was computed from weights"),
     "slash": (None, {"name": "a/b"}, UsageError, r"'a/b' is no name of a set"),
     "up": (None, {"name": ".."}, UsageError, r"'\.\.' is no name of a set"),
+    "long": (None, {"name": "a" * 101}, UsageError, r"is no name of a set: up to 100"),
     "scale": (None, {"scale": float("nan")}, UsageError, "nan: not a finite number"),
     "weights": (other_weights, {}, DamagedBundle, "holds other numbers for"),
 }
@@ -200,8 +201,9 @@ def test_a_name_that_is_taken(made: Bundles, tmp_path: Path) -> None:
     file, _ = lora_of(made("flux"), tmp_path)
     add(bundle, file)
     before = (bundle / "manifest.json").read_bytes()
-    with pytest.raises(UsageError, match="already has a LoRA set a"):
-        add(bundle, file)
+    for name in ("a", "A"):
+        with pytest.raises(UsageError, match="already has a LoRA set a"):
+            add(bundle, file, name=name)
     assert (bundle / "manifest.json").read_bytes() == before
 
 
@@ -214,8 +216,9 @@ def test_a_failure_half_way_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write, "write_factors", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left") as refused:
         add(bundle, lora_of(made("flux"), tmp_path)[0])
+    assert "--out" not in (refused.value.hint or "--out")
     assert bundles.read(bundle)[0].lora == []
     assert not list((bundle / "lora").iterdir())
 
