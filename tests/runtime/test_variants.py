@@ -21,8 +21,9 @@ from torch import Tensor
 
 from cp_convert import bundle as bundles
 from cp_convert import cli
-from cp_convert.errors import UsageError
+from cp_convert.errors import RunFailed, UsageError
 from cp_convert.lora.add import add
+from cp_convert.runtime.dense import compare
 from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import converted
 from tests.runtime.conftest import Several
@@ -231,6 +232,20 @@ def test_the_command_runs_one_variant(
     assert "variant    v3" in said
 
 
+@pytest.mark.parametrize(
+    ("by", "words"), [("torch", "no engine is at fault"), ("tensorrt", "--executor torch tells")]
+)
+def test_what_is_not_the_dense_models_is_told_by_what_ran(
+    by: str, words: str, several: Callable[[str], Several], tmp_path: Path
+) -> None:
+    made, out = several("flux"), tmp_path / "out.safetensors"
+    save_file({"sample": torch.zeros(1, 48, 16)}, out)
+    manifest, _ = bundles.read(made.bundle)
+    with pytest.raises(RunFailed, match="something else than the dense model") as failed:
+        compare(manifest, {"bundle": str(made.bundle), "outputs": str(out)}, by)
+    assert words in (failed.value.hint or "")
+
+
 def test_what_the_command_refuses(
     run: Run, several: Callable[[str], Several], tmp_path: Path
 ) -> None:
@@ -245,3 +260,7 @@ def test_what_the_command_refuses(
     code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors", "--variant", "v0")
     assert code == 2
     assert "has the shape [1, 56, 16]; the engines were built for [1, 48, 16]" in said
+    (tmp_path / "i.safetensors").write_bytes(b"")
+    code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors")
+    assert code == 2
+    assert "--inputs: i.safetensors is empty" in said
