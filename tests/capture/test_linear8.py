@@ -240,7 +240,7 @@ def test_files_that_are_no_sets_of_inputs(
     with pytest.raises(UsageError, match=told):
         list(sets_of(program(), flat, [file]))
     file.write_bytes(b"PK\x03\x04 and so on")
-    with pytest.raises(UsageError, match="--calibration: a.safetensors is PyTorch's pickle"):
+    with pytest.raises(UsageError, match=r"--calibration: a\.safetensors is PyTorch's pickle"):
         list(sets_of(program(), flat, [file]))
 
 
