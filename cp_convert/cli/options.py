@@ -95,6 +95,22 @@ class Seconds(Finite):
         super().__init__(1, 1e6)
 
 
+class Page(click.Path):
+    """A file for a page; what cannot be one is told before anything is done."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; no manifest, and no model, is written over by mistake."""
+        path = Path(super().convert(value, param, ctx))
+        if path.suffix.lower() not in (".html", ".htm"):
+            self.fail(f"{path}: the name of a page ends in .html.", param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"there is no folder {path.absolute().parent}.", param, ctx)
+        return path
+
+
 class Range(click.ParamType[Span]):
     """A range of sizes."""
 

@@ -109,7 +109,8 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_given(manifest, inputs, outputs, rest["variant"], rest["step_cache"])
+    _check_given(manifest, inputs, rest["variant"], rest["step_cache"])
+    _check_outputs(outputs, folder)
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -153,7 +154,6 @@ def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
 def _check_given(
     manifest: Manifest,
     inputs: Path | None,
-    outputs: Path | None,
     variant: str | None,
     step_cache: float | None,
 ) -> None:
@@ -163,10 +163,21 @@ def _check_given(
         variant_of(manifest, variant)  # there is one
     if inputs is not None and not inputs.is_file():
         raise UsageError(f"--inputs: there is no file {inputs}.")
-    if outputs is not None and not outputs.absolute().parent.is_dir():
+
+
+def _check_outputs(outputs: Path | None, bundle: Path) -> None:
+    """A file that can be written, and is none of the bundle's."""
+    if outputs is None:
+        return
+    if not outputs.absolute().parent.is_dir():
         raise UsageError(f"--outputs: there is no folder {outputs.absolute().parent}.")
-    if outputs is not None and outputs.is_dir():
+    if outputs.is_dir():
         raise UsageError(f"--outputs: {outputs} is a folder.", hint="name a file in it.")
+    if bundle.resolve() in outputs.resolve().parents:
+        raise UsageError(
+            f"--outputs {outputs}: it lies in the bundle, whose files are what was proven.",
+            hint="name a file elsewhere.",
+        )
 
 
 def _check_steps(threshold: float | None, manifest: Manifest) -> None:

@@ -260,6 +260,11 @@ def test_what_the_command_refuses(
     code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors", "--variant", "v0")
     assert code == 2
     assert "has the shape [1, 56, 16]; the engines were built for [1, 48, 16]" in said
+    weights = made.bundle / "weights.safetensors"
+    before = weights.stat()
+    code, said = run(made.bundle, "--outputs", weights)
+    assert code == 2 and weights.stat() == before
+    assert "it lies in the bundle" in said
     (tmp_path / "i.safetensors").write_bytes(b"")
     code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors")
     assert code == 2
