@@ -103,7 +103,7 @@ class Page(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """The path; no manifest, and no model, is written over by mistake."""
-        path = Path(super().convert(value, param, ctx))
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
         if path.suffix.lower() not in (".html", ".htm"):
             self.fail(f"{path}: the name of a page ends in .html.", param, ctx)
         if not path.absolute().parent.is_dir():
