@@ -18,6 +18,7 @@ from cp_convert import bundle as bundles
 from cp_convert import runtime
 from cp_convert.bundle.difference import differences
 from cp_convert.bundle.folder import replace_manifest
+from cp_convert.bundle.manifest import BundleFile, LoraSet
 from cp_convert.cli import cli
 from cp_convert.errors import ConvertError, DamagedBundle, OutputError, UsageError, WeightsError
 from cp_convert.lora import write
@@ -271,6 +272,17 @@ def test_dora_is_used_alone(made: Bundles, tmp_path: Path) -> None:
     assert chosen(manifest, {"dora": 0.5}) == {"dora": 0.5}
     with pytest.raises(UsageError, match="dora is a DoRA, which does not add to plain"):
         chosen(manifest, ["plain", "dora"])
+
+
+@pytest.mark.parametrize(
+    "asked", [5, {"a": "much"}, {"a": True}, {"a": float("nan")}, {3: None, "a": 1.0}, ["a", 3]]
+)
+def test_what_is_no_set_is_refused_before_ranks_meet(asked: Any, made: Bundles) -> None:
+    """Whoever fails otherwise fails alone, and the other ranks wait for it."""
+    told = LoraSet("a", "a", "", ["lora"], 1.0, BundleFile("a", 1, ""), BundleFile("a", 1, ""), [])
+    manifest = msgspec.structs.replace(bundles.read(made("flux").bundle)[0], lora=[told])
+    with pytest.raises(UsageError, match=r"no LoRA set|no finite number"):
+        chosen(manifest, asked)
 
 
 def run(*args: object) -> tuple[int, str]:
