@@ -23,6 +23,7 @@ from cp_convert import bundle as bundles
 from cp_convert import cli
 from cp_convert.errors import RunFailed, UsageError
 from cp_convert.lora.add import add
+from cp_convert.runtime.choice import fitting, views_of
 from cp_convert.runtime.dense import compare
 from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import converted
@@ -244,6 +245,19 @@ def test_what_is_not_the_dense_models_is_told_by_what_ran(
     with pytest.raises(RunFailed, match="something else than the dense model") as failed:
         compare(manifest, {"bundle": str(made.bundle), "outputs": str(out)}, by)
     assert words in (failed.value.hint or "")
+
+
+def test_what_tells_variants_apart_is_not_left_out(several: Callable[[str], Several]) -> None:
+    made = several("qwen")
+    views, given = views_of(bundles.read(made.bundle)[0]), made.inputs(rows=8, columns=6)
+    assert fitting(views, given) == "v1"
+    assert fitting(views, made.inputs()) == "v0"
+    shapes = given.pop("img_shapes")
+    with pytest.raises(UsageError, match="v0 and v1 have these inputs; they differ in img_shapes"):
+        fitting(views, given)
+    assert fitting(views, given, has_defaults=True) == "v0"
+    assert fitting({"v1": views["v1"]}, given) == "v1"
+    assert fitting(views, {**given, "img_shapes": [(9, 9, 9)] * len(shapes)}) == "v0"  # and told
 
 
 def test_what_the_command_refuses(
