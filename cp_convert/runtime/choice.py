@@ -174,7 +174,8 @@ def fitting(
 def _check_told_apart(manifests: Mapping[Name, Manifest], values: Values) -> None:
     """Refuse a choice among variants that differ in what was not given."""
     inside = [{(f.name, f.value, f.sha256) for f in one.frozen} for one in manifests.values()]
-    odd = set.union(*inside) - set.intersection(*inside)
+    every = [one for held in inside for one in held]
+    odd = {one for one in every if not all(one in held for held in inside)}
     lacking = sorted({name.partition(".")[0] for name, *_ in odd} - values.keys())
     if lacking:
         raise UsageError(
