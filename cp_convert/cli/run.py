@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,7 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_given(manifest, inputs, rest["variant"], rest["step_cache"])
-    _check_outputs(outputs, folder)
+    _check_given(manifest, inputs, outputs, folder, rest)
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -154,13 +153,15 @@ def _sets(given: Sequence[str], manifest: Manifest) -> dict[str, float | None]:
 def _check_given(
     manifest: Manifest,
     inputs: Path | None,
-    variant: str | None,
-    step_cache: float | None,
+    outputs: Path | None,
+    folder: Path,
+    rest: Mapping[str, Any],
 ) -> None:
     """What would fail after minutes is told before."""
-    _check_steps(step_cache, manifest)
-    if variant is not None:
-        variant_of(manifest, variant)  # there is one
+    _check_steps(rest["step_cache"], manifest)
+    if rest["variant"] is not None:
+        variant_of(manifest, rest["variant"])  # there is one
+    _check_outputs(outputs, folder)
     if inputs is not None and not inputs.is_file():
         raise UsageError(f"--inputs: there is no file {inputs}.")
 
