@@ -33,8 +33,8 @@ PRECISION: Final = "precision"
 ATTENTIONS: Final = (ATTENTION_FP8, PRECISION)
 """What attention is computed with: FP8 codes of queries, keys, values and probabilities, or numbers
 of the job's precision, whatever scales a checkpoint has."""
-VARIANT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""What a variant may be called: it is a folder's name."""
+VARIANT_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+"""What a variant may be called: it is a folder's name, which file systems want short."""
 BACKEND_NAMES: Final = ("auto", "tensorrt-rtx", "tensorrt")
 PLANS: Final = ("auto", "model")
 WEIGHTS_MODES: Final = (AUTO, "embedded", "external")

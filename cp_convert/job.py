@@ -106,9 +106,13 @@ class Job(Asked):
             "several --text": len(self.texts) > 1,
         }
         for option in (option for option, given in beside.items() if given):
+            # Of several shapes, variants go with the rest, but not with these.
+            way = (
+                "a bundle for each size is" if self.mesh.others or self.quantize else "variants are"
+            )
             raise UsageError(
                 f"--dynamic {span.words} and {option}: the two do not go together.",
-                hint="leave one of them out; variants are the other way to several sizes.",
+                hint=f"leave one of them out; {way} the other way to several sizes.",
             )
         span.proven(self.multiple)
 

@@ -6,9 +6,9 @@ Weights are located once and serve all variants. docs/adr/0019 tells how variant
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -26,14 +26,17 @@ from .cache.store import Cache
 from .common import Common
 from .engine.fold_weights import store
 from .engine.pool import Pool
+from .errors import ConvertError
 from .ir.records import Loaded, Made, StoredProgram
 from .ir.serialize import pack
 from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM
 from .progress import Clock
+from .prove import Truth
 from .ranging import check_range, ranged
 from .stages import (
     Begun,
+    Ready,
     begin,
     build_engines,
     check_networks,
@@ -78,7 +81,8 @@ def make(
     ):
         for made, program in all_built:
             check = check_networks if made.emitted.lifted is None else check_range
-            made = check(made, clock)
+            with _named(made.loaded):
+                made = check(made, clock)
             made = replace(made, weights=_weights(made, placing, constants, clock))
             made = replace(made, program=_stored(made, placing, clock))
             told.append(describe(made, clock.seconds))
@@ -104,14 +108,32 @@ def _all_built(
         pool.beside() as threads,
     ):
         for begun in all_begun:
-            ready = prove_program(begun, clock, placing)
-            waiting.append((threads.submit(build_engines, ready, pool, cache, clock), [begun.key]))
+            with _named(begun.loaded):
+                ready = prove_program(begun, clock, placing)
+            waiting.append((threads.submit(_built, ready, pool, cache, clock), [begun.key]))
             if len(waiting) > _AHEAD:
                 building, key = waiting.popleft()
                 yield building.result(), key
         while waiting:
             building, key = waiting.popleft()
             yield building.result(), key
+
+
+def _built(ready: Ready, pool: Pool, cache: Cache, clock: Clock) -> Made:
+    with _named(ready.begun.loaded):
+        return build_engines(ready, pool, cache, clock)
+
+
+@contextmanager
+def _named(loaded: Loaded) -> Iterator[None]:
+    """What goes wrong with one of several shapes is told with its name."""
+    try:
+        yield
+    except ConvertError as error:
+        name = loaded.source.variant.name
+        if name is not None and not error.message.startswith(f"variant {name}: "):
+            error.message = f"variant {name}: {error.message}"
+        raise
 
 
 def _range_built(
@@ -125,7 +147,11 @@ def _range_built(
     """One program for a range of sizes, with the keys of those that it was made from."""
     with closing(_all_begun(loaded, common, pool, cache, clock)) as all_begun:
         begun = list(all_begun)
-    done, proofs = ranged([emitted(one, clock, placing) for one in begun], loaded.job, clock)
+    ready = []
+    for one in begun:
+        with _named(one.loaded):
+            ready.append(emitted(one, clock, placing))
+    done, proofs = ranged(ready, loaded.job, clock)
     made = build_engines(done, pool, cache, clock)
     yield replace(made, proofs=proofs), [one.key for one in begun]
 
@@ -138,15 +164,21 @@ def _all_begun(
     with TemporaryDirectory(prefix="cp-convert-", ignore_cleanup_errors=True) as scratch:
         ahead = Ahead(None if known or traces else errand_of(loaded, Path(scratch)), pool)
         # All are measured before another thread reads parameters.
-        truths = () if known else [measured(one, clock) for one in variants]
+        truths = () if known else [_measured(one, clock) for one in variants]
         rows = zip_longest(variants, traces, truths, known)
         for number, (one, trace, truth, earlier) in enumerate(rows):
             clock.progress.variant(one.source.variant.name)
             seen = ahead.seen(number, one.source, clock)
-            begun = earlier or begin(one, trace, cache, clock, truth=truth, seen=seen)
+            with _named(one):
+                begun = earlier or begin(one, trace, cache, clock, truth=truth, seen=seen)
             if not known:
                 common.keep(begun)
             yield begun
+
+
+def _measured(one: Loaded, clock: Clock) -> Truth | None:
+    with _named(one):
+        return measured(one, clock)
 
 
 def _weights(

@@ -46,7 +46,10 @@ class Span:
             )
         first, last, step = [*map(int, numbers), 1][:3]
         if first < 1 or step < 1 or last <= first:
-            raise UsageError(f"--dynamic {text}: a range begins at 1 or more, and ends later.")
+            raise UsageError(
+                f"--dynamic {text}: a range begins at 1 or more, and ends later; steps are 1 at "
+                "least."
+            )
         if (last - first) // step >= MOST:
             raise UsageError(
                 f"--dynamic {text}: these are more than {MOST} sizes.",

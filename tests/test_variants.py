@@ -128,10 +128,12 @@ def test_what_differs_in_a_variant_alone(
         ("variants = {'a': 1}", "not a dict of dicts"),
         ("variants = {'a b': {}}", "'a b' is no name"),
         ("variants = {'../x': {}}", "'../x' is no name"),
+        (f"variants = {{{'a' * 101!r}: {{}}}}", "is no name"),
+        ("variants = {'a': {3: 4}}", "'a' has 3 where an argument of"),
         ("variants = {'a': {}, 'A': {}}", "'a' is there twice, but for capitals"),
         ("variants = {'a': {}, 'b': {'tokens': 16}}", "a and b have inputs of equal shapes"),
         ("variants = {'a': {}, 'b': {'width': 16}}", "example_inputs(width=16) failed with Type"),
-        ("variants = {'a': {'tokens': 0}}", "an empty tensor for 'x'"),
+        ("variants = {'a': {'tokens': 0}}", "(tokens=0) gives an empty tensor for 'x'"),
         (
             (
                 "variants = {'a': {}, 'b': {'tokens': 8}}\n"
@@ -150,6 +152,27 @@ def test_variants_that_are_none(
     assert code == 2, said
     assert words in said.replace("\n", " ")
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize(
+    ("odd", "options", "words"),
+    [
+        ({"tokens": 1}, [], "Cannot shard the model: variant odd: 1 tokens along dimension 1"),
+        ({"channels": 7}, [], "Cannot trace the model: variant odd: RuntimeError: "),
+        ({}, ["--dynamic", "tokens=1:9"], "variant tokens-1: 1 tokens along dimension 1"),
+    ],
+)
+def test_what_fails_is_told_with_the_variant(
+    run: Run, model_file: Write, odd: object, options: list[str], words: str, tmp_path: Path
+) -> None:
+    path = model_file(
+        ("def example_inputs():", "def example_inputs(tokens=16, channels=8):"),
+        ("torch.randn(1, 16, 8)", "torch.randn(1, tokens, channels)"),
+    )
+    path.write_text(path.read_text() + f"\nvariants = {{'a': {{}}, 'odd': {odd}}}\n")
+    code, _, said = run("convert", path, *BASE, "--no-proof", *options, "-o", tmp_path / "out")
+    assert code == 3, said
+    assert words in said
 
 
 @pytest.mark.parametrize(

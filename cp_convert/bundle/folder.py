@@ -40,6 +40,8 @@ LORA: Final = "lora"
 CONSTANTS: Final = "constants.safetensors"
 """What forward computes from external weights alone."""
 _CHUNK: Final = 1 << 28
+_ANOTHER: Final = "choose another --out"
+WRITABLE: Final = "make the bundle's folder writable"
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,21 @@ def staged(out: Path) -> Iterator[Path]:
             raise output_error(error, out) from error
 
 
-def output_error(error: OSError, path: Path) -> OutputError:
-    """What the system refused, in words; ``path`` is where, unless the system says it."""
+def output_error(error: OSError, path: Path, otherwise: str = _ANOTHER) -> OutputError:
+    """What the system refused, in words.
+
+    Args:
+        error: the system's.
+        path: where, unless the system says it.
+        otherwise: what to do where space is not what lacks.
+    """
     hints = {
-        errno.ENOSPC: "the disk is full: free some space, or choose another --out.",
-        errno.EDQUOT: "your quota is used up: free some space, or choose another --out.",
+        errno.ENOSPC: f"the disk is full: free some space, or {otherwise}.",
+        errno.EDQUOT: f"your quota is used up: free some space, or {otherwise}.",
     }
     return OutputError(
         f"{error.filename or path}: {error.strerror or error}. Nothing was left behind.",
-        hint=hints.get(error.errno or 0, "choose another --out."),
+        hint=hints.get(error.errno or 0, f"{otherwise}."),
     )
 
 
@@ -212,7 +220,7 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
         sync_folder(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise output_error(error, folder) from error
+        raise output_error(error, folder, WRITABLE) from error
 
 
 def read(path: Path) -> tuple[Manifest, Path]:

@@ -24,6 +24,7 @@ from ..ir.ops import ATTENTION
 from ..ir.program import Lowered, module_path, shape
 from ..ir.quantize import FP8
 from ..ir.source import Codes
+from ..words import near
 
 LINEAR: Final = torch.ops.aten.linear.default
 ALONE: Final = "only its weight is codes"
@@ -60,7 +61,10 @@ def choose(
     chosen = [node for node, why in reasons.items() if why is None]
     if not chosen:
         found = sorted({one.reason for one in kept}) or ["there is none"]
-        raise CannotConvert(f"--quantize: no linear layer can be quantized: {'; '.join(found)}.")
+        raise CannotConvert(
+            f"--quantize: no linear layer can be quantized: {'; '.join(found)}.",
+            hint="leave --quantize out" + (", or keep fewer layers." if keep else "."),
+        )
     return chosen, kept
 
 
@@ -73,7 +77,7 @@ def _reasons(
         if not any(fnmatchcase(module_path(node), pattern) for node in (*nodes, *attentions)):
             raise UsageError(
                 f"--keep {pattern}: there is no linear layer, and no attention, of such a path.",
-                hint=f"such as {module_path(nodes[0])}." if nodes else None,
+                hint=near(pattern, [module_path(node) for node in nodes]),
             )
     has_blocks = any(is_in_a_block(node) for node in nodes)
     reasons = {node: _why_kept(node, program, keep, has_blocks) for node in nodes}

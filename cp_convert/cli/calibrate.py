@@ -31,7 +31,7 @@ from . import options
 )  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace the file.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="SECONDS",
+    "--timeout", type=options.Seconds(), default=60.0, show_default=True, metavar="SECONDS",
     help="End all when a GPU's process says nothing for so long.",
 )  # fmt: skip
 @options.common

@@ -91,7 +91,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
     "the example's. Repeatable.",
 )  # fmt: skip
 @click.option(
-    "--max-loss", type=float, metavar="SHARE",
+    "--max-loss", type=options.Finite(), metavar="SHARE",
     help="Refuse what quantization costs beyond this share of the output (root mean square).",
 )  # fmt: skip
 @options.float32(
@@ -196,7 +196,10 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )
 @click.option("--no-cache", is_flag=True, help="Make everything anew, and keep nothing.")
 @click.option("--no-proof", is_flag=True, help="The same as --proof none.")
-@click.option("--rtol", type=float, help="Relative error to allow, instead of the derived bound.")
+@click.option(
+    "--rtol", type=options.Finite(),
+    help="Relative error to allow, instead of the derived bound.",
+)  # fmt: skip
 @click.option(
     "--unsafe-groups", is_flag=True,
     help="Let collectives name a part of the ranks (usp, models with groups of their own) although "

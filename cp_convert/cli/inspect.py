@@ -15,7 +15,7 @@ from . import options
 @click.command("inspect", context_settings=options.SETTINGS)
 @options.bundle
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--html", type=options.Page(), metavar="FILE",
     help="Write it as a page with charts to this file as well.",
 )  # fmt: skip
 @click.option("--variant", metavar="NAME", help="Show this one of the bundle's variants.")

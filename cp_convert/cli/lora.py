@@ -14,7 +14,7 @@ from . import options
 @options.bundle
 @click.argument("file", type=click.Path(path_type=Path), required=False)
 @click.option(
-    "--scale", type=float, default=1.0, show_default=True,
+    "--scale", type=options.Finite(), default=1.0, show_default=True,
     help="The set's strength where `run --lora` names none.",
 )  # fmt: skip
 @click.option("--as", "name", metavar="NAME", help="What the set is called.  [default: the file]")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -135,14 +135,18 @@ def _blamed(where: str) -> Iterator[None]:
 
 
 def _check_apart(jobs: list[Job], path: Path) -> None:
-    known: dict[Path, int] = {}
-    for index, job in enumerate(jobs):
-        first = known.setdefault(job.out.absolute(), index)
-        if first != index:
-            raise UsageError(
-                f"--matrix {path}: jobs {first + 1} and {index + 1} both write to {job.out}.",
-                hint="give one of them another `out`.",
-            )
+    folders = [job.out.resolve() for job in jobs]
+    for (first, one), (second, other) in combinations(enumerate(folders), 2):
+        if one == other:
+            what = f"both write to {jobs[second].out}"
+        elif one in other.parents or other in one.parents:
+            what = f"write to {jobs[first].out} and {jobs[second].out}, one within the other"
+        else:
+            continue
+        raise UsageError(
+            f"--matrix {path}: jobs {first + 1} and {second + 1} {what}.",
+            hint="give one of them another `out`.",
+        )
 
 
 def run(jobs: list[tuple[Job, Backend]], path: Path, summary: Path | None, screen: Screen) -> int:

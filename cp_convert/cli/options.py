@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -72,6 +73,42 @@ class Numbers(click.ParamType[tuple[int, ...]]):
         if not all(word.isdecimal() for word in words):
             self.fail(f"{value!r} is no list of numbers; write 1,2,4.", param, ctx)
         return tuple(map(int, words))
+
+
+class Finite(click.FloatRange):
+    """A number within a range, infinity and NaN being none."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        found = super().convert(value, param, ctx)
+        if not isfinite(found):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return float(found)
+
+
+class Seconds(Finite):
+    """A time to wait for others: what the system's clocks can count."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1e6)
+
+
+class Page(click.Path):
+    """A file for a page; what cannot be one is told before anything is done."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; no manifest, and no model, is written over by mistake."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if path.suffix.lower() not in (".html", ".htm"):
+            self.fail(f"{path}: the name of a page ends in .html.", param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"there is no folder {path.absolute().parent}.", param, ctx)
+        return path
 
 
 class Range(click.ParamType[Span]):

@@ -40,7 +40,7 @@ from . import options
     callback=lambda _ctx, _parameter, name: () if name is None else (name,),
 )  # fmt: skip
 @click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False),
+    "--html", type=options.Page(),
     help="Write a page with charts to this file as well.",
 )  # fmt: skip
 @options.common
@@ -77,7 +77,7 @@ def command(
         from ..show.page import page  # late: not every plan has one
 
         try:
-            html.write_text(page(forecasted))
+            html.write_text(page(forecasted), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--html {html}: {error.strerror}.") from error
     planned(screen, forecasted)

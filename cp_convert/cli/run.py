@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ from . import options
     "first]",
 )  # fmt: skip
 @click.option(
-    "--step-cache", "step_cache", type=click.FloatRange(0), metavar="THRESHOLD",
+    "--step-cache", "step_cache", type=options.Finite(0), metavar="THRESHOLD",
     help="Skip the pieces between the first and the last where the first adds nearly what it did "
     "before. With --repeat every forward after the first is skipped, as inputs are the same.",
 )  # fmt: skip
@@ -74,7 +74,7 @@ from . import options
     help="Compare what is read with the manifest's SHA-256.",
 )  # fmt: skip
 @click.option(
-    "--timeout", type=click.FloatRange(1), metavar="SECONDS",
+    "--timeout", type=options.Seconds(), metavar="SECONDS",
     help="All ranks are ended when one says nothing for so long.  [default: 60; 600 with "
     "--compile, as the first forward compiles]",
 )  # fmt: skip
@@ -109,7 +109,7 @@ def command(
     manifest, folder = bundles.read(bundle)
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
-    _check_given(manifest, inputs, outputs, rest["variant"], rest["step_cache"])
+    _check_given(manifest, inputs, outputs, folder, rest)
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
@@ -125,7 +125,7 @@ def command(
             reports = _run(manifest, request, place, Path(scratch), screen)
             if place is not None and place.rank:
                 return
-            checked = _checked(manifest, request)
+            checked = _checked(manifest, request, reports[0]["executor"])
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
         ran(screen, manifest, reports, checked, outputs, sets, _variant(manifest, request))
@@ -154,19 +154,31 @@ def _check_given(
     manifest: Manifest,
     inputs: Path | None,
     outputs: Path | None,
-    variant: str | None,
-    step_cache: float | None,
+    folder: Path,
+    rest: Mapping[str, Any],
 ) -> None:
     """What would fail after minutes is told before."""
-    _check_steps(step_cache, manifest)
-    if variant is not None:
-        variant_of(manifest, variant)  # there is one
+    _check_steps(rest["step_cache"], manifest)
+    if rest["variant"] is not None:
+        variant_of(manifest, rest["variant"])  # there is one
+    _check_outputs(outputs, folder)
     if inputs is not None and not inputs.is_file():
         raise UsageError(f"--inputs: there is no file {inputs}.")
-    if outputs is not None and not outputs.absolute().parent.is_dir():
+
+
+def _check_outputs(outputs: Path | None, bundle: Path) -> None:
+    """A file that can be written, and is none of the bundle's."""
+    if outputs is None:
+        return
+    if not outputs.absolute().parent.is_dir():
         raise UsageError(f"--outputs: there is no folder {outputs.absolute().parent}.")
-    if outputs is not None and outputs.is_dir():
+    if outputs.is_dir():
         raise UsageError(f"--outputs: {outputs} is a folder.", hint="name a file in it.")
+    if bundle.resolve() in outputs.resolve().parents:
+        raise UsageError(
+            f"--outputs {outputs}: it lies in the bundle, whose files are what was proven.",
+            hint="name a file elsewhere.",
+        )
 
 
 def _check_steps(threshold: float | None, manifest: Manifest) -> None:
@@ -209,13 +221,13 @@ def _run(
         return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
 
 
-def _checked(manifest: Manifest, request: dict[str, Any]) -> Any:
+def _checked(manifest: Manifest, request: dict[str, Any], by: str) -> Any:
     """The outputs against the dense model, where that is wanted."""
     if not request["check"]:
         return None
     from ..runtime.dense import compare  # late: torch
 
-    return compare(manifest, request)
+    return compare(manifest, request, by)
 
 
 def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:

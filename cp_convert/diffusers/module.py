@@ -104,7 +104,10 @@ class Transformer(Refusing, nn.Module):
     def _bound(self, arguments: Mapping[str, Any]) -> tuple[str | None, dict[str, Tensor]]:
         """The variant that the arguments have the shapes of, and its inputs."""
         several = len(self._manifests) > 1
-        variant = fitting(self._manifests, arguments) if several else next(iter(self._manifests))
+        if several:
+            variant = fitting(self._manifests, arguments, has_defaults=True)
+        else:
+            variant = next(iter(self._manifests))
         return variant, self._arguments(variant).bound(arguments)
 
     def _run(self, variant: str | None, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

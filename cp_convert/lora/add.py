@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from .. import bundle as bundles
-from ..bundle.folder import output_error, replace_manifest
+from ..bundle.folder import WRITABLE, output_error, replace_manifest
 from ..bundle.lock import alone
 from ..bundle.manifest import LoraSet, Manifest
 from ..bundle.stored import SET_NAME
@@ -25,6 +25,9 @@ from .constants import check_constants
 from .read import read
 from .targets import changes_of, parameters
 from .write import write
+
+_LONGEST: Final = 100
+"""Of a set's name, which is that of files, and file systems want these short."""
 
 
 class Added(NamedTuple):
@@ -131,18 +134,22 @@ def _check_external(manifest: Manifest) -> None:
 
 def _name(given: str | None, file: Path) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", file.stem).lstrip(".-") if given is None else given
-    if re.fullmatch(SET_NAME, name) is None:
+    if re.fullmatch(SET_NAME, name) is None or len(name) > _LONGEST:
         raise UsageError(
-            f"{name!r} is no name of a set: letters, digits, and _ . - behind the first.",
+            f"{name!r} is no name of a set: up to {_LONGEST} letters, digits, and _ . - behind the "
+            "first.",
             hint="--as NAME.",
         )
     return name
 
 
 def _check_free(manifest: Manifest, name: str) -> None:
-    if any(one.name == name for one in manifest.lora):
+    for one in manifest.lora:
+        if one.name.lower() != name.lower():
+            continue
+        capitals = "" if one.name == name else ", and not every file system tells capitals apart"
         raise UsageError(
-            f"the bundle already has a LoRA set {name}.",
+            f"the bundle already has a LoRA set {one.name}{capitals}.",
             hint="--as gives another name; --remove removes a set.",
         )
 
@@ -190,4 +197,4 @@ def _locked(folder: Path) -> Iterator[None]:
         with alone(folder.resolve()):
             yield
     except OSError as error:
-        raise output_error(error, folder) from error
+        raise output_error(error, folder, WRITABLE) from error

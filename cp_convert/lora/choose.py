@@ -28,11 +28,14 @@ def chosen(manifest: Manifest, asked: Asked) -> dict[str, float]:
         UsageError: there is no such set, a strength is no number, or sets cannot be added.
     """
     found: dict[str, float] = {}
-    for name, strength in sorted(_plain(asked).items()):
+    for name, strength in sorted(_plain(asked).items(), key=lambda one: str(one[0])):
         own = set_of(manifest, name)
-        found[name] = own.scale if strength is None else float(strength)
-        if not isfinite(found[name]):
-            raise UsageError(f"the strength of {name} is {strength}, which is no finite number.")
+        strength = own.scale if strength is None else strength
+        # A caller's value may be anything; who fails alone has the other ranks wait.
+        is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
+        if not is_number or not isfinite(strength):
+            raise UsageError(f"the strength of {name} is {strength!r}, which is no finite number.")
+        found[name] = float(strength)
     alone = [name for name in found if "dora" in set_of(manifest, name).kinds]
     if alone and len(found) > 1:
         raise UsageError(
@@ -48,7 +51,13 @@ def _plain(asked: Asked) -> dict[str, float | None]:
         return {}
     if isinstance(asked, Mapping):
         return dict(asked)
-    return dict.fromkeys([asked] if isinstance(asked, str) else asked)
+    if isinstance(asked, str):
+        return {asked: None}
+    if not isinstance(asked, Iterable):
+        raise UsageError(
+            f"{asked!r} is no LoRA set.", hint='"style", ["style", "other"] or {"style": 0.5}.'
+        )
+    return dict.fromkeys(asked)
 
 
 def _other(names: Iterable[str], one: str) -> str:

@@ -96,6 +96,8 @@ def _check_names(file: Path, parsed: Parsed) -> None:
         )
     if parsed.modules:
         return
+    if not parsed.others and not parsed.unknown:
+        raise _bad(file, "it holds no tensors")
     if parsed.others:
         raise _bad(
             file,
@@ -106,7 +108,9 @@ def _check_names(file: Path, parsed: Parsed) -> None:
     raise _bad(
         file,
         f"it is no LoRA: no name ends as a factor's does ({some(parsed.unknown)})",
-        "a LoRA's names end in .lora_A.weight, .lora_down.weight, .lokr_w1 or the like.",
+        "known are LoRA, DoRA and LoKr, whose names end in .lora_A.weight, .lora_down.weight, "
+        ".lokr_w1 or the like; fuse another kind with the tool that it was trained with, and "
+        "convert the result.",
     )
 
 
@@ -119,6 +123,8 @@ def _tensors(file: Path, stored: Mapping[str, Location], parsed: Parsed) -> dict
             if at.dtype is None or not (at.dtype.is_floating_point or name.endswith("alpha")):
                 raise _bad(file, f"{name} is stored as {at.kind}, and factors are floating numbers")
             found[name] = tensor_at(at, pages)
+            if not found[name].numel():
+                raise _bad(file, f"{name} holds no numbers: it is {list(found[name].shape)}")
             if not is_finite(found[name]):
                 raise _bad(file, f"{name} holds NaN or infinity")
     next(iter(stored.values())).check_unchanged()

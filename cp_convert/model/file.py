@@ -104,7 +104,8 @@ def _inputs(
     python: ModuleType, path: Path, told: Mapping[str, Any], module: nn.Module
 ) -> dict[str, Any]:
     given = _call(python, "example_inputs", path, **told)
-    return inputs_from(given, Blame(path, "example_inputs", python.example_inputs), module)
+    blame = Blame(path, "example_inputs", python.example_inputs, _listed(told))
+    return inputs_from(given, blame, module)
 
 
 def _takes_rank(python: ModuleType) -> bool:
@@ -192,9 +193,12 @@ def _call(python: ModuleType, name: str, path: Path, **arguments: Any) -> Any:
             "give defaults; only build_model(rank) is told something, once for every rank, and "
             "example_inputs() what variants names.",
         )
-    listed = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    with _blamed_on(path, f"{name}({listed})"):
+    with _blamed_on(path, f"{name}({_listed(arguments)})"):
         return function(**arguments)
+
+
+def _listed(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
 class _Asked(Exception):

@@ -11,9 +11,11 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import WeightsError
+from torch import Tensor
+
+from ..errors import UsageError, WeightsError
 from ..files import file_state
-from ..ir.tensors import FLOAT8, SAFETENSORS, Location
+from ..ir.tensors import FLOAT8, SAFETENSORS, Location, mapped
 
 AGAIN: Final = "the file is probably truncated; fetch it again."
 _LARGEST: Final = 100_000_000
@@ -97,6 +99,24 @@ def read_header(file: Path) -> dict[str, Location]:
     ordered = dict(sorted(found.items(), key=lambda item: (item[1].offset, item[1].size)))
     _check_cover(file, ordered, 8 + length, size)
     return ordered
+
+
+def given_tensors(file: Path, option: str) -> dict[str, Tensor]:
+    """All tensors of a file of inputs; their numbers are read when they are used.
+
+    Args:
+        file: as it was named.
+        option: by which.
+
+    Raises:
+        UsageError: see :func:`read_header`.
+    """
+    try:
+        read_header(file)
+        return mapped(file)
+    except WeightsError as error:
+        told = f"{option}: {error.message}"
+        raise UsageError(told, where=error.where, hint=error.hint) from error
 
 
 def _bad(file: Path, reason: str, hint: str = AGAIN) -> WeightsError:

@@ -150,6 +150,13 @@ def _low_rank(
     (down, columns), (rows, up) = (
         stored[name].shape if len(stored[name].shape) == 2 else (0, 0) for name in names
     )
+    for name in names:
+        if stored[name].dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise WeightsError(
+                f"{name} of {at.file.name} is {stored[name].kind}; a low rank is in BF16 or wider.",
+                where=str(at.file),
+                hint="the checkpoint is broken; fetch or export it again.",
+            )
     values = [numbers_at(stored[name]) for name in names]
     if (rows, columns) != shape or down != up or not all(bool(v.isfinite().all()) for v in values):
         raise WeightsError(

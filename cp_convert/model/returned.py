@@ -29,11 +29,13 @@ class Blame:
         path: the model file.
         name: of the function.
         function: itself.
+        given: what it was called with, in words.
     """
 
     path: Path
     name: str
     function: Any = None
+    given: str = ""
 
     @property
     def where(self) -> str:
@@ -44,7 +46,7 @@ class Blame:
 
     def error(self, text: str, hint: str | None = None) -> ModelFileError:
         """A complaint about what the function returned."""
-        return ModelFileError(f"{self.name}() {text}", where=self.where, hint=hint)
+        return ModelFileError(f"{self.name}({self.given}) {text}", where=self.where, hint=hint)
 
 
 def model_from(value: Any, blame: Blame) -> nn.Module:

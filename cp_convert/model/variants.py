@@ -21,7 +21,7 @@ from ..words import near
 
 _HINT: Final = (
     'variants = {"square": {}, "wide": {"width": 1360}}: what example_inputs() is called with for '
-    "each; letters, digits and _.- make a name."
+    "each; up to 100 letters, digits and _.- make a name."
 )
 
 
@@ -85,6 +85,13 @@ def _checked(told: Any, path: Path) -> dict[str, Mapping[str, Any]]:
     for name in told:
         if not isinstance(name, str) or not VARIANT_NAME.fullmatch(name):
             raise ModelFileError(f"variants: {name!r} is no name.", where=str(path), hint=_HINT)
+        if odd := [key for key in told[name] if not isinstance(key, str)]:
+            raise ModelFileError(
+                f"variants: {name!r} has {odd[0]!r} where an argument of example_inputs() should "
+                "be named.",
+                where=str(path),
+                hint=_HINT,
+            )
     lower = [name.lower() for name in told]
     for name in told:
         if lower.count(name.lower()) > 1:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
@@ -18,43 +19,62 @@ from ..errors import UsageError
 from ..ir import attention8
 from ..ir.attention8 import Steps
 from ..ir.nvfp4 import quantize_dequantize_blocks
-from ..ir.program import Executable, Lowered
+from ..ir.program import Binding, Executable, Lowered
 from ..ir.quantize import STEP, dequantize, quantize, token_step
 from ..ir.source import Codes
-from ..ir.tensors import mapped
+from ..ir.tensors import is_finite
+from ..model.header import given_tensors
 from .device import Mover
 from .lockstep import PerRank, run
 from .measure import CPU
 
 Inputs = Mapping[str, Tensor]
+CALIBRATION: Final = "--calibration"
 
 
 def sets_of(program: Executable, example: Inputs, files: Sequence[Path]) -> Iterator[Inputs]:
     """The example's inputs, and those of every file: all of the program's, of the same shapes.
 
     Raises:
-        UsageError: a file lacks an input, has one too many, or one of another shape.
-        WeightsError: it is no safetensors file.
+        UsageError: a file lacks an input, has one too many, or one of another shape or type, or is
+            no safetensors file.
     """
     yield example
     for file in files:
-        found = mapped(file)
+        found = given_tensors(file, CALIBRATION)
         wanted = {b.name: b for b in program.inputs}
         lacking, other = wanted.keys() - found.keys(), found.keys() - wanted.keys()
         if lacking or other:
             what = [f"lacks {', '.join(sorted(lacking))}"] if lacking else []
             what += [f"has {', '.join(sorted(other))}, which are no inputs"] if other else []
             raise UsageError(
-                f"--calibration {file} {' and '.join(what)}.",
+                f"{CALIBRATION} {file} {' and '.join(what)}.",
                 hint=f"the model's inputs are {', '.join(wanted)}.",
             )
-        for name, tensor in found.items():
-            if tuple(tensor.shape) != wanted[name].shape:
-                raise UsageError(
-                    f"--calibration {file}: {name} is {list(tensor.shape)}, and the example's is "
-                    f"{list(wanted[name].shape)}."
-                )
-        yield {name: tensor.to(wanted[name].dtype) for name, tensor in found.items()}
+        yield {name: _taken(tensor, wanted[name], file) for name, tensor in found.items()}
+
+
+def _taken(tensor: Tensor, wanted: Binding, file: Path) -> Tensor:
+    """An input of a file, in the program's type."""
+    given = f"{CALIBRATION} {file}: {wanted.name}"
+    if tuple(tensor.shape) != wanted.shape:
+        raise UsageError(
+            f"{given} is {list(tensor.shape)}, and the example's is {list(wanted.shape)}.",
+            hint="every set of inputs has the shapes of example_inputs().",
+        )
+    if tensor.is_floating_point() and not is_finite(tensor):
+        raise UsageError(
+            f"{given} holds NaN or infinity.", hint="save what the model was called with."
+        )
+    own = tensor.to(wanted.dtype)
+    kinds = (tensor.is_floating_point(), own.is_floating_point())
+    if kinds[0] != kinds[1] and not torch.equal(own.to(tensor.dtype), tensor):
+        raise UsageError(
+            f"{given} is {str(tensor.dtype).removeprefix('torch.')}, and its numbers are none in "
+            f"the example's {str(own.dtype).removeprefix('torch.')}.",
+            hint="save what the model was called with.",
+        )
+    return own
 
 
 def largest_inputs(
@@ -72,7 +92,9 @@ def largest_of(
 
     def watch(node: fx.Node, values: PerRank) -> None:
         if node.name in found:
-            found[node.name] = max(found[node.name], float(values[0].abs().max()))
+            now, before = float(values[0].abs().max()), found[node.name]
+            # NaN is no less than anything, and stays: who has no range is refused by its name.
+            found[node.name] = before if now <= before or isnan(before) else now
 
     mover = Mover(device)
     moved = mover.program(program)

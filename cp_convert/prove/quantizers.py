@@ -241,6 +241,6 @@ def check_loss(codes: Codes, allowed: float | None) -> None:
         raise ProofFailed(
             f"quantization costs {codes.loss.rms:.1e} of the output (root mean square), and "
             f"--max-loss allows {allowed:.1e}.",
-            hint="exchange less in 8 bits (--exchange int8:kv), keep more layers as they are "
-            "(--keep), or allow more.",
+            hint="allow more; or, where --quantize is given, keep more layers as they are "
+            "(--keep), and where --exchange is, send less by it (int8:kv).",
         )

@@ -132,15 +132,24 @@ def check_same(
             )
 
 
-def fitting(manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any]) -> Name:
+def fitting(
+    manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any], *, has_defaults: bool = False
+) -> Name:
     """The variant with the inputs that these arguments are, by their shapes.
 
     Where several have these shapes it is the one with these values among those that are part of
     the engines. What the model takes and in which types, and other values, is the same in all
     variants: that is looked at when one is found.
 
+    Args:
+        manifests: of each variant alone, by name.
+        arguments: of the call.
+        has_defaults: what is left out is a default, which is looked at later; else nobody knows
+            what it would be.
+
     Raises:
-        UsageError: there is none; the nearest is named, with the dimensions that differ.
+        UsageError: there is none, and the nearest is named, with the dimensions that differ; or
+            what tells several apart was left out.
     """
     values = {name: dict(leaves(whole, name)) for name, whole in arguments.items()}
     if isinstance(manifests, AllSizes):
@@ -148,7 +157,9 @@ def fitting(manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any]) ->
     misfits = {name: _misfits(one, values) for name, one in manifests.items()}
     fit = [name for name, found in misfits.items() if not found]
     if len(fit) > 1:
-        return next((name for name in fit if _has_values(manifests[name], values)), fit[0])
+        fit = [name for name in fit if _has_values(manifests[name], values)] or fit[:1]
+    if len(fit) > 1 and not has_defaults:
+        _check_told_apart({name: manifests[name] for name in fit}, values)
     if fit:
         return fit[0]
     nearest = min(misfits, key=lambda name: sum(one.distance for one in misfits[name]))
@@ -158,6 +169,20 @@ def fitting(manifests: Mapping[Name, Manifest], arguments: Mapping[str, Any]) ->
         hint=f"the bundle has {', '.join(map(str, manifests))}. An engine's shapes are fixed: run "
         "at one of these sizes, or convert again with one variant more.",
     )
+
+
+def _check_told_apart(manifests: Mapping[Name, Manifest], values: Values) -> None:
+    """Refuse a choice among variants that differ in what was not given."""
+    inside = [{(f.name, f.value, f.sha256) for f in one.frozen} for one in manifests.values()]
+    every = [one for held in inside for one in held]
+    odd = {one for one in every if not all(one in held for held in inside)}
+    lacking = sorted({name.partition(".")[0] for name, *_ in odd} - values.keys())
+    if lacking:
+        raise UsageError(
+            f"the variants {' and '.join(map(str, manifests))} have these inputs; they differ in "
+            f"{', '.join(lacking)}, which was left out.",
+            hint="give it; or name the variant, by --variant or variant=.",
+        )
 
 
 Values = Mapping[str, Mapping[str, Any]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import torch
@@ -29,7 +29,7 @@ from .given import asked_variant, given_inputs
 from .session import Request
 
 
-def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
+def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str, Any]:
     """How far the outputs that rank 0 wrote are from the dense model's on the same inputs.
 
     The bound is the proof's: twice what the dense model itself loses in the bundle's precision,
@@ -38,6 +38,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         manifest: of the bundle.
         request: of the run; its ``outputs`` are there.
+        by: which executor ran it.
 
     Returns:
         ``error`` and ``bound``, or the ``reason`` why there is nothing to compare with.
@@ -70,10 +71,19 @@ def compare(manifest: Manifest, request: Mapping[str, Any]) -> dict[str, Any]:
         raise RunFailed(
             f"the ranks together return something else than the dense model: relative error "
             f"{error.max:.1e} (bound {bound.max:.1e}).",
-            hint="the engines or weights are not those that were proven, or the run-time computes "
-            "them differently; --executor torch tells the two apart.",
+            hint=_NOT_TORCHS if by == "torch" else _NOT_THE_ENGINES,
         )
     return {"reason": None, "error": error.max, "bound": bound.max}
+
+
+_NOT_THE_ENGINES: Final = (
+    "the engines or weights are not those that were proven, or the run-time computes them "
+    "differently; --executor torch tells the two apart."
+)
+_NOT_TORCHS: Final = (
+    "torch ran the stored program, so no engine is at fault: program or weights are not those that "
+    "were proven, or the model's file builds others each time; `cp-convert verify` looks at them."
+)
 
 
 def _with_loss(bound: Error, manifest: Manifest) -> Error:

@@ -57,6 +57,8 @@ class Executor(Protocol):
     def use_lora(self, asked: Asked) -> None:
         """Bind the weights with these LoRA sets, or without any; collective.
 
+        A step cache forgets its steps, which other weights have computed.
+
         Args:
             asked: the names of sets, each at the strength that it was added with, or a mapping
                 that tells another; ``None``: the weights that the bundle was made with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from ..bundle.manifest import Manifest
 from ..bundle.sizes import at_size
 from ..bundle.variants import variant_of
 from ..errors import UsageError
-from ..ir.tensors import mapped
+from ..model.header import given_tensors
 from .arguments import check_tensor, inputs_of
 from .choice import fitting, views_of
+
+INPUTS: Final = "--inputs"
+"""The option by which files are named."""
 
 
 def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Manifest:
@@ -25,8 +29,8 @@ def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Man
         file: a safetensors file of inputs.
 
     Raises:
-        UsageError: there is no such variant, or none has such inputs.
-        WeightsError: the file is no safetensors file.
+        UsageError: there is no such variant, none has such inputs, or the file is no safetensors
+            file.
     """
     if name is not None:
         return variant_of(manifest, name)
@@ -35,7 +39,7 @@ def asked_variant(manifest: Manifest, name: str | None, file: str | None) -> Man
     views = views_of(manifest)
     if len(views) == 1 or file is None:
         return next(iter(views.values()))
-    return views[fitting(views, mapped(Path(file)))]
+    return views[fitting(views, given_tensors(Path(file), INPUTS))]
 
 
 def given_inputs(manifest: Manifest, file: str | None, seed: int) -> dict[str, Tensor]:
@@ -47,12 +51,12 @@ def given_inputs(manifest: Manifest, file: str | None, seed: int) -> dict[str, T
         seed: of random numbers.
 
     Raises:
-        UsageError: the file lacks an input, has one too many, or of another shape or type.
-        WeightsError: it is no safetensors file.
+        UsageError: the file lacks an input, has one too many, or of another shape or type, or is
+            no safetensors file.
     """
     if file is None:
         return random_inputs(manifest, seed)
-    wanted, found = inputs_of(manifest), mapped(Path(file))
+    wanted, found = inputs_of(manifest), given_tensors(Path(file), INPUTS)
     lacking = [name for name in wanted if name not in found]
     other = [name for name in found if name not in wanted]
     if lacking or other:

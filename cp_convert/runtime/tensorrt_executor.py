@@ -267,6 +267,8 @@ class TensorRTExecutor:
         for call in (call for calls in self._calls.values() for call in calls):
             call.bind(changed)
         self._weights = found
+        if self.steps is not None:
+            self.steps.reset()
 
     def close(self) -> None:
         """Graph, context, engine, run-time, in that order; the communicator is its owner's."""

@@ -104,6 +104,8 @@ class TorchExecutor:
     def use_lora(self, asked: Asked) -> None:
         """See :class:`.executors.Executor`."""
         self._weights = {**self._sets.bound, **self._sets.tensors(asked)}
+        if self.steps is not None:
+            self.steps.reset()
 
     def close(self) -> None:
         """Free the weights, and graphs that read them."""

@@ -22,8 +22,9 @@ class Screen:
     def __init__(self, *, as_json: bool = False, verbosity: int = 0) -> None:
         self.as_json = as_json
         self.verbosity = verbosity
-        self.out = Console(highlight=False)
-        self.err = Console(stderr=True, highlight=False)
+        # Without emoji: `a:b:c` are a user's words, and no letter in a box.
+        self.out = Console(highlight=False, emoji=False)
+        self.err = Console(stderr=True, highlight=False, emoji=False)
 
     def document(self, value: object) -> None:
         """Print ``value`` as the one JSON document."""

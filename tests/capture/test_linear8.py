@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from functools import cache
+from math import isnan
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
@@ -16,7 +19,7 @@ from cp_convert.errors import CannotConvert, UsageError
 from cp_convert.ir.program import Lowered, module_path
 from cp_convert.ir.quantize import FP8, LARGEST, QUANTIZE_DEQUANTIZE
 from cp_convert.prove import flat_inputs
-from cp_convert.prove.calibrate import largest_inputs, losses
+from cp_convert.prove.calibrate import largest_inputs, losses, sets_of
 from cp_convert.prove.lockstep import run
 from tests.conftest import table
 
@@ -206,6 +209,39 @@ def test_ranges_are_those_of_all_sets_of_inputs() -> None:
     larger = {name: 4 * x for name, x in flat.items()}
     once, both = (largest_inputs(program(), chosen, sets) for sets in ([flat], [flat, larger]))
     assert all(both[name] > 2 * once[name] for name in once)
+
+
+def test_a_range_that_is_none_stays_so_whatever_else_flows() -> None:
+    chosen, _ = choose(program())
+    flat = flat_inputs(program(), inputs())
+    odd = {name: x * float("nan") for name, x in flat.items()}
+    for sets in ([flat, odd], [odd, flat]):
+        assert all(isnan(x) for x in largest_inputs(program(), chosen, sets).values())
+
+
+SETS: dict[str, tuple[str, Any, str]] = {
+    "NaN": ("x", lambda x: x * float("nan"), "x holds NaN or infinity"),
+    "infinity": ("vector", lambda x: x / 0, "vector holds NaN or infinity"),
+    "shape": ("x", lambda x: x[:, :8], r"x is \[1, 8, 16\], and the example's is \[1, 24, 16\]"),
+    "another name": ("y", lambda _: torch.ones(1), "has y, which are no inputs"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "told"), SETS.values(), ids=SETS)
+def test_files_that_are_no_sets_of_inputs(
+    name: str, change: Any, told: str, tmp_path: Path
+) -> None:
+    flat, file = flat_inputs(program(), inputs()), tmp_path / "a.safetensors"
+    given = dict(flat)
+    save_file(given, file)
+    assert len(list(sets_of(program(), flat, [file]))) == 2
+    given[name] = change(flat.get(name))
+    save_file({key: x.contiguous() for key, x in given.items()}, file)
+    with pytest.raises(UsageError, match=told):
+        list(sets_of(program(), flat, [file]))
+    file.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(UsageError, match=r"--calibration: a\.safetensors is PyTorch's pickle"):
+        list(sets_of(program(), flat, [file]))
 
 
 def test_an_input_of_zeros_has_no_scale() -> None:

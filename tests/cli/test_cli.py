@@ -121,6 +121,13 @@ def test_verify_answers_by_exit_code(cp_convert: Run, tmp_path: Path) -> None:
         (["model.py", "-s", "ring", "-w", "2", "-p", "fp15"], "Did you mean fp16?"),
         (["flux.1-dev", "--tiny", "--resolution", "1024x1025"], "no resolution '1024x1025'"),
         (["model.py", "-s", "ring", "-w", "2", "--hardware", "h20"], "--hardware h20"),
+        (["inspect", "x", "--html", "manifest.json"], "the name of a page ends in .html"),
+        (["plan", "flux.1-dev", "--html", "absent/a.html"], "there is no folder"),
+        (["run", "x", "--timeout", "nan"], "nan is no finite number"),
+        (["run", "x", "--timeout", "1e12"], "not in the range"),
+        (["run", "x", "--step-cache", "inf"], "inf is no finite number"),
+        (["model.py", "-s", "ring", "-w", "2", "--max-loss", "nan"], "nan is no finite number"),
+        (["model.py", "-s", "ring", "-w", "2", "--dynamic", "n=a:b:"], "--dynamic n=a:b:: it is"),
     ],
 )
 def test_usage_errors_exit_2_with_one_message(

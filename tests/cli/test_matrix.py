@@ -129,6 +129,9 @@ def test_flags_win_over_the_file_and_the_file_over_nothing(run: Run, model_file:
 HEAD = 'model = "model.py"\nworld = 2\n'
 
 
+TWO = 2 * '[[job]]\nstrategy = "ring"\nout = "{}"\n'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -148,6 +151,8 @@ HEAD = 'model = "model.py"\nworld = 2\n'
         (HEAD + '[[job]]\nmodel = "absent.py"\nstrategy = "ring"', "there is no file absent.py"),
         (HEAD + '[matrix]\nstrategy = ["ring", "ring"]', "jobs 1 and 2 both write to"),
         (HEAD + '[[job]]\nstrategy = "ring"\nworld = 0', "job 1: --world 0"),
+        (HEAD + TWO.format("a", "./b/../a"), "jobs 1 and 2 both write to"),
+        (HEAD + TWO.format("a", "a/b"), "jobs 1 and 2 write to a and a/b, one within the other"),
         ("model = ", "is not valid TOML"),
     ],
 )

@@ -18,6 +18,7 @@ from cp_convert import bundle as bundles
 from cp_convert import runtime
 from cp_convert.bundle.difference import differences
 from cp_convert.bundle.folder import replace_manifest
+from cp_convert.bundle.manifest import BundleFile, LoraSet
 from cp_convert.cli import cli
 from cp_convert.errors import ConvertError, DamagedBundle, OutputError, UsageError, WeightsError
 from cp_convert.lora import write
@@ -157,6 +158,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[ConvertError], str]] = {
     "program": (without_program, {}, UsageError, r"constants\.cat\w* was computed from weights"),
     "slash": (None, {"name": "a/b"}, UsageError, r"'a/b' is no name of a set"),
     "up": (None, {"name": ".."}, UsageError, r"'\.\.' is no name of a set"),
+    "long": (None, {"name": "a" * 101}, UsageError, r"is no name of a set: up to 100"),
     "scale": (None, {"scale": float("nan")}, UsageError, "nan: not a finite number"),
     "weights": (other_weights, {}, DamagedBundle, "holds other numbers for"),
 }
@@ -200,8 +202,9 @@ def test_a_name_that_is_taken(made: Bundles, tmp_path: Path) -> None:
     file, _ = lora_of(made("flux"), tmp_path)
     add(bundle, file)
     before = (bundle / "manifest.json").read_bytes()
-    with pytest.raises(UsageError, match="already has a LoRA set a"):
-        add(bundle, file)
+    for name in ("a", "A"):
+        with pytest.raises(UsageError, match="already has a LoRA set a"):
+            add(bundle, file, name=name)
     assert (bundle / "manifest.json").read_bytes() == before
 
 
@@ -214,8 +217,9 @@ def test_a_failure_half_way_leaves_what_was_there(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(write, "write_factors", full)
-    with pytest.raises(OutputError, match="No space left"):
+    with pytest.raises(OutputError, match="No space left") as refused:
         add(bundle, lora_of(made("flux"), tmp_path)[0])
+    assert "--out" not in (refused.value.hint or "--out")
     assert bundles.read(bundle)[0].lora == []
     assert not list((bundle / "lora").iterdir())
 
@@ -268,6 +272,17 @@ def test_dora_is_used_alone(made: Bundles, tmp_path: Path) -> None:
     assert chosen(manifest, {"dora": 0.5}) == {"dora": 0.5}
     with pytest.raises(UsageError, match="dora is a DoRA, which does not add to plain"):
         chosen(manifest, ["plain", "dora"])
+
+
+@pytest.mark.parametrize(
+    "asked", [5, {"a": "much"}, {"a": True}, {"a": float("nan")}, {3: None, "a": 1.0}, ["a", 3]]
+)
+def test_what_is_no_set_is_refused_before_ranks_meet(asked: Any, made: Bundles) -> None:
+    """Whoever fails otherwise fails alone, and the other ranks wait for it."""
+    told = LoraSet("a", "a", "", ["lora"], 1.0, BundleFile("a", 1, ""), BundleFile("a", 1, ""), [])
+    manifest = msgspec.structs.replace(bundles.read(made("flux").bundle)[0], lora=[told])
+    with pytest.raises(UsageError, match=r"no LoRA set|no finite number"):
+        chosen(manifest, asked)
 
 
 def run(*args: object) -> tuple[int, str]:

@@ -109,6 +109,7 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
         (with_("blocks.0.out.svdquant_lora_b", torch.full((64, 8), torch.nan)), "not finite"),
         (with_("blocks.0.out.pre_quant_scale", torch.ones(32)), "there are 64 columns"),
         (with_("blocks.0.out.pre_quant_scale", -torch.ones(64)), r"pre_quant_scale .* is -1\.0"),
+        (with_("blocks.0.out.svdquant_lora_a", torch.ones(8, 64).char()), "lora_a .* is I8; a low"),
         (with_("leave.svdquant_lora_a", torch.ones(8, 64)), "leave.weight is stored as BF16"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from cp_convert import bundle as bundles
 from cp_convert import runtime
 from cp_convert.errors import RunFailed, UsageError
+from cp_convert.lora.add import add
 from cp_convert.runtime.step_cache import StepCache
 from tests.conftest import MODEL_FILE
 from tests.diffusers.ranks import run_ranks
+from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import FLUX, QWEN, WAN, converted
 
 STEPS = 8
@@ -167,6 +170,38 @@ def test_steps_are_skipped_by_the_rule(made: Made, tmp_path: Path, name: str) ->
         for (value, _), want, full, skips in zip(found, wanted, whole, skipped, strict=True):
             assert apart(value, want) <= 1e-5
             assert (apart(value, full) > 1e-4) == skips, "what is skipped is another number"
+
+
+def opened_loras(rank: int, out: Path, one: dict[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """The same step twice without a set, twice with one, and without again."""
+    dist.init_process_group("gloo")
+    found = []
+    with runtime.open(out, executor="torch", device="cpu", step_cache=0.05) as opened:
+        for asked in (None, "a", None):
+            opened.use_lora(asked)
+            for _ in range(2):
+                value = opened(**one)[0]
+                assert opened.steps is not None
+                found.append((value.clone(), opened.steps.skipped))
+    dist.destroy_process_group()
+    return found
+
+
+def test_other_weights_begin_anew(made: Made, tmp_path: Path) -> None:
+    """A set that leaves the first block as it is: the residual alone would tell no difference."""
+    case, out = CASES["flux"], Path(shutil.copytree(made("flux"), tmp_path / "out"))
+    one, dense = inputs_of(case, tmp_path)[0], case.module(tmp_path).build_model().eval()
+    given = factors(linears(dense, lambda name: name == "single_transformer_blocks.0.proj_out"), 1)
+    add(out, diffusers_names(given, tmp_path / "a.safetensors"))
+    with torch.no_grad():
+        plain = dense(**one)[0]
+        changed = fused(dense, [(given, 1.0)])(**one)[0]
+    assert apart(changed, plain) > 1e-3
+    for found in run_ranks(opened_loras, 2, tmp_path / "ranks", out, one):
+        assert not isinstance(found, str), found
+        assert counts(found) == [0, 1, 1, 2, 2, 3]
+        wanted = [plain, plain, changed, changed, plain, plain]
+        assert all(apart(v, want) <= 1e-5 for (v, _), want in zip(found, wanted, strict=True))
 
 
 def counts(found: list[tuple[Tensor, int]]) -> list[int]:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from cp_convert import bundle as bundles
 from cp_convert import cli
-from cp_convert.errors import UsageError
+from cp_convert.errors import RunFailed, UsageError
 from cp_convert.lora.add import add
+from cp_convert.runtime.choice import fitting, views_of
+from cp_convert.runtime.dense import compare
 from tests.lora.files import diffusers_names, factors, fused, linears
 from tests.runtime.bundles import converted
 from tests.runtime.conftest import Several
@@ -231,6 +233,33 @@ def test_the_command_runs_one_variant(
     assert "variant    v3" in said
 
 
+@pytest.mark.parametrize(
+    ("by", "words"), [("torch", "no engine is at fault"), ("tensorrt", "--executor torch tells")]
+)
+def test_what_is_not_the_dense_models_is_told_by_what_ran(
+    by: str, words: str, several: Callable[[str], Several], tmp_path: Path
+) -> None:
+    made, out = several("flux"), tmp_path / "out.safetensors"
+    save_file({"sample": torch.zeros(1, 48, 16)}, out)
+    manifest, _ = bundles.read(made.bundle)
+    with pytest.raises(RunFailed, match="something else than the dense model") as failed:
+        compare(manifest, {"bundle": str(made.bundle), "outputs": str(out)}, by)
+    assert words in (failed.value.hint or "")
+
+
+def test_what_tells_variants_apart_is_not_left_out(several: Callable[[str], Several]) -> None:
+    made = several("qwen")
+    views, given = views_of(bundles.read(made.bundle)[0]), made.inputs(rows=8, columns=6)
+    assert fitting(views, given) == "v1"
+    assert fitting(views, made.inputs()) == "v0"
+    shapes = given.pop("img_shapes")
+    with pytest.raises(UsageError, match="v0 and v1 have these inputs; they differ in img_shapes"):
+        fitting(views, given)
+    assert fitting(views, given, has_defaults=True) == "v0"
+    assert fitting({"v1": views["v1"]}, given) == "v1"
+    assert fitting(views, {**given, "img_shapes": [(9, 9, 9)] * len(shapes)}) == "v0"  # and told
+
+
 def test_what_the_command_refuses(
     run: Run, several: Callable[[str], Several], tmp_path: Path
 ) -> None:
@@ -245,3 +274,12 @@ def test_what_the_command_refuses(
     code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors", "--variant", "v0")
     assert code == 2
     assert "has the shape [1, 56, 16]; the engines were built for [1, 48, 16]" in said
+    weights = made.bundle / "weights.safetensors"
+    before = weights.stat()
+    code, said = run(made.bundle, "--outputs", weights)
+    assert code == 2 and weights.stat() == before
+    assert "it lies in the bundle" in said
+    (tmp_path / "i.safetensors").write_bytes(b"")
+    code, said = run(made.bundle, "--inputs", tmp_path / "i.safetensors")
+    assert code == 2
+    assert "--inputs: i.safetensors is empty" in said
