@@ -176,6 +176,7 @@ def _strides(shape: Sequence[int], order: Sequence[int]) -> list[int]:
 def _check_nodes(documents: Mapping[int, Any]) -> None:
     """Refuse other operators, with the first place where they are others."""
     (first, own), *others = documents.items()
+    hint = f"{_FROM_TWO} {OTHER_WAY}" if 1 in documents else OTHER_WAY
     for n, other in others:
         pairs = zip(own["nodes"], other["nodes"], strict=False)
         for index, (a, b) in enumerate(pairs):
@@ -183,16 +184,18 @@ def _check_nodes(documents: Mapping[int, Any]) -> None:
                 raise CannotLift(
                     f"the program has {a[2]} at {first} where it has {b[2]} at {n}.",
                     where=place(own, index),
-                    hint=OTHER_WAY,
+                    hint=hint,
                 )
         if len(own["nodes"]) != len(other["nodes"]):
-            raise CannotLift(f"the program has other operators at {first} and {n}.", hint=OTHER_WAY)
+            raise CannotLift(f"the program has other operators at {first} and {n}.", hint=hint)
 
 
 OTHER_WAY: Final = (
     "several sizes are served by variants as well, each with an engine of its own: --batch, --text "
     "and --resolution, or variants = {...} in a model file."
 )
+
+_FROM_TWO: Final = "begin at 2: where there is one of a kind torch leaves copies out. Or:"
 
 
 class _Lifting:

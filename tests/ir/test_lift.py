@@ -111,6 +111,16 @@ def test_what_is_more_than_sizes_is_refused(made: Made, words: str) -> None:
         lifted(made)
 
 
+def test_one_of_a_kind_is_hinted_at() -> None:
+    def copied(write: Writer, root: nn.Module, x: fx.Node, n: int) -> fx.Node:
+        return write.op(aten.relu.default if n > 1 else aten.tanh.default, x)
+
+    with pytest.raises(CannotLift) as refused:
+        lift({n: program(n, copied) for n in (1, 2, 3, 4)}, Range("n", 1, 4, 1))
+    assert (refused.value.hint or "").startswith("begin at 2")
+    assert lift({n: program(n, copied) for n in (2, 3, 4, 5)}, Range("n", 2, 5, 1)).document
+
+
 def test_a_half_is_refused_where_a_size_in_between_has_none() -> None:
     def halved(write: Writer, root: nn.Module, x: fx.Node, n: int) -> fx.Node:
         return write.op(aten.slice.Tensor, x, 0, 0, n // 2)
