@@ -59,11 +59,11 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         given: products8.Given = (
             products8.Stored(codes, largest) if codes else products8.Measured(largest, _asked(job))
         )
-        products = products8.quantized(
-            dense, linears.nodes, given, codes, apart=job.may_share and source.external
-        )
+        apart = job.may_share and source.external
+        products = products8.quantized(dense, linears.nodes, given, codes, apart=apart)
         program, scales = products.program, products.codes
         steps = _steps(attentions, source.attentions, largest)
+        steps = attention8.alike(attentions.nodes, steps) if apart else steps
         program = attention8.over_codes(program, steps) if steps else program
         unread = any(one.is_meta for one in dense.state.values())  # then nothing is computed
         lost = losses(dense, scales, example, device) if scales and not unread else {}

@@ -25,9 +25,11 @@ A weight that is codes in the checkpoint, and whose input has no scale, is ``deq
 half the bytes as well, and a product in half precision. Codes take the place of the weight.
 
 *Scales apart.* Constants of two blocks differ, and so would their engines. Where blocks are to
-share one, scales are parameters, and the constants powers of two that are the same everywhere, ``c``::
+share one, scales are parameters, and constants ``c`` powers of two that are the same everywhere::
 
-    linear(x, w, b)    ->    linear(dq(q(x / (s_x / c); c)), dequantize(codes, c)) * (s_x s_w / c^2) + b
+    linear(x, w, b)    ->    linear(dq(q(x / (s_x / c), c)), dequantize(codes, c)) * s + b
+
+with ``s = (s_x / c) (s_w / c)``, of a whole tensor or of rows.
 
 The codes are the same: ``c`` changes no digit. Both operands lie between -1 and 1 then, so that no
 half-precision sum is too large, whatever the scales are. NVFP4 has the scales of tensors so, and a
@@ -187,7 +189,7 @@ class _Products:
         self.graph.erase_node(node)
 
     def _outside(self, weight: fx.Node, own: Codes) -> fx.Node | None:
-        """What the product of codes is multiplied with: scales of rows, or all that are constant."""
+        """What the product of codes is multiplied with: scales of rows, or all that are apart."""
         if not self.apart:
             rows = own.rows
             return None if rows is None else self.tables.constant(f"rows_{weight.name}", rows)
@@ -195,7 +197,8 @@ class _Products:
             return None
         constant = _CONSTANT[own.codes.dtype]
         of_input = 1.0 if own.input_scale is None else own.input_scale / constant
-        return self.tables.parameter(weight, _vector(own.weight_scale, of_input / constant), "scale")
+        scale = _vector(own.weight_scale, of_input / constant)
+        return self.tables.parameter(weight, scale, "scale")
 
     def _low_rank(self, x: fx.Node, own: Codes, weight: fx.Node, node: fx.Node) -> fx.Node | None:
         """What a product of numbers adds to that of codes."""
