@@ -257,7 +257,9 @@ class _Products:
         if self.apart:
             constant = _CONSTANT[dtype]
             step = self.tables.parameter(weight, _vector(scale, 1 / constant), "input_scale")
-            x, scale = op(aten.div.Tensor, self._wide(x), step), constant
+            # In float32, as it is the wider type. A cast of its own would be one of what all
+            # blocks read (a text), and so a value that the first hands to the others.
+            x, scale = op(aten.div.Tensor, x, step), constant
         if own.blocks is not None:
             return op(QUANTIZE_DEQUANTIZE_BLOCKS, x, scale, like), None
         return op(QUANTIZE_DEQUANTIZE, x, scale, dtype, like), None
