@@ -59,7 +59,7 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         given: products8.Given = (
             products8.Stored(codes, largest) if codes else products8.Measured(largest, _asked(job))
         )
-        apart = job.may_share and source.external
+        apart = job.may_share
         products = products8.quantized(dense, linears.nodes, given, codes, apart=apart)
         program, scales = products.program, products.codes
         steps = _steps(attentions, source.attentions, largest)

@@ -168,7 +168,7 @@ class _Products:
         assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
         like, self.write.origin = self._types[weight.name], node
         with self.graph.inserting_before(node):
-            operand, factor = self._input(x, own, like, weight)
+            operand, factor = self._input(x, own, like, weight, self._block(node))
             numbers = self._numbers(weight, own, like)
             outside = self._outside(weight, own)
             added = self._low_rank(x, own, weight, node)
@@ -187,6 +187,16 @@ class _Products:
         node.replace_all_uses_with(result)
         self._names[node.name] = result.name
         self.graph.erase_node(node)
+
+    def _block(self, node: fx.Node) -> str:
+        """Where scales are apart, the numbered module that it is in: codes do not leave it.
+
+        A piece that is handed what codes stand for (of a text, which all blocks read) would
+        multiply that, in half precision.
+        """
+        path = module_path(node).split(".") if self.apart else []
+        count = next((n for n, part in enumerate(path) if part.isdigit()), -1) + 1
+        return ".".join(path[:count])
 
     def _outside(self, weight: fx.Node, own: Codes) -> fx.Node | None:
         """What the product of codes is multiplied with: scales of rows, or all that are apart."""
@@ -231,11 +241,11 @@ class _Products:
         return self._smooth[key]
 
     def _input(
-        self, x: fx.Node, own: Codes, like: torch.dtype, weight: fx.Node
+        self, x: fx.Node, own: Codes, like: torch.dtype, weight: fx.Node, block: str
     ) -> tuple[fx.Node, fx.Node | None]:
         """The left operand of the product, and what the product is multiplied with."""
         smooth = None if own.smooth is None else own.smooth.numpy().tobytes()
-        key = x, (own.input_scale, own.by_token, smooth, own.codes.dtype, like)
+        key = x, (own.input_scale, own.by_token, smooth, own.codes.dtype, like, block)
         if key not in self._inputs:
             smoothed = self._smoothed(x, own, weight)
             self._inputs[key] = self._rounded(smoothed, own, like, weight)
@@ -257,8 +267,7 @@ class _Products:
         if self.apart:
             constant = _CONSTANT[dtype]
             step = self.tables.parameter(weight, _vector(scale, 1 / constant), "input_scale")
-            # In float32, as it is the wider type. A cast of its own would be one of what all
-            # blocks read (a text), and so a value that the first hands to the others.
+            # In float32, the wider of the two. A cast before would be one of what all blocks read.
             x, scale = op(aten.div.Tensor, x, step), constant
         if own.blocks is not None:
             return op(QUANTIZE_DEQUANTIZE_BLOCKS, x, scale, like), None

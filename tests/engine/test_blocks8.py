@@ -22,7 +22,7 @@ from tests.runtime.bundles import FLUX, QWEN, WAN
 pytestmark = pytest.mark.engine
 SLOW = pytest.mark.slow
 FP8, FP4 = "fp8_e4m3", "fp4_e2m1"
-DEEP_WAN = WAN.replace("num_layers=1", "num_layers=2")
+DEEP_WAN = WAN.replace("num_layers=1", "num_layers=3")
 DEEP_FLUX = FLUX.replace("num_layers=1, num_single_layers=1", "num_layers=2, num_single_layers=3")
 
 
@@ -38,25 +38,29 @@ def test_equal_blocks_multiply_codes_in_one_engine(
 ) -> None:
     """And the networks are proven with every block's own scales: others are found."""
     manifest, plans = by_kinds(tmp_path, DEEP_WAN, quantize="fp8", strategy="ring")
-    assert kinds_of(manifest) == [0, 1, 1, 3]
-    products = Counter(plans[1].products())
-    assert products[FP8, FP8] == 10
-    assert all(len(set(one)) == 1 for one in products)
+    # The first block is handed float32 by what leads to it. The text, which all read, becomes codes
+    # in each, as an engine that is handed what codes stand for multiplies that.
+    assert kinds_of(manifest) == [0, 1, 2, 2, 4]
+    for piece in (1, 2):
+        products = Counter(plans[piece].products())
+        assert products[FP8, FP8] == 10
+        assert all(len(set(one)) == 1 for one in products)
     assert manifest.quantization is not None
     assert manifest.quantization.linears is not None
-    assert manifest.quantization.linears.products["fp8"] == 20
+    assert manifest.quantization.linears.products["fp8"] == 30
     check_proof(manifest)
     replay = network.replay_pieces
 
     def mistaken(*args: Any, names: Sequence[dict[str, str]], **options: Any) -> list[list[Tensor]]:
-        other = dict(names[2])
-        one, two = (f"constants.blocks.0.attn1.to_{x}.scale" for x in "qv")
+        other = dict(names[3])
+        one, two = (f"constants.blocks.1.attn1.to_{x}.scale" for x in "qv")
         other[one], other[two] = other[two], other[one]
-        return replay(*args, names=[*names[:2], other, *names[3:]], **options)
+        return replay(*args, names=[*names[:3], other, *names[4:]], **options)
 
     monkeypatch.setattr(network, "replay_pieces", mistaken)
+    (tmp_path / "wrong").mkdir()
     with pytest.raises(ProofFailed, match="the networks go astray"):
-        by_kinds(tmp_path, DEEP_WAN, quantize="fp8", strategy="ring", out=tmp_path / "wrong")
+        by_kinds(tmp_path / "wrong", DEEP_WAN, quantize="fp8", strategy="ring")
 
 
 @SLOW
