@@ -53,7 +53,7 @@ def test_equal_blocks_multiply_codes_in_one_engine(
 
     def mistaken(*args: Any, names: Sequence[dict[str, str]], **options: Any) -> list[list[Tensor]]:
         other = dict(names[3])
-        one, two = (f"constants.blocks.1.attn1.to_{x}.scale" for x in "qv")
+        one, two = (f"constants.blocks.1.{x}.scale" for x in ("attn1.to_v", "ffn.net.2"))
         other[one], other[two] = other[two], other[one]
         return replay(*args, names=[*names[:3], other, *names[4:]], **options)
 
