@@ -33,10 +33,7 @@ def by_kinds(tmp_path: Path, model: str, **options: Any) -> tuple[Manifest, dict
     return manifest, {piece: read_plan(tmp_path / "out" / file) for piece, file in first.items()}
 
 
-def test_equal_blocks_multiply_codes_in_one_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And the networks are proven with every block's own scales: others are found."""
+def test_equal_blocks_multiply_codes_in_one_engine(tmp_path: Path) -> None:
     manifest, plans = by_kinds(tmp_path, DEEP_WAN, quantize="fp8", strategy="ring")
     # The first block is handed float32 by what leads to it. The text, which all read, becomes codes
     # in each, as an engine that is handed what codes stand for multiplies that.
@@ -49,6 +46,12 @@ def test_equal_blocks_multiply_codes_in_one_engine(
     assert manifest.quantization.linears is not None
     assert manifest.quantization.linears.products["fp8"] == 30
     check_proof(manifest)
+
+
+@SLOW
+def test_the_networks_are_given_every_piece_own_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     replay = network.replay_pieces
 
     def mistaken(*args: Any, names: Sequence[dict[str, str]], **options: Any) -> list[list[Tensor]]:
@@ -58,9 +61,8 @@ def test_equal_blocks_multiply_codes_in_one_engine(
         return replay(*args, names=[*names[:3], other, *names[4:]], **options)
 
     monkeypatch.setattr(network, "replay_pieces", mistaken)
-    (tmp_path / "wrong").mkdir()
     with pytest.raises(ProofFailed, match="the networks go astray"):
-        by_kinds(tmp_path / "wrong", DEEP_WAN, quantize="fp8", strategy="ring")
+        by_kinds(tmp_path, DEEP_WAN, quantize="fp8", strategy="ring")
 
 
 @SLOW

@@ -72,7 +72,7 @@ def with_mistaken(twins: tuple[Twin, ...], what: str) -> tuple[Twin, ...]:
     return (*twins[:place], Twin(twins[place].of, names), *twins[place + 1 :])
 
 
-@pytest.mark.parametrize("what", ["scale", "input_scale"])
+@pytest.mark.parametrize("what", ["scale", pytest.param("input_scale", marks=pytest.mark.slow)])
 def test_scales_that_are_mistaken_are_found(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
