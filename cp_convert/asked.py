@@ -265,6 +265,11 @@ class Asked:
         return "" if self.exchange is None else EXCHANGES[self.exchange]
 
     @property
+    def may_share(self) -> bool:
+        """Whether pieces are asked for, of which equal ones share an engine."""
+        return self.layout == BLOCKS or bool(self.split_after)
+
+    @property
     def workers(self) -> int:
         """How many engines are built at once, at most."""
         has_affinity = hasattr(os, "sched_getaffinity")

@@ -33,7 +33,8 @@ def shared_by(job: Job) -> tuple[object, ...]:
     """
     told = [getattr(job, one.name) for one in fields(job) if one.name not in _LATER]
     # The world decides at which sizes of a range a model is traced.
-    told.append(job.layout == BLOCKS)  # their weights are external whatever their size is
+    # Weights are external whatever their size is; scales are apart (ADR 22).
+    told += [job.layout == BLOCKS, job.may_share]
     return *told, job.strategy == FUSED, job.mesh.size(SEQUENCE) > 1, job.sizes
 
 

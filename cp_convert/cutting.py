@@ -52,8 +52,7 @@ def _check_kinds(pieces: Pieces, twins: Sequence[Twin]) -> None:
         raise CannotShard(
             f"--layout blocks: no two of the {len(twins)} pieces are equal but for their weights, "
             "so that no engine could serve several.",
-            hint="--layout shared or per-rank: one engine of the whole. Scales of --quantize are "
-            "constants of an engine, and other ones in every block.",
+            hint="--layout shared or per-rank: one engine of the whole.",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -58,8 +59,11 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         given: products8.Given = (
             products8.Stored(codes, largest) if codes else products8.Measured(largest, _asked(job))
         )
-        program, scales = products8.quantized(dense, linears.nodes, given, codes)
+        apart = job.may_share
+        products = products8.quantized(dense, linears.nodes, given, codes, apart=apart)
+        program, scales = products.program, products.codes
         steps = _steps(attentions, source.attentions, largest)
+        steps = attention8.alike(attentions.nodes, steps) if apart else steps
         program = attention8.over_codes(program, steps) if steps else program
         unread = any(one.is_meta for one in dense.state.values())  # then nothing is computed
         lost = losses(dense, scales, example, device) if scales and not unread else {}
@@ -71,6 +75,7 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
     blocks = _of_blocks(program, {**names, **weights})
     weights, blocks = (weights, blocks) if codes else ({**weights, **blocks}, {})
     sets = len(every) if linears.lacking else 0
+    weights |= _apart(products.apart, names)
     told = Linears(dense, layers, linears.kept, weights, blocks, sets, kinds)
     eight = _told(attentions, steps, lost, len(every))
     return replace(captured, dense=program, linears=told, attentions=eight)
@@ -80,6 +85,16 @@ def _of_blocks(program: Lowered, names: Mapping[str, str]) -> dict[str, str]:
     """By placeholder of scales of blocks, their binding; ``names`` are those of weights."""
     owners = products8.scales_of_blocks(program)
     return {scales: of_blocks(names[weight]) for scales, weight in owners.items()}
+
+
+def _apart(scales: Mapping[str, tuple[str, str]], names: Mapping[str, str]) -> dict[str, str]:
+    """By placeholder of a scale that is a parameter, its binding: layer, and what it is of it."""
+    found, seen = dict[str, str](), Counter[str]()
+    for placeholder, (weight, what) in scales.items():
+        told = f"constants.{names[weight].removesuffix('.weight')}.{what}"
+        found[placeholder] = f"{told}.{seen[told]}" if seen[told] else told
+        seen[told] += 1  # a weight that several layers read has several inputs
+    return found
 
 
 def _asked(job: Job) -> torch.dtype:

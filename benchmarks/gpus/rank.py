@@ -213,7 +213,7 @@ def in_codes(rank: Rank, program: Lowered) -> Lowered:
     found = torch.tensor([largest[name] for name in names], device=rank.device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     everywhere = dict(zip(names, found.tolist(), strict=True))
-    made, _ = quantized(program, chosen, Measured(everywhere))
+    made = quantized(program, chosen, Measured(everywhere)).program
     seconds = round(time.perf_counter() - begun, 1)
     why = dict(Counter(one.reason for one in kept))
     rank.tell(what="quantized", layers=len(chosen), kept=why, seconds=seconds)

@@ -144,6 +144,33 @@ def measured(chosen: Sequence[fx.Node], largest: Mapping[str, float]) -> dict[st
     return found
 
 
+def alike(chosen: Sequence[fx.Node], steps: Mapping[str, Steps]) -> dict[str, Steps]:
+    """The largest of every block's, so that blocks which share an engine have equal constants.
+
+    An engine's scores have one factor, ``s_q s_k``, which cannot be taken out of the softmax. A
+    larger step clips nothing and costs FP8 no digit but of its smallest numbers, 2^-15 of the
+    largest and less.
+
+    Args:
+        chosen: see :func:`choose`.
+        steps: by the attention's name.
+    """
+    groups: dict[str, list[Steps]] = {}
+    places = {node.name: _in_any_block(node) for node in chosen}
+    for name, place in places.items():
+        groups.setdefault(place, []).append(steps[name])
+    found = {}
+    for name, place in places.items():
+        q, k, v = (max(every) for every in zip(*groups[place], strict=True))
+        found[name] = q, k, v
+    return found
+
+
+def _in_any_block(node: fx.Node) -> str:
+    """The path of the module that attends, without the number of its block."""
+    return ".".join("*" if part.isdigit() else part for part in module_path(node).split("."))
+
+
 def _step(largest: float, node: fx.Node) -> float:
     path = module_path(node)
     return scale_of(largest, path, FP8, f"--attention fp8: what {path} attends to", "it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -26,8 +26,8 @@ def unallocated() -> Iterator[None]:
 
 def stand_in(module: nn.Module) -> None:
     """Put zeros that share one number of memory in the place of parameters without memory."""
-    for parameter in {p for p in module.parameters() if p.is_meta}:
-        replace(module, parameter, torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
+    empty = [p for p in module.parameters() if p.is_meta]
+    replace(module, {p: torch.zeros((), dtype=p.dtype).expand(p.shape) for p in empty})
 
 
 @contextmanager
@@ -51,10 +51,10 @@ def _empty(owner: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in owner._parameters.items() if p is not None and p.is_meta]
 
 
-def replace(module: nn.Module, parameter: nn.Parameter, value: Tensor) -> None:
-    """Put ``value`` in the place of ``parameter`` wherever it stands, so that ties stay."""
-    new = nn.Parameter(value, requires_grad=False)
+def replace(module: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> None:
+    """Put a value in the place of each of the parameters wherever it stands, so that ties stay."""
+    new = {held: nn.Parameter(value, requires_grad=False) for held, value in values.items()}
     for owner in module.modules():
         for name, held in owner._parameters.items():
-            if held is parameter:
-                owner._parameters[name] = new
+            if held in new:
+                owner._parameters[name] = new[held]

@@ -171,6 +171,7 @@ def _put(
 ) -> tuple[Cast, ...]:
     """Every tensor into its place; returns the types that were changed."""
     casts: Counter[tuple[str, str]] = Counter()
+    replaced: dict[nn.Parameter, Tensor] = {}
     with torch.no_grad():
         for name, one in found.items():
             own = wanted[name]
@@ -182,9 +183,10 @@ def _put(
             if not (lazily and stays):
                 _check_finite(name, one, value)
             if own.is_meta or value.is_meta:
-                replace(module, own, value)
+                replaced.setdefault(own, value)
             else:
                 own.copy_(value)
+    replace(module, replaced)
     return tuple(Cast(a, b, n) for (a, b), n in sorted(casts.items()))
 
 

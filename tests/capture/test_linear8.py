@@ -68,7 +68,7 @@ def in_fp8(dense: Lowered, keep: Any = (), factor: float = 1.0) -> Lowered:
     chosen, _ = choose(dense, keep)
     flat = flat_inputs(dense, inputs())
     largest = {name: factor * x for name, x in largest_inputs(dense, chosen, [flat]).items()}
-    return quantized(dense, chosen, Measured(largest))[0]
+    return quantized(dense, chosen, Measured(largest)).program
 
 
 def test_tokens_without_a_batch_are_tokens() -> None:
@@ -157,7 +157,8 @@ def test_int8_has_a_scale_for_each_row() -> None:
     chosen, _ = choose(program())
     flat = flat_inputs(program(), inputs())
     given = Measured(largest_inputs(program(), chosen, [flat]), torch.int8)
-    dense, found = quantized(program(), chosen, given)
+    made = quantized(program(), chosen, given)
+    dense, found = made.program, made.codes
     assert set(found) == {node.name for node in chosen}
     for node in chosen:
         one, weight = found[node.name], program().state[str(node.args[1])]
@@ -182,7 +183,8 @@ def test_a_layer_that_reads_another_in_int8() -> None:
     flat = flat_inputs(dense, {"input": x})
     chosen, _ = choose(dense)
     largest = largest_inputs(dense, chosen, [flat])
-    done, found = quantized(dense, chosen, Measured(largest, torch.int8))
+    made = quantized(dense, chosen, Measured(largest, torch.int8))
+    done, found = made.program, made.codes
     assert len(chosen) == len(found) == 2
     ((got,),), ((plain,),) = run(done, flat, 1), run(dense, flat, 1)
     assert 1e-4 < (got - plain).norm() / plain.norm() < 0.03
@@ -191,7 +193,7 @@ def test_a_layer_that_reads_another_in_int8() -> None:
 def test_keep_reaches_layers_of_a_checkpoint() -> None:
     chosen, _ = choose(program())
     given = Measured(largest_inputs(program(), chosen, [flat_inputs(program(), inputs())]))
-    _, found = quantized(program(), chosen, given)
+    found = quantized(program(), chosen, given).codes
     stored = {str(node.args[1]): found[node.name] for node in chosen}
     first = str(chosen[0].args[1])
     stored[first] = replace(stored[first], input_scale=None)
@@ -252,7 +254,7 @@ def test_an_input_of_zeros_has_no_scale() -> None:
 def test_what_a_layer_loses_by_itself() -> None:
     chosen, _ = choose(program())
     flat = flat_inputs(program(), inputs())
-    _, scales = quantized(program(), chosen, Measured(largest_inputs(program(), chosen, [flat])))
+    scales = quantized(program(), chosen, Measured(largest_inputs(program(), chosen, [flat]))).codes
     lost = losses(program(), scales, flat)
     assert set(lost) == {node.name for node in chosen}
     assert all(0.01 < one < 0.06 for one in lost.values())

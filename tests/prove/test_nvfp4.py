@@ -39,7 +39,7 @@ def in_nvfp4() -> Lowered:
     chosen, _ = linear8.choose(plain, dtype=PAIRS)
     assert len(chosen) == 2
     largest = largest_inputs(plain, chosen, [flat_inputs(plain, tiny_inputs())])
-    return products8.quantized(plain, chosen, products8.Measured(largest, PAIRS))[0]
+    return products8.quantized(plain, chosen, products8.Measured(largest, PAIRS)).program
 
 
 @cache

@@ -208,7 +208,7 @@ def programs() -> tuple[Lowered, Lowered]:
     chosen, _ = linear8.choose(plain)
     assert len(chosen) == 2
     largest = largest_inputs(plain, chosen, [flat_inputs(plain, tiny_inputs())])
-    return plain, products8.quantized(plain, chosen, products8.Measured(largest))[0]
+    return plain, products8.quantized(plain, chosen, products8.Measured(largest)).program
 
 
 @cache
@@ -307,7 +307,8 @@ def with_weights_alone() -> Stages:
     found, kept = linear8.stored_layers(plain, alone)
     assert found == []
     assert sum(one.reason.startswith(linear8.ALONE) for one in kept) == 2
-    dense, scales = products8.quantized(plain, [], products8.Stored(alone), alone)
+    made = products8.quantized(plain, [], products8.Stored(alone), alone)
+    dense, scales = made.program, made.codes
     assert scales == {}
     return staged(plain, dense)
 
@@ -366,7 +367,8 @@ def stages_by_rows(kind: str) -> Stages:
         stored[name] = Codes(quantize(weight / rows[:, None], 1.0, dtype), rows, **options)
     found, _ = linear8.stored_layers(plain, stored)
     assert found == chosen
-    dense, by_name = products8.quantized(plain, chosen, products8.Stored(stored), stored)
+    made = products8.quantized(plain, chosen, products8.Stored(stored), stored)
+    dense, by_name = made.program, made.codes
     assert {name: one.step for name, one in by_name.items()} == {
         node.name: stored[str(node.args[1])].step for node in chosen
     }

@@ -40,7 +40,7 @@ def in_fp8(dtype: torch.dtype, *keep: str, codes: torch.dtype = FP8) -> Lowered:
     dense = decompose(traced, table())
     chosen, _ = choose(dense, keep)
     largest = largest_inputs(dense, chosen, [flat_inputs(dense, given(dtype))])
-    return quantized(dense, chosen, Measured(largest, codes))[0]
+    return quantized(dense, chosen, Measured(largest, codes)).program
 
 
 def computed(program: Lowered, dtype: torch.dtype) -> Tensor:
