@@ -84,6 +84,9 @@ def measure(case: Case, folder: Path, out: Path, only: Collection[str]) -> None:
             "program": lambda: program,
             "fp8, dequantized": lambda: by_torch(codes, products=False),
             "fp8": lambda: by_torch(codes, products=True),
+            "fp8, scales apart": lambda: by_torch(
+                in_codes(rank, program, apart=True), products=True
+            ),
             "fp8, accumulated fast": lambda: accumulated_fast(codes),
         }
         for name in (one for one in made if not only or one in only):

@@ -203,8 +203,14 @@ def program(rank: Rank, strategy: str, weights: Path) -> None:
             profile(rank, strategy, lambda: fast(*values)[0])
 
 
-def in_codes(rank: Rank, program: Lowered) -> Lowered:
-    """A rank's program with linear layers in FP8, by the example inputs on all ranks together."""
+def in_codes(rank: Rank, program: Lowered, *, apart: bool = False) -> Lowered:
+    """A rank's program with linear layers in FP8, by the example inputs on all ranks together.
+
+    Args:
+        rank: whose it is.
+        program: its own.
+        apart: whether scales are parameters, as in ``--layout blocks``.
+    """
     begun = time.perf_counter()
     chosen, kept = choose(program)
     given = {b.name: rank.inputs[b.name] for b in program.inputs}
@@ -213,7 +219,7 @@ def in_codes(rank: Rank, program: Lowered) -> Lowered:
     found = torch.tensor([largest[name] for name in names], device=rank.device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     everywhere = dict(zip(names, found.tolist(), strict=True))
-    made = quantized(program, chosen, Measured(everywhere)).program
+    made = quantized(program, chosen, Measured(everywhere), apart=apart).program
     seconds = round(time.perf_counter() - begun, 1)
     why = dict(Counter(one.reason for one in kept))
     rank.tell(what="quantized", layers=len(chosen), kept=why, seconds=seconds)
