@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import comfy, modelopt, rowwise
+from .checkpoints import comfy, exported, modelopt, rowwise
 from .checkpoints.authors import (
     FLUX_LAYERS,
     original_flux,
@@ -40,6 +40,7 @@ class Small:
     Attributes:
         file: the model file.
         module: what it builds.
+        inputs: that it is called with.
         layers: linear layers of the blocks, but for modulation, as diffusers names them.
         attending: the modules of the blocks that attend.
         named: the tensors in bfloat16 as single files name them.
@@ -49,6 +50,7 @@ class Small:
 
     file: Path
     module: nn.Module
+    inputs: Mapping[str, Any]
     layers: list[str]
     attending: list[str]
     named: dict[str, Tensor]
@@ -64,7 +66,8 @@ class Small:
 def small(name: str) -> Small:
     """One of :data:`MODELS`; of FLUX.1, diffusers' mapping of names is made as narrow."""
     file = Path(__file__).parent / "small" / f"{MODELS[name]}.py"
-    module: nn.Module = runpy.run_path(str(file))["build_model"]()
+    space = runpy.run_path(str(file))
+    module: nn.Module = space["build_model"]()
     if name == "FLUX.1":
         _narrow_mapping()
     linears = [n for n, one in module.named_modules() if isinstance(one, nn.Linear)]
@@ -72,7 +75,8 @@ def small(name: str) -> Small:
     paths = [n for n, _ in module.named_modules() if "blocks." in n]
     attending = [n for n in paths if n.split(".")[-1] in ("attn", "attn1", "attn2")]
     named, theirs, prefix = _in_single_files(name, module, layers)
-    return Small(file, module, layers, attending, named, theirs, prefix)
+    given = space["example_inputs"]()
+    return Small(file, module, given, layers, attending, named, theirs, prefix)
 
 
 @cache
@@ -126,6 +130,11 @@ def _modelopt(
     return lambda one, folder: modelopt.write(folder / "weights", make(one), algorithm)
 
 
+def _by_modelopt(kind: str) -> Callable[[Small, Path], Path]:
+    """What ModelOpt itself writes."""
+    return lambda one, folder: exported.exported(one.module, one.inputs, kind, folder / "weights")
+
+
 def _single(
     make: Callable[[Small], tuple[dict[str, Tensor], dict[str, str]]], *, own: bool = False
 ) -> Callable[[Small, Path], Path]:
@@ -171,6 +180,17 @@ FORMATS: Final[Mapping[str, Format]] = {
         "ModelOpt's NVFP4 with a low rank",
         _modelopt("NVFP4_SVD", lambda one: modelopt.in_nvfp4(one.module, one.layers, LOW_RANK)),
         targets=FP4_TARGETS,
+    ),
+    "exported-fp8": Format("written by ModelOpt 0.47 itself: FP8", _by_modelopt("fp8")),
+    "exported-fp8-attention": Format(
+        "by itself: FP8 with quantized attention", _by_modelopt("fp8-attention")
+    ),
+    "exported-int8": Format("by itself: INT8 with SmoothQuant", _by_modelopt("int8")),
+    "exported-nvfp4": Format(
+        "by itself: NVFP4", _by_modelopt("nvfp4"), targets=FP4_TARGETS
+    ),
+    "exported-nvfp4-svd": Format(
+        "by itself: NVFP4 with a low rank", _by_modelopt("nvfp4-svd"), targets=FP4_TARGETS
     ),
     "comfy-fp8-scaled": Format(
         "a single file, `scale_weight` and `scale_input`",
