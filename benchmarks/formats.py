@@ -186,9 +186,7 @@ FORMATS: Final[Mapping[str, Format]] = {
         "by itself: FP8 with quantized attention", _by_modelopt("fp8-attention")
     ),
     "exported-int8": Format("by itself: INT8 with SmoothQuant", _by_modelopt("int8")),
-    "exported-nvfp4": Format(
-        "by itself: NVFP4", _by_modelopt("nvfp4"), targets=FP4_TARGETS
-    ),
+    "exported-nvfp4": Format("by itself: NVFP4", _by_modelopt("nvfp4"), targets=FP4_TARGETS),
     "exported-nvfp4-svd": Format(
         "by itself: NVFP4 with a low rank", _by_modelopt("nvfp4-svd"), targets=FP4_TARGETS
     ),

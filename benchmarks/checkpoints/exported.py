@@ -1,8 +1,8 @@
 """Checkpoints and modules that NVIDIA ModelOpt itself has quantized, by its presets for diffusers.
 
-In: a diffusers model and inputs to calibrate with. Out: the model with ModelOpt's quantizers in it,
-or the folder that ``export_hf_checkpoint`` writes. ModelOpt must be installed; and ``onnx``, without
-which its quantizers of attention are absent without a word.
+In: a diffusers model and inputs to calibrate with. Out: the model with ModelOpt's quantizers in
+it, or the folder that ``export_hf_checkpoint`` writes. ModelOpt must be installed; and ``onnx``,
+without which its quantizers of attention are absent without a word.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ def decompositions() -> dict[Any, Any]:
 def post_lowering(graph_module: fx.GraphModule, options: CompilationSettings) -> fx.GraphModule:
     """Torch-TensorRT's passes over a decomposed graph, which is changed."""
     with without_modelopt():  # folding constants asks for it each time
-        return _post_lowering(graph_module, options)
+        done: fx.GraphModule = _post_lowering(graph_module, options)
+    return done
 
 
 @contextmanager
