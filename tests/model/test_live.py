@@ -201,8 +201,8 @@ def test_the_program_computes_what_the_live_module_does(
         ("model.blocks[0].qkv.weight_quantizer.num_bits = (3, 2)", r"has num_bits \(3, 2\)"),
         ("model.blocks[0].qkv.weight_quantizer.backend = 'mine'", "a backend of its own"),
         (
-            "q = model.blocks[0].qkv.weight_quantizer; q.svdquant_lora_a = torch.ones(4, 64)\n"
-            "q.svdquant_lora_b = torch.ones(192, 4)",
+            "q = model.blocks[0].qkv.weight_quantizer\n"
+            "q.svdquant_lora_a, q.svdquant_lora_b = torch.ones(4, 64), torch.ones(192, 4)",
             "adds a low rank to codes of 8 bits",
         ),
         (
