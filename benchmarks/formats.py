@@ -116,12 +116,31 @@ class Format:
         write: makes the checkpoint in a folder and returns its path; ``None``: there is none.
         options: what the job is told besides.
         targets: the compute capabilities that multiply it, of those that the table has.
+        live: of :data:`.checkpoints.exported.KINDS`, how the model file itself quantizes.
     """
 
     told: str
     write: Callable[[Small, Path], Path] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = FP8_TARGETS
+    live: str = ""
+
+    def model(self, one: Small, folder: Path) -> Path:
+        """The model file."""
+        if not self.live:
+            return one.file
+        path = folder / f"{one.file.stem}_live.py"
+        path.write_text(_LIVE.format(name=one.file.stem, kind=self.live))
+        return path
+
+
+_LIVE: Final = """
+from benchmarks.checkpoints.exported import quantized
+from benchmarks.small.{name} import build_model as plain, example_inputs
+
+def build_model():
+    return quantized(plain().bfloat16().eval(), example_inputs(), "{kind}")
+"""
 
 
 def _modelopt(
@@ -190,6 +209,16 @@ FORMATS: Final[Mapping[str, Format]] = {
     "exported-nvfp4-svd": Format(
         "by itself: NVFP4 with a low rank", _by_modelopt("nvfp4-svd"), targets=FP4_TARGETS
     ),
+    "exported-nvfp4-attention": Format(
+        "by itself: NVFP4 with quantized attention",
+        _by_modelopt("nvfp4-attention"),
+        targets=FP4_TARGETS,
+    ),
+    "live-fp8": Format("quantized by ModelOpt in `model.py`: FP8", live="fp8"),
+    "live-fp8-attention": Format("so: FP8 with quantized attention", live="fp8-attention"),
+    "live-int8": Format("so: INT8 with SmoothQuant", live="int8"),
+    "live-nvfp4": Format("so: NVFP4", live="nvfp4", targets=FP4_TARGETS),
+    "live-nvfp4-svd": Format("so: NVFP4 with a low rank", live="nvfp4-svd", targets=FP4_TARGETS),
     "comfy-fp8-scaled": Format(
         "a single file, `scale_weight` and `scale_input`",
         _single(lambda one: comfy.quantized(one.named, one.theirs, "fp8_scaled")),

@@ -107,7 +107,7 @@ def test_it_is_read_as_the_module_that_was_quantized(
             apart = (one.codes.view(torch.uint8).int() - own_codes.int()).abs()
             # ModelOpt divides by FP8's scale in bfloat16, and may round to the neighbour.
             assert apart.max() <= kind.startswith("fp8")
-            assert apart.float().mean() < 0.05
+            assert apart.float().mean() < 0.1
             assert one.input_scale == pytest.approx(live.coded[name].input_scale)
             alike += 1
     assert alike > 3
