@@ -109,6 +109,6 @@ def attending(
         raise UsageError(
             f"{where} with --compute-capability {', '.join(old)}: it has scales for attention over "
             "FP8 codes, which are multiplied from 8.9 on.",
-            hint="leave these targets out, or --attention precision these scales.",
+            hint="leave these targets out; --attention precision leaves the scales out.",
         )
     return replace(filled, attentions=dict(steps))
