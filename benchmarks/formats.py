@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import comfy, modelopt, rowwise
+from .checkpoints import comfy, exported, modelopt, rowwise
 from .checkpoints.authors import (
     FLUX_LAYERS,
     original_flux,
@@ -40,6 +40,7 @@ class Small:
     Attributes:
         file: the model file.
         module: what it builds.
+        inputs: that it is called with.
         layers: linear layers of the blocks, but for modulation, as diffusers names them.
         attending: the modules of the blocks that attend.
         named: the tensors in bfloat16 as single files name them.
@@ -49,6 +50,7 @@ class Small:
 
     file: Path
     module: nn.Module
+    inputs: Mapping[str, Any]
     layers: list[str]
     attending: list[str]
     named: dict[str, Tensor]
@@ -64,7 +66,8 @@ class Small:
 def small(name: str) -> Small:
     """One of :data:`MODELS`; of FLUX.1, diffusers' mapping of names is made as narrow."""
     file = Path(__file__).parent / "small" / f"{MODELS[name]}.py"
-    module: nn.Module = runpy.run_path(str(file))["build_model"]()
+    space = runpy.run_path(str(file))
+    module: nn.Module = space["build_model"]()
     if name == "FLUX.1":
         _narrow_mapping()
     linears = [n for n, one in module.named_modules() if isinstance(one, nn.Linear)]
@@ -72,7 +75,8 @@ def small(name: str) -> Small:
     paths = [n for n, _ in module.named_modules() if "blocks." in n]
     attending = [n for n in paths if n.split(".")[-1] in ("attn", "attn1", "attn2")]
     named, theirs, prefix = _in_single_files(name, module, layers)
-    return Small(file, module, layers, attending, named, theirs, prefix)
+    given = space["example_inputs"]()
+    return Small(file, module, given, layers, attending, named, theirs, prefix)
 
 
 @cache
@@ -112,18 +116,42 @@ class Format:
         write: makes the checkpoint in a folder and returns its path; ``None``: there is none.
         options: what the job is told besides.
         targets: the compute capabilities that multiply it, of those that the table has.
+        live: of :data:`.checkpoints.exported.KINDS`, how the model file itself quantizes.
     """
 
     told: str
     write: Callable[[Small, Path], Path] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = FP8_TARGETS
+    live: str = ""
+
+    def model(self, one: Small, folder: Path) -> Path:
+        """The model file."""
+        if not self.live:
+            return one.file
+        path = folder / f"{one.file.stem}_live.py"
+        path.write_text(_LIVE.format(name=one.file.stem, kind=self.live))
+        return path
+
+
+_LIVE: Final = """
+from benchmarks.checkpoints.exported import quantized
+from benchmarks.small.{name} import build_model as plain, example_inputs
+
+def build_model():
+    return quantized(plain().bfloat16().eval(), example_inputs(), "{kind}")
+"""
 
 
 def _modelopt(
     algorithm: str, make: Callable[[Small], dict[str, Tensor]]
 ) -> Callable[[Small, Path], Path]:
     return lambda one, folder: modelopt.write(folder / "weights", make(one), algorithm)
+
+
+def _by_modelopt(kind: str) -> Callable[[Small, Path], Path]:
+    """What ModelOpt itself writes."""
+    return lambda one, folder: exported.exported(one.module, one.inputs, kind, folder / "weights")
 
 
 def _single(
@@ -172,6 +200,25 @@ FORMATS: Final[Mapping[str, Format]] = {
         _modelopt("NVFP4_SVD", lambda one: modelopt.in_nvfp4(one.module, one.layers, LOW_RANK)),
         targets=FP4_TARGETS,
     ),
+    "exported-fp8": Format("written by ModelOpt 0.47 itself: FP8", _by_modelopt("fp8")),
+    "exported-fp8-attention": Format(
+        "by itself: FP8 with quantized attention", _by_modelopt("fp8-attention")
+    ),
+    "exported-int8": Format("by itself: INT8 with SmoothQuant", _by_modelopt("int8")),
+    "exported-nvfp4": Format("by itself: NVFP4", _by_modelopt("nvfp4"), targets=FP4_TARGETS),
+    "exported-nvfp4-svd": Format(
+        "by itself: NVFP4 with a low rank", _by_modelopt("nvfp4-svd"), targets=FP4_TARGETS
+    ),
+    "exported-nvfp4-attention": Format(
+        "by itself: NVFP4 with quantized attention",
+        _by_modelopt("nvfp4-attention"),
+        targets=FP4_TARGETS,
+    ),
+    "live-fp8": Format("quantized by ModelOpt in `model.py`: FP8", live="fp8"),
+    "live-fp8-attention": Format("so: FP8 with quantized attention", live="fp8-attention"),
+    "live-int8": Format("so: INT8 with SmoothQuant", live="int8"),
+    "live-nvfp4": Format("so: NVFP4", live="nvfp4", targets=FP4_TARGETS),
+    "live-nvfp4-svd": Format("so: NVFP4 with a low rank", live="nvfp4-svd", targets=FP4_TARGETS),
     "comfy-fp8-scaled": Format(
         "a single file, `scale_weight` and `scale_input`",
         _single(lambda one: comfy.quantized(one.named, one.theirs, "fp8_scaled")),

@@ -84,7 +84,7 @@ def _run(
     one = FORMATS[kind]
     with tempfile.TemporaryDirectory(dir=run) as name:
         folder = Path(name)
-        model_file, weights = (made := small(model)).file, None
+        model_file, weights = one.model(made := small(model), folder), None
         if one.write is not None:
             weights = one.write(made, folder)
         given = {"model": model_file, "weights": weights, "cache": run / "cache", **one.options}

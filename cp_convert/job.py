@@ -199,18 +199,24 @@ class Job(Asked):
         if self.attention is None:
             return
         _one_of("attention", self.attention, ATTENTIONS)
-        beside = {
-            f"--quantize {self.quantize}": self.quantize not in (None, "fp8"),
-            f"--strategy {self.strategy}": self.strategy == FUSED,
-            f"--precision {self.precision}": self.precision == "fp32",
-        }
-        for option in (option for option, given in beside.items() if given):
-            if self.attention == ATTENTION_FP8:
+        if self.attention != ATTENTION_FP8:
+            return
+        for option, given in (
+            (f"--strategy {self.strategy}", self.strategy == FUSED),
+            (f"--precision {self.precision}", self.precision == "fp32"),
+        ):
+            if given:
                 raise UsageError(
                     f"--attention fp8 and {option}: the two do not go together.",
-                    hint="FP8 attention is for FP8 linear layers (--quantize fp8, or an FP8 "
-                    "checkpoint), in bf16 or fp16, by every strategy but fused.",
+                    hint="FP8 attention is for quantized linear layers (--quantize, or a "
+                    "quantized checkpoint), in bf16 or fp16, by every strategy but fused.",
                 )
+        if old := without(ATTENTION_FP8, self.compute_capabilities):
+            raise UsageError(
+                f"--attention fp8 with --compute-capability {', '.join(old)}: FP8 is multiplied "
+                f"from {'.'.join(map(str, FP8_FROM))} on.",
+                hint="leave these targets out, or --attention fp8.",
+            )
 
     def _check_errors(self) -> None:
         if self.rtol is not None and not 0 < self.rtol < 1:

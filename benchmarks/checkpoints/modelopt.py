@@ -1,4 +1,8 @@
-"""Checkpoints as ModelOpt exports them, written from their documented layout."""
+"""Checkpoints as ModelOpt 0.47 exports them, written without it (:mod:`.exported` is the real one).
+
+They differ in what is calibrated: here scales are made up, and ModelOpt gives q, k and v of one
+input the same ones in INT8 and NVFP4.
+"""
 
 import json
 from pathlib import Path
@@ -82,7 +86,10 @@ def numbers_of(codes: Tensor, blocks: Tensor, whole: Tensor) -> Tensor:
 def write(folder: Path, tensors: dict[str, Tensor], algorithm: str = "FP8") -> Path:
     """The folder, with ``config.json`` and one file of weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["proj_out"]}
+    told = {
+        "quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["proj_out"],
+        "producer": {"name": "modelopt", "version": "0.47.0"},
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps({"quantization_config": told}))
     save_file(tensors, folder / FILE)
     return folder
@@ -105,7 +112,6 @@ def with_attention(tensors: dict[str, Tensor], paths: list[str]) -> dict[str, Te
     for number, path in enumerate(paths):
         for letter, largest in zip("qkv", (3.4, 3.6, 2.3), strict=True):
             name = f"{path}.{letter}_bmm_quantizer._amax"
-            scales[name] = torch.tensor(largest + 0.1 * number)
-        scales[f"{path}.softmax_quantizer._amax"] = torch.tensor(0.9)
-        scales[f"{path}.bmm2_output_quantizer._amax"] = torch.tensor(2.5)
+            scales[name] = torch.tensor(largest + 0.1 * number).bfloat16()
+        scales[f"{path}.bmm2_output_quantizer._amax"] = torch.tensor(2.5).bfloat16()
     return {**tensors, **scales}

@@ -110,7 +110,9 @@ def _targets(made: Made) -> list[str]:
     """Of the backend's own choice, those that have the types."""
     usual = made.loaded.backend.default_targets
     linears = made.captured.linears
-    kinds = () if linears is None else linears.kinds
+    kinds = [] if linears is None else list(linears.kinds)
+    if made.captured.attentions is not None:
+        kinds.append("fp8")
     old = [one for kind in kinds for one in without(kind, usual)]
     return [one for one in usual if one not in old]
 

@@ -76,7 +76,7 @@ def _read_config(ctx: click.Context, parameter: click.Parameter, path: Path | No
 )  # fmt: skip
 @click.option(
     "--attention", type=options.Word(ATTENTIONS),
-    help="fp8: attention over FP8 codes, beside FP8 linear layers (--quantize fp8, or an FP8 "
+    help="fp8: attention over FP8 codes, beside quantized linear layers (--quantize, or such a "
     "checkpoint); precision: in the precision, whatever scales a checkpoint has.  [default: as the "
     "checkpoint has it]",
 )  # fmt: skip

@@ -21,9 +21,9 @@ from ..errors import UsageError, WeightsError
 from ..ir.attention8 import Steps
 from ..ir.quantize import FP8, LARGEST
 from ..ir.tensors import Location
-from ..job import ATTENTION_FP8, PRECISION, Job
+from ..job import ATTENTION_FP8, PRECISION, Job, without
 from .coded import Coded, scale_at
-from .formats import FLOAT8, kinds_of
+from .formats import FLOAT8
 from .names import inside
 from .weights import Filled
 
@@ -85,24 +85,30 @@ def attending(
         steps: that came with them.
 
     Raises:
-        UsageError: the job wants FP8 attention beside other linear layers.
+        UsageError: the job wants FP8 attention beside layers that are not quantized, or for a GPU
+            that has no FP8.
     """
-    kind = " and ".join(kinds_of(coded)) or None
     if job.attention == PRECISION or FLOAT8 in job.allow_cast:
         why = "--attention precision" if job.attention == PRECISION else "--allow-cast float8"
         told = f"scales of {len(steps)} attentions left out ({why}): they compute in the precision"
         return replace(filled, told=(*filled.told, told)) if steps else filled
-    if job.attention == ATTENTION_FP8 and job.quantize is None and kind != "FP8":
-        theirs = "in the precision" if kind is None else kind
+    if job.attention == ATTENTION_FP8 and job.quantize is None and not coded:
         raise UsageError(
-            f"--attention fp8: it goes with FP8 linear layers, and those of {job.model.name} are "
-            f"{theirs}.",
-            hint="add --quantize fp8." if kind is None else "leave it out.",
+            f"--attention fp8: it goes with quantized linear layers, and those of {job.model.name} "
+            "are in the precision.",
+            hint="add --quantize fp8 (or int8, nvfp4).",
         )
-    if steps and kind != "FP8":
+    where = job.weights or job.model
+    if steps and not coded:
         raise UsageError(
-            f"{job.weights or job.model} has scales for attention over FP8 codes, and its linear "
-            f"layers are {kind or 'not quantized'}: FP8 attention goes with FP8 linear layers.",
+            f"{where} has scales for attention over FP8 codes, and its linear layers are not "
+            "quantized: the two go together.",
             hint="--attention precision leaves these scales out.",
+        )
+    if steps and (old := without(ATTENTION_FP8, job.compute_capabilities)):
+        raise UsageError(
+            f"{where} with --compute-capability {', '.join(old)}: it has scales for attention over "
+            "FP8 codes, which are multiplied from 8.9 on.",
+            hint="leave these targets out; --attention precision leaves the scales out.",
         )
     return replace(filled, attentions=dict(steps))

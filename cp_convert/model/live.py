@@ -1,39 +1,46 @@
 """Modules that NVIDIA ModelOpt has quantized live, in ``build_model()``: read, and taken off.
 
 In: a module with quantizers in it (``modelopt.torch.quantization.quantize``). Out: the module as it
-was before, and by the name of a weight its codes and scales, as ModelOpt's export would write them:
-``amax / 448`` for FP8 and ``amax / 127`` for INT8. ModelOpt itself is not needed; what a quantizer
-does is read from its attributes (ModelOpt 0.47, ``TensorQuantizer``). Inputs of norms and other
-layers without weights that are multiplied stay as they are, as in the export.
+was before, and by the name of a weight its codes and scales, as ModelOpt's export would write them.
+ModelOpt itself is not needed (:mod:`.quantizers`). Inputs of norms and other layers without weights
+that are multiplied stay as they are, as in the export.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelFileError, UsageError
+from ..errors import UsageError
 from ..ir.attention8 import Steps
-from ..ir.quantize import FP8, INT8, LARGEST, quantize
+from ..ir.nvfp4 import BLOCK, PAIRS, pairs, quantize_blocks
+from ..ir.quantize import FP8, INT8, quantize
 from ..job import Job
 from .coded import Coded
 from .formats import FLOAT8
+from .quantizers import (
+    acts,
+    factors_of,
+    has_low_rank,
+    is_idle,
+    is_on,
+    low_rank_of,
+    quantizers_of,
+    refused,
+    scales,
+    type_of,
+    without_quantizers,
+)
 from .weights import Filled
 
-_SUFFIX: Final = "_quantizer"
 _OWN: Final = ("input_quantizer", "weight_quantizer", "output_quantizer")
 _ATTENDED: Final = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer")
-_BITS: Final[dict[Any, torch.dtype]] = {(4, 3): FP8, 8: INT8}
-"""The codes' type, by what ModelOpt calls ``num_bits``."""
+_PROBABILITIES: Final = "softmax_quantizer"
 _WITHOUT_WEIGHT: Final = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_TAKES: Final = (
-    "FP8 with one scale a tensor and INT8 with one a row of the weight are taken, both with "
-    "constant scales of the input; mtq.disable_quantizer leaves a layer as it is."
-)
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,14 @@ def taken_off(module: nn.Module, job: Job, *, alone: bool) -> Live:
         ModelFileError: a quantizer whose products are not done, or that has no scale.
         UsageError: the job would give the weights other numbers, or takes codes for numbers.
     """
-    held = [(name, one, _quantizers(one)) for name, one in module.named_modules()]
+    held = [(name, one, quantizers_of(one)) for name, one in module.named_modules()]
     held = [found for found in held if found[2]]
     if not held:
         return Live({}, {})
     if not alone:
-        raise _refused("build_model(rank)", "quantizes every rank by itself", "quantize one model.")
+        raise refused("build_model(rank)", "quantizes every rank by itself", "quantize one model.")
     _check(job)
-    coded, norms, steps = dict[str, Coded](), 0, dict[str, Steps]()
+    coded, codes, norms, steps = dict[str, Coded](), dict[str, Tensor](), 0, dict[str, Steps]()
     owners: dict[Tensor, str] = {}
     for name, one, quantizers in held:
         if (of_attention := _of_attention(name, quantizers)) is not None:
@@ -92,11 +99,10 @@ def taken_off(module: nn.Module, job: Job, *, alone: bool) -> Live:
             norms += _is_left(name, one, quantizers)
         elif (own := _of_linear(name, one, quantizers)) is not None:
             if (other := owners.setdefault(one.weight, name)) != name:
-                raise _refused(name, f"has the weight of {other}, with a quantizer of its own")
-            coded[f"{name}.weight"] = own
-    codes = {name: _codes(module.get_parameter(name), own) for name, own in coded.items()}
+                raise refused(name, f"has the weight of {other}, with a quantizer of its own")
+            coded[f"{name}.weight"], codes[f"{name}.weight"] = _codes(one.weight, own)
     for _, one, _ in held:
-        _restore(one)
+        without_quantizers(one)
     return Live(coded, codes, tuple(_told(coded, norms)), steps)
 
 
@@ -114,40 +120,18 @@ def _check(job: Job) -> None:
         )
 
 
-def _quantizers(one: nn.Module) -> dict[str, nn.Module]:
-    """Those that a module holds itself, by name."""
-    return {
-        name: child
-        for name, child in one.named_children()
-        if name.endswith(_SUFFIX)
-        and (hasattr(child, "num_bits") or isinstance(child, nn.Sequential))
-    }
-
-
-def _is_on(quantizer: nn.Module) -> bool:
-    if isinstance(quantizer, nn.Sequential):
-        return any(_is_on(one) for one in quantizer)
-    return bool(getattr(quantizer, "is_enabled", False))
-
-
-def _acts(quantizer: nn.Module) -> bool:
-    """Whether it changes what passes through it; some do when they are switched off."""
-    if isinstance(quantizer, nn.Sequential):
-        return any(_acts(one) for one in quantizer)
-    rotates = bool(getattr(quantizer, "rotate_is_enabled", False))
-    has_factors = getattr(quantizer, "pre_quant_scale", None) is not None
-    return _is_on(quantizer) or rotates or has_factors
-
-
 def _is_left(name: str, one: nn.Module, found: Mapping[str, nn.Module]) -> bool:
     """Whether a module that is no linear layer has quantizers that ModelOpt's export leaves out."""
-    on = [own for own, quantizer in found.items() if _acts(quantizer)]
+    # ModelOpt's presets switch it on wherever there is attention; one call that attends, as
+    # diffusers' is, gives it nothing, and the export leaves it out.
+    idle = _PROBABILITIES in found and is_idle(found[_PROBABILITIES])
+    on = [own for own, one in found.items() if acts(one) and not (idle and own == _PROBABILITIES)]
     if not on:
         return False
     if isinstance(one, _WITHOUT_WEIGHT) and on == ["input_quantizer"]:
         return True
     what = "attention" if not set(on) <= set(_OWN) else f"a {type(one).__name__}"
-    raise _refused(f"{name}.{on[0]}", f"quantizes {what}, which is not done")
+    raise refused(f"{name}.{on[0]}", f"quantizes {what}, which is not done")
 
 
 def _of_attention(name: str, found: Mapping[str, nn.Module]) -> Steps | None:
@@ -155,122 +139,75 @@ def _of_attention(name: str, found: Mapping[str, nn.Module]) -> Steps | None:
 
     What the softmax gives is measured by one, and what attention gives is not rounded.
     """
-    on = {own for own in _ATTENDED if own in found and _acts(found[own])}
+    on = {own for own in _ATTENDED if own in found and acts(found[own])}
     if not on:
         return None
     if lacking := [own for own in _ATTENDED if own not in on]:
-        raise _refused(f"{name}.{min(on)}", f"quantizes attention without a {lacking[0]}")
+        raise refused(f"{name}.{min(on)}", f"quantizes attention without a {lacking[0]}")
     for own in _ATTENDED:
-        _check_quantizer(f"{name}.{own}", found[own])
-        if _BITS[_bits(found[own])] != FP8:
-            raise _refused(f"{name}.{own}", "quantizes attention to other codes than FP8")
-    q, k, v = (float(_scales(f"{name}.{own}", found[own], FP8, None)) for own in _ATTENDED)
+        if type_of(f"{name}.{own}", found[own]) != FP8:
+            raise refused(f"{name}.{own}", "quantizes attention to other codes than FP8")
+    q, k, v = (float(scales(f"{name}.{own}", found[own], FP8, None)) for own in _ATTENDED)
     return q, k, v
 
 
 def _of_linear(name: str, one: nn.Linear, found: Mapping[str, nn.Module]) -> Coded | None:
-    """How a linear layer is quantized; ``None``: not at all."""
-    on = {own: quantizer for own, quantizer in found.items() if _acts(quantizer)}
+    """How a linear layer is quantized, but for scales of blocks; ``None``: not at all."""
+    on = {own: quantizer for own, quantizer in found.items() if acts(quantizer)}
     if others := [own for own in on if own not in ("input_quantizer", "weight_quantizer")]:
-        raise _refused(f"{name}.{others[0]}", "quantizes what the layer returns, which is not done")
-    for own, quantizer in on.items():
-        _check_quantizer(f"{name}.{own}", quantizer)
-    smooth = _smooth(name, on.get("input_quantizer"), one.weight.shape[1])
-    on = {own: quantizer for own, quantizer in on.items() if _is_on(quantizer)}
-    if not on:
-        _fold(one, smooth)
+        raise refused(f"{name}.{others[0]}", "quantizes what the layer returns, which is not done")
+    types = {own: type_of(f"{name}.{own}", quantizer) for own, quantizer in on.items()}
+    of_input, of_weight = on.get("input_quantizer"), on.get("weight_quantizer")
+    smooth = factors_of(f"{name}.input_quantizer", of_input, one.weight.shape[1])
+    low_rank = low_rank_of(f"{name}.weight_quantizer", of_weight, one.weight)
+    multiplied = of_input if of_input is not None and is_on(of_input) else None
+    if of_weight is None or not is_on(of_weight):
+        if multiplied is not None:
+            raise refused(name, "quantizes its input and not its weight")
+        _fold(one, smooth, low_rank)
         return None
-    if "weight_quantizer" not in on:
-        raise _refused(name, "quantizes its input and not its weight")
-    dtype = _BITS[_bits(on["weight_quantizer"])]
+    dtype = types["weight_quantizer"]
+    if has_low_rank(of_weight) and dtype != PAIRS:
+        raise refused(f"{name}.weight_quantizer", "adds a low rank to codes of 8 bits")
+    if dtype == PAIRS and one.weight.shape[1] % BLOCK:
+        raise refused(
+            name, f"has {one.weight.shape[1]} columns, which blocks of {BLOCK} do not fill"
+        )
     rows = one.weight.shape[0] if dtype == INT8 else None
-    of_weight = _scales(f"{name}.weight_quantizer", on["weight_quantizer"], dtype, rows)
-    scale = of_weight if dtype == INT8 else float(of_weight)
-    if "input_quantizer" not in on:
-        return Coded(scale, None, smooth=smooth, dtype=dtype)
-    of_input = on["input_quantizer"]
-    if _BITS[_bits(of_input)] != dtype:
-        raise _refused(name, "has a weight and an input in different types")
-    step = float(_scales(f"{name}.input_quantizer", of_input, dtype, None))
-    return Coded(scale, step, smooth=smooth, dtype=dtype)
+    largest = scales(f"{name}.weight_quantizer", of_weight, dtype, rows)
+    step = None
+    if multiplied is not None:
+        if types["input_quantizer"] != dtype:
+            raise refused(name, "has a weight and an input in different types")
+        step = float(scales(f"{name}.input_quantizer", multiplied, dtype, None))
+    scale = largest if dtype == INT8 else float(largest)
+    return Coded(scale, step, smooth=smooth, dtype=dtype, low_rank=low_rank)
 
 
-def _bits(quantizer: nn.Module) -> Any:
-    bits = getattr(quantizer, "num_bits", None)
-    return tuple(bits) if isinstance(bits, list | tuple) else bits
+def _fold(one: nn.Linear, factors: Tensor | None, low_rank: tuple[Tensor, Tensor] | None) -> None:
+    """Give a plain weight back what its quantizers do although they are off.
 
-
-def _check_quantizer(name: str, quantizer: nn.Module) -> None:
-    """Refuse what is no constant scale of whole tensors or rows."""
-    if isinstance(quantizer, nn.Sequential):
-        raise _refused(name, "quantizes twice")
-    if _bits(quantizer) not in _BITS:
-        raise _refused(name, f"has num_bits {getattr(quantizer, 'num_bits', None)}")
-    for what, told in (
-        ("block_sizes", "has scales of blocks"),
-        ("_dynamic", "has dynamic scales"),
-        ("unsigned", "has codes without a sign"),
-        ("bias", "adds a bias before it rounds"),
-        ("rotate_is_enabled", "rotates what it quantizes"),
-        ("_if_calib", "is being calibrated still"),
-    ):
-        if getattr(quantizer, what, None) not in (None, False):
-            raise _refused(name, told)
-    if getattr(quantizer, "_if_quant", True) is False:
-        raise _refused(name, "is being calibrated still")
-    if not getattr(quantizer, "fake_quant", True):
-        raise _refused(name, "holds compressed weights", "export the model (docs/quantized.md).")
-
-
-def _scales(name: str, quantizer: nn.Module, dtype: torch.dtype, rows: int | None) -> Tensor:
-    """What a code of 1 stands for, float32: ``[]``, or ``[rows]``."""
-    largest = getattr(quantizer, "amax", None)
-    if not isinstance(largest, Tensor):
-        raise _refused(name, "has no amax, as nothing was calibrated")
-    largest = largest.detach().float().flatten()
-    if largest.numel() not in (1, rows):
-        raise _refused(name, f"has {largest.numel()} scales, and {rows or 1} are taken")
-    if not bool(largest.isfinite().all()) or not bool((largest >= 0).all()) or not largest.any():
-        raise _refused(name, f"has an amax of {float(largest[0])}")
-    if rows is not None:  # a row of zeros has no scale; any will do
-        largest = torch.where(largest > 0, largest, largest.max()).expand(rows).contiguous()
-        return largest / LARGEST[dtype]
-    return largest[0] / LARGEST[dtype]
-
-
-def _fold(one: nn.Linear, factors: Tensor | None) -> None:
-    """Multiply the columns of a plain weight: its quantizer is off, and would multiply the input.
-
-    SmoothQuant has divided them.
+    SmoothQuant has divided its columns, and SVDQuant subtracted a low rank.
     """
-    if factors is not None:
-        with torch.no_grad():
-            one.weight.copy_(one.weight.float() * factors)
+    if factors is None and low_rank is None:
+        return
+    numbers = one.weight.detach().float()
+    if low_rank is not None:
+        down, up = (factor.float() for factor in low_rank)
+        numbers = numbers + up @ down
+    with torch.no_grad():
+        one.weight.copy_(numbers if factors is None else numbers * factors)
 
 
-def _smooth(name: str, quantizer: nn.Module | None, columns: int) -> Tensor | None:
-    factors = getattr(quantizer, "pre_quant_scale", None)
-    if not isinstance(factors, Tensor):
-        return None
-    factors = factors.detach().float().flatten()
-    if factors.numel() != columns or not bool(((factors > 0) & factors.isfinite()).all()):
-        raise _refused(f"{name}.input_quantizer", "has a pre_quant_scale that is none")
-    return factors
-
-
-def _codes(weight: Tensor, own: Coded) -> Tensor:
+def _codes(weight: Tensor, own: Coded) -> tuple[Coded, Tensor]:
+    """How they are read, and the codes."""
     numbers, scale = weight.detach(), own.weight_scale
     if isinstance(scale, Tensor):
-        return quantize(numbers.float() / scale[:, None], 1.0, own.dtype)
-    return quantize(numbers, scale, own.dtype)
-
-
-def _restore(one: nn.Module) -> None:
-    """The class that ModelOpt has put its own in front of, and no quantizers."""
-    for name in _quantizers(one):
-        del one._modules[name]
-    own = next(c for c in type(one).__mro__ if not c.__module__.startswith("modelopt."))
-    object.__setattr__(one, "__class__", own)
+        return own, quantize(numbers.float() / scale[:, None], 1.0, own.dtype)
+    if own.dtype != PAIRS:
+        return own, quantize(numbers, scale, own.dtype)
+    rounded, blocks = quantize_blocks(numbers, scale)
+    return replace(own, blocks=blocks), pairs(rounded)
 
 
 def _told(coded: Mapping[str, Coded], norms: int) -> Iterator[str]:
@@ -281,7 +218,3 @@ def _told(coded: Mapping[str, Coded], norms: int) -> Iterator[str]:
         )
     if coded:
         yield f"{len(coded)} linear layers quantized by ModelOpt in build_model()"
-
-
-def _refused(name: str, what: str, hint: str = _TAKES) -> ModelFileError:
-    return ModelFileError(f"{name} {what}: it was quantized by ModelOpt.", hint=hint)

@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
+from .modelopt import without_modelopt
 from .offline import driverless
 
 logging.getLogger("torch_tensorrt").setLevel(logging.ERROR)
 for _name in ("torch._opaque_base", "torch._library.opaque_object"):
     logging.getLogger(_name).setLevel(logging.ERROR)
-with driverless(), warnings.catch_warnings():
+with driverless(), without_modelopt(), warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch_tensorrt
 import tensorrt as trt
@@ -33,7 +35,8 @@ from torch_tensorrt.dynamo.conversion._ConverterRegistry import (
 )
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
-from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering
+from torch_tensorrt.dynamo.lowering import get_decompositions
+from torch_tensorrt.dynamo.lowering import post_lowering as _post_lowering
 from torch_tensorrt.logging import _LOGGER as TENSORRT_LOG
 
 __all__ = [
@@ -92,6 +95,13 @@ def decompositions() -> dict[Any, Any]:
     # angles (LTX-Video's reach 15,000 radians) turns into an error of 1e-3.
     table.pop(torch.ops.aten.linspace.default, None)
     return table
+
+
+def post_lowering(graph_module: fx.GraphModule, options: CompilationSettings) -> fx.GraphModule:
+    """Torch-TensorRT's passes over a decomposed graph, which is changed."""
+    with without_modelopt():  # folding constants asks for it each time
+        done: fx.GraphModule = _post_lowering(graph_module, options)
+    return done
 
 
 @contextmanager

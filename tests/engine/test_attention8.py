@@ -9,7 +9,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.checkpoints.modelopt import FILE, tensors_of, with_attention, write
+from benchmarks.checkpoints.modelopt import (
+    FILE,
+    in_nvfp4,
+    smoothed,
+    tensors_of,
+    with_attention,
+    write,
+)
 from benchmarks.plans import Plan, read_plan
 from cp_convert.backends import BACKENDS
 from cp_convert.capture import attention8
@@ -212,3 +219,37 @@ def test_other_models(model: str, tmp_path: Path) -> None:
     assert manifest.quantization is not None
     assert manifest.quantization.attentions is not None
     assert manifest.quantization.attentions.products == {"fp8": count}
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes", "targets"),
+    [
+        ("nvfp4", "fp4_e2m1", ("12.0",)),
+        pytest.param("int8", "int8", ("8.9", "12.0"), marks=SLOW),
+    ],
+)
+def test_beside_linear_layers_in_other_codes(
+    kind: str, codes: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """From a checkpoint, each by its own type; the engine is for GPUs that have both."""
+    space = dict[str, Any]()
+    exec(wider(WAN), space)
+    module: nn.Module = space["build_model"]()
+    layers = [one for one in layers_of(module) if "blocks.0" in one]
+    made = in_nvfp4 if kind == "nvfp4" else smoothed
+    paths = [n for n, _ in module.named_modules() if n.endswith((".attn1", ".attn2"))]
+    tensors = with_attention(made(module, layers), paths)
+    algorithm = {"nvfp4": "NVFP4", "int8": "W8A8_SQ_PER_CHANNEL"}[kind]
+    manifest, plan = converted(
+        tmp_path, wider(WAN), weights=write(tmp_path / "weights", tensors, algorithm),
+        proof="network", compute_capabilities=targets,
+    )  # fmt: skip
+    assert [one.count(FP8) for one in plan.attentions()] == len(paths) * [3]
+    assert plan.products().count((codes, codes)) == len(layers)
+    assert {one for one in plan.products() if FP8 in one} == set()
+    assert manifest.runs_on.compute_capabilities == list(targets)
+    check_proof(manifest)
+    told = manifest.quantization
+    assert told is not None and told.linears is not None and told.attentions is not None
+    assert told.linears.products[kind] == len(layers)
+    assert told.attentions.products == {"fp8": len(paths)}

@@ -6,6 +6,7 @@ against the module's own forward.
 
 import textwrap
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.checkpoints.exported import on_a_cpu
 from cp_convert.backends import BACKENDS
 from cp_convert.cache.store import Cache
 from cp_convert.capture.capture import capture, traced
@@ -62,6 +64,8 @@ class TensorQuantizer(nn.Module):
             x = (x * (127 / self.amax)).round().clamp(-128, 127) / (127 / self.amax)
         return x
 
+LOW = torch.eye(64)
+
 class QuantLinear(nn.Linear):
     def forward(self, x):
         x, weight = self.input_quantizer(x), self.weight_quantizer(self.weight)
@@ -102,7 +106,7 @@ import modelopt.torch.quantization as mtq
 def build_model():
     model = plain()
     mtq.quantize(model, mtq.CONFIG, lambda model: model(**example_inputs()))
-    mtq.disable_quantizer(model, lambda name: "blocks" not in name)
+    mtq.disable_quantizer(model, lambda name: "blocks" not in name or "norm" in name)
     CHANGE
     return model
 """
@@ -143,41 +147,51 @@ def own_output(code: str, x: Tensor) -> tuple[Tensor, Tensor]:
 LAYERS = [f"blocks.{i}.{name}" for i in (0, 1) for name in ("qkv", "out")]
 
 
+REAL_ONES = {
+    "FP8_DEFAULT_CFG": "fp8",
+    "INT8_SMOOTHQUANT_CFG": "int8",
+    "NVFP4_DEFAULT_CFG": "nvfp4",
+    "NVFP4_SVDQUANT_DEFAULT_CFG": "nvfp4",
+}
+TYPES = {"fp8": FP8, "int8": torch.int8, "nvfp4": torch.uint8}
+
+
 def cases() -> Iterator[Any]:
-    yield pytest.param(lambda: stand_in("(4, 3)"), False, id="stand-in-fp8")
-    yield pytest.param(lambda: stand_in("8"), True, id="stand-in-int8")
-    for config, rows in (("FP8_DEFAULT_CFG", False), ("INT8_SMOOTHQUANT_CFG", True)):
-        yield pytest.param(lambda config=config: real(config), rows, id=config)
+    yield pytest.param(lambda: stand_in("(4, 3)"), "fp8", id="stand-in-fp8")
+    yield pytest.param(lambda: stand_in("8"), "int8", id="stand-in-int8")
+    for config, kind in REAL_ONES.items():
+        yield pytest.param(lambda config=config: real(config), kind, id=config)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("made", "is_int8"), cases())
+@pytest.mark.parametrize(("made", "kind"), cases())
 def test_the_program_computes_what_the_live_module_does(
-    made: Any, is_int8: bool, tmp_path: Path
+    made: Any, kind: str, tmp_path: Path
 ) -> None:
     prepare(BACKENDS["tensorrt-rtx"])
     code = made()
-    source = loaded(tmp_path, code)
+    is_svd = "SVD" in code
+    with on_a_cpu() if "mtq" in code else nullcontext():
+        source = loaded(tmp_path, code)
+        truth, without = own_output(code, source.inputs["x"])
     assert sorted(source.codes) == sorted(f"{layer}.weight" for layer in LAYERS)
-    assert {one.codes.dtype for one in source.codes.values()} == {torch.int8 if is_int8 else FP8}
+    assert {one.codes.dtype for one in source.codes.values()} == {TYPES[kind]}
     assert not [name for name, _ in source.module.named_modules() if "quantizer" in name]
     assert type(source.module.get_submodule("blocks.0.qkv")) is nn.Linear
     assert type(source.module.get_submodule("blocks.0.norm")) is nn.LayerNorm
     for name, one in source.codes.items():
-        assert (one.rows is not None) == (one.smooth is not None) == is_int8
+        assert (one.rows is not None) == (kind == "int8")
+        assert (one.smooth is not None) == (kind == "int8" or is_svd)
+        assert (one.low_rank is not None) == is_svd
         assert source.parameters_outside[name] is one.codes
     trace = traced(source, Clock(Progress()))
     captured = capture(source, trace, table(), Cache(None), None, Clock(Progress()))
     asked = Loaded(job(tmp_path), BACKENDS["tensorrt-rtx"], source, "", None, tmp_path)
     program = quantized(asked, captured, Clock(Progress())).dense
     (found,) = run(program, flat_inputs(program, source.inputs), 1)[0]
-    truth, without = own_output(code, source.inputs["x"])
     loss = (truth - without).norm() / without.norm()
-    assert 1e-3 < loss < 0.1
-    if code.startswith("\nclass"):  # the real one rounds inputs of norms as well
-        assert (found - truth).norm() / truth.norm() < 0.05 * loss
-    else:
-        assert (found - truth).norm() / truth.norm() < loss
+    assert 1e-3 < loss < 0.2
+    assert (found - truth).norm() / truth.norm() < 0.05 * loss
 
 
 @pytest.mark.parametrize(
@@ -185,7 +199,17 @@ def test_the_program_computes_what_the_live_module_does(
     [
         ("model.blocks[0].qkv.input_quantizer._dynamic = True", "qkv.input_quantizer has dynamic"),
         ("model.blocks[0].qkv.weight_quantizer.block_sizes = {-1: 16}", "has scales of blocks"),
-        ("model.blocks[0].qkv.weight_quantizer.num_bits = (2, 1)", r"has num_bits \(2, 1\)"),
+        ("model.blocks[0].qkv.weight_quantizer.num_bits = (2, 1)", "has scales of blocks as {}"),
+        ("model.blocks[0].qkv.weight_quantizer.num_bits = (3, 2)", r"has num_bits \(3, 2\)"),
+        ("model.blocks[0].qkv.weight_quantizer.backend = 'mine'", "a backend of its own"),
+        (
+            "q = model.blocks[0].out.weight_quantizer; q.svdquant_lora_a = q.svdquant_lora_b = LOW",
+            "adds a low rank to codes of 8 bits",
+        ),
+        (
+            "model.blocks[0].qkv.weight_quantizer.svdquant_lora_a = torch.ones(4, 64)",
+            "one factor of a low rank and not the other",
+        ),
         ("model.blocks[0].qkv.weight_quantizer.num_bits = 4", "has num_bits 4"),
         ("model.blocks[0].qkv.weight_quantizer.num_bits = 8", "types|scales"),
         ("model.blocks[0].qkv.weight_quantizer.fake_quant = False", "holds compressed weights"),
@@ -219,7 +243,7 @@ def test_the_program_computes_what_the_live_module_does(
             "blocks.0.q_bmm_quantizer quantizes attention without a k_bmm_quantizer",
         ),
         (
-            "model.blocks[0].softmax_quantizer = TensorQuantizer()",
+            "q = model.blocks[0].softmax_quantizer = TensorQuantizer(); q._amax = torch.ones(())",
             "blocks.0.softmax_quantizer quantizes attention",
         ),
         (
@@ -298,8 +322,25 @@ def test_attention_over_codes(tmp_path: Path) -> None:
         loaded(tmp_path, others)
 
 
-@pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG"])
-def test_what_the_real_one_quantizes_otherwise_is_refused(config: str, tmp_path: Path) -> None:
+def test_a_softmax_that_nothing_passed_through_is_left(tmp_path: Path) -> None:
+    """ModelOpt's presets for diffusers switch it on, and calibrate nothing."""
+    change = "q = model.blocks[0].softmax_quantizer = TensorQuantizer()\nq._if_calib = False"
+    source = loaded(tmp_path, stand_in(change=change))
+    assert len(source.codes) == 4
+    assert not any("quantizer" in name for name, _ in source.module.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("FP8_PER_CHANNEL_PER_TOKEN_CFG", r"blocks.0.qkv.(weight|input)_quantizer has"),
+        ("MXFP8_DEFAULT_CFG", r"blocks.0.qkv.(weight|input)_quantizer has scales of blocks"),
+        ("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", r"blocks.0.qkv.weight_quantizer has num_bits 4"),
+    ],
+)
+def test_what_the_real_one_quantizes_otherwise_is_refused(
+    config: str, told: str, tmp_path: Path
+) -> None:
     code = real(config)
-    with pytest.raises(ConvertError, match=r"blocks.0.qkv.(weight|input)_quantizer has"):
+    with pytest.raises(ConvertError, match=told):
         loaded(tmp_path, code)

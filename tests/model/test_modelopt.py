@@ -107,6 +107,7 @@ def test_codes_stay_where_they_are_and_the_module_has_their_numbers(tmp_path: Pa
 
 def test_scales_of_attention(tmp_path: Path) -> None:
     tensors = with_attention(tensors_of(module(), LAYERS), ["blocks.1"])
+    tensors["blocks.1.softmax_quantizer._amax"] = torch.tensor(0.9)
     write(tmp_path / "weights", tensors)
     source = loaded(tmp_path)
     assert source.attentions == {
@@ -123,17 +124,19 @@ def test_scales_of_attention(tmp_path: Path) -> None:
         assert f"scales of 1 attentions left out ({why})" in source.told[-1]
 
 
-def test_attention_goes_with_layers_in_fp8(tmp_path: Path) -> None:
+def test_attention_goes_with_layers_of_codes(tmp_path: Path) -> None:
     tensors = with_attention(smoothed(module(), LAYERS), ["blocks.1"])
     write(tmp_path / "weights", tensors, SMOOTH)
-    with pytest.raises(UsageError, match="its linear layers are INT8: FP8 attention goes with"):
-        loaded(tmp_path)
+    assert list(loaded(tmp_path).attentions) == ["blocks.1"]
     assert loaded(tmp_path, attention="precision").attentions == {}
-    write(tmp_path / "weights", smoothed(module(), LAYERS), SMOOTH)
-    with pytest.raises(UsageError, match=r"--attention fp8: it goes with .* dit.py are INT8"):
-        loaded(tmp_path, attention="fp8")
+    with pytest.raises(UsageError, match=r"--compute-capability 8.6: it has scales for attention"):
+        loaded(tmp_path, compute_capabilities=("8.6", "8.9"))
     with pytest.raises(UsageError, match=r"--attention fp8: .* dit.py are in the precision"):
         loaded(tmp_path, attention="fp8", weights=None)
+    plain = {name: t.detach().bfloat16() for name, t in module().state_dict().items()}
+    write(tmp_path / "weights", with_attention(plain, ["blocks.1"]))
+    with pytest.raises(UsageError, match=r"its linear layers are not quantized: the two go"):
+        loaded(tmp_path)
 
 
 SMOOTH = "W8A8_SQ_PER_CHANNEL"
@@ -305,8 +308,10 @@ def test_options_that_go_with_nothing(tmp_path: Path) -> None:
         ({"exchange": "int4"}, "not one of int8"),
         ({"quantize": "fp4"}, "not one of fp8, int8"),
         ({"attention": "int8"}, "not one of fp8, precision"),
-        ({"attention": "fp8", "quantize": "int8"}, "fp8 and --quantize int8: the two do not"),
-        ({"attention": "fp8", "quantize": "nvfp4"}, "fp8 and --quantize nvfp4: the two do not"),
+        (
+            {"attention": "fp8", "quantize": "int8", "compute_capabilities": ("8.6", "8.9")},
+            "--attention fp8 with --compute-capability 8.6: FP8 is multiplied from 8.9 on",
+        ),
         ({"attention": "fp8", "precision": "fp32"}, "fp8 and --precision fp32: the two do not"),
         ({"attention": "fp8", "strategy": "fused"}, "fp8 and --strategy fused: the two do not"),
     ):

@@ -185,8 +185,7 @@ def test_a_file_of_two_formats(tmp_path: Path) -> None:
     assert list(source.located) == [n for n in source.located if n not in kinds or "out" in n]
     with pytest.raises(UsageError, match=r"--compute-capability 8\.9: its weights are NVFP4"):
         opened(tmp_path, file, compute_capabilities=("8.9", "12.0"))
-    with pytest.raises(UsageError, match=r"dit\.py are FP8 and NVFP4"):
-        opened(tmp_path, file, attention="fp8")
+    assert len(opened(tmp_path, file, attention="fp8").codes) == 4
     source = opened(tmp_path, file, allow_cast=("float8",))
     assert len(source.codes) == 3
     assert "1 weights in FP8 multiplied by their scales once" in " ".join(source.told)
