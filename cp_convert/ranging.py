@@ -105,7 +105,7 @@ def proven_at(n: int, ready: Ready, whole: Emitted, clock: Clock) -> Ready:
     here = replace(
         ready.emitted,
         rewritten=_filled(whole.lifted.stored, n, whole.rewritten),
-        program=_filled(whole.lifted.built, n, whole.program),
+        uncut=_filled(whole.lifted.built, n, whole.program),
     )
     return proven(replace(ready, emitted=here), clock)
 

@@ -20,7 +20,8 @@ from .cutting import in_pieces
 from .engine.build import prepare
 from .engine.engines import build_pieces, networks_of, ranks_of
 from .engine.fold_weights import fold_weights
-from .engine.lower_pieces import lower_all
+from .engine.lower import lower
+from .engine.lower_pieces import lower_pieces
 from .engine.one_program import by_scatter, why_not_shared
 from .engine.pool import Pool
 from .errors import CannotShard
@@ -250,7 +251,8 @@ def _emitted(rewritten: Rewritten, captured: Captured, source: Source, clock: Cl
         names = captured.bindings if source.external else {}
         folded = fold_weights(program, names)
         draft = in_pieces(rewritten, folded.program, folded.names)
-        lowered, pieces, twins = lower_all(folded.program, draft)
+        lowered = lower(folded.program) if draft is None else None
+        pieces, twins = (None, ()) if draft is None else lower_pieces(draft)
     apart = {} if captured.linears is None else captured.linears.weights
     codes = {apart[n]: program.state[n] for n in folded.names if n in apart}
     constants = {**folded.constants, **codes}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..ir.join import joined
 from ..ir.kinds import Twin, through
 from ..ir.program import Lowered, names_in
 from ..ir.records import Draft
@@ -15,19 +14,8 @@ from ..ir.split import Pieces
 from .lower import lower
 
 
-def lower_all(
-    program: Lowered, draft: Draft | None
-) -> tuple[Lowered, Pieces | None, tuple[Twin, ...]]:
-    """``program`` lowered, by its pieces where it has such; see :func:`lower_pieces`.
-
-    Raises:
-        CannotLower: see :func:`.lower.lower`.
-    """
-    return (lower(program), None, ()) if draft is None else lower_pieces(draft)
-
-
-def lower_pieces(draft: Draft) -> tuple[Lowered, Pieces, tuple[Twin, ...]]:
-    """All pieces lowered: as one program, one by one, and whose engine each of them runs.
+def lower_pieces(draft: Draft) -> tuple[Pieces, tuple[Twin, ...]]:
+    """All pieces lowered, and whose engine each of them runs.
 
     Raises:
         CannotLower: see :func:`.lower.lower`.
@@ -35,13 +23,12 @@ def lower_pieces(draft: Draft) -> tuple[Lowered, Pieces, tuple[Twin, ...]]:
     pieces, names = draft.pieces, draft.names
     firsts = {n: lower(pieces.all[n].program) for n in dict.fromkeys(t.of for t in draft.twins)}
     twins = tuple(_bound(twin, firsts[twin.of], draft) for twin in draft.twins)
-    whole = joined(draft.whole, pieces.programs, firsts, twins, names)
     own = zip(pieces.all, twins, strict=True)
     lowered = tuple(
         replace(one, program=through(firsts[twin.of], names, twin, draft.whole))
         for one, twin in own
     )
-    return whole, replace(pieces, all=lowered), twins
+    return replace(pieces, all=lowered), twins
 
 
 def _bound(twin: Twin, built: Lowered, draft: Draft) -> Twin:

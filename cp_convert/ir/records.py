@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..mesh import Axis
 from .attention import Outcome
 from .attentions8 import Attentions
 from .engine import Engine
+from .join import joined
 from .kinds import Twin, through
 from .lift import Lifted
 from .linear8 import Linears
@@ -161,18 +163,18 @@ class Emitted:
 
     Attributes:
         rewritten: the program before, taken apart by rank or shared by all.
-        program: the program.
+        uncut: the program, lowered; ``None`` where it is in pieces.
         layout: ``shared`` where all ranks have one engine, else ``per-rank``.
         names: by placeholder, the binding of a weight that is an engine's input.
         constants: what forward computes from such weights alone, by binding.
-        pieces: the same program cut into several, each with an engine of its own.
+        pieces: the program cut into several, each lowered, with an engine of its own.
         lifted: the same program for a range of sizes, of which this is the largest.
         twins: of every piece, whose engine it runs.
         draft: what the pieces were before they were lowered.
     """
 
     rewritten: Lowered
-    program: Lowered
+    uncut: Lowered | None
     layout: str
     names: Mapping[str, str]
     constants: Mapping[str, Tensor]
@@ -180,6 +182,21 @@ class Emitted:
     lifted: Lifted | None = None
     twins: tuple[Twin, ...] = ()
     draft: Draft | None = None
+
+    @property
+    def bindings(self) -> Lowered:
+        """What tells the inputs and outputs of the whole, lowered or not."""
+        return self.program if self.draft is None else self.draft.whole
+
+    @cached_property
+    def program(self) -> Lowered:
+        """The whole, lowered; of pieces all together, put together when a proof first asks."""
+        if self.uncut is not None:
+            return self.uncut
+        assert self.draft is not None
+        programs, draft = self.programs, self.draft
+        firsts = {number: programs[number] for number in self.kinds}
+        return joined(draft.whole, draft.pieces.programs, firsts, self.twins, self.names)
 
     @property
     def programs(self) -> tuple[Lowered, ...]:
