@@ -85,8 +85,25 @@ def without_scales(
         layer = name.rpartition(".")[0]
         if f"{layer}.weight" not in codes:
             raise not_quantized(name, f"{layer}.weight", stored, KINDS[dtype])
+    _check_alike(codes, stored)
     coded = {name: _coded(name, stored) for name in sorted(codes)}
     return {name: at for name, at in stored.items() if name not in scales}, coded
+
+
+def _check_alike(codes: set[str], stored: Mapping[str, Location]) -> None:
+    """Refuse a layer without factors that others have: a scheme gives them to all, or to none.
+
+    Its codes are those of a weight that was divided by them, and would be taken as they are.
+    """
+    given = {one for name in codes for one in _MORE[stored[name].dtype or FP8]}
+    for what in (one for one in (_SMOOTH, _LOW_RANK[0]) if one in given):
+        named = {name: name.removesuffix(WEIGHT) + what for name in sorted(codes)}
+        lacking = [name for name, factor in named.items() if factor not in stored]
+        if lacking and len(lacking) < len(codes):
+            name, has = lacking[0], len(codes) - len(lacking)
+            why = f", which {has} of {len(codes)} layers have"
+            kind = KINDS[stored[name].dtype or FP8]
+            raise missing(named[name], name, stored[name], why, "fetch or export it again; ", kind)
 
 
 def is_said(folder: Path) -> bool:

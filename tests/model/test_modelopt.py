@@ -246,6 +246,7 @@ def rows(value: float, count: int = 64) -> Tensor:
         (with_("blocks.0.out.weight_scale", torch.tensor(1.0)), r"F32\[\]; there are 64 rows"),
         (with_("blocks.0.out.weight_scale", rows(-1)), "weight_scale .* is -1.0"),
         (with_("blocks.0.out.weight_scale", rows(torch.nan)), "weight_scale .* is nan"),
+        (without("blocks.0.out.pre_quant_scale"), "missing: .*, which 3 of 4 layers"),
         (with_("blocks.0.out.pre_quant_scale", rows(0)), "pre_quant_scale .* is 0.0"),
         (with_("blocks.0.out.pre_quant_scale", rows(torch.inf)), "pre_quant_scale .* is inf"),
         (with_("blocks.0.out.pre_quant_scale", rows(1, 32)), r"F32\[32\]; there are 64 columns"),

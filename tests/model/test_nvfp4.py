@@ -104,6 +104,8 @@ def test_what_is_no_such_checkpoint_is_refused_by_name(
     ("damage", "told"),
     [
         (lacking("blocks.0.qkv.svdquant_lora_b"), "svdquant_lora_b is missing"),
+        (lacking("blocks.0.qkv.pre_quant_scale"), "which 3 of 4 layers have"),
+        (lambda t: [t.pop(f"blocks.0.qkv.svdquant_lora_{x}") for x in "ab"], "which 3 of 4"),
         (with_("blocks.0.out.svdquant_lora_a", torch.ones(8, 32)), r"\[8, 32\] and \[64, 8\]"),
         (with_("blocks.0.out.svdquant_lora_a", torch.ones(4, 64)), r"\[4, 64\] and \[64, 8\]"),
         (with_("blocks.0.out.svdquant_lora_b", torch.full((64, 8), torch.nan)), "not finite"),
