@@ -80,7 +80,8 @@ def _kind(option: click.Parameter) -> str:
         return "flag"
     if option.multiple:
         return "list"
-    known = {"integer": "int", "integer range": "int", "float": "float", "size": "size"}
+    known = {"integer": "int", "integer range": "int", "size": "size"}
+    known |= {"float": "float", "float range": "float"}
     return known.get(option.type.name, "word")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cp_convert import cli
-from cp_convert.cli import mesh
+from cp_convert.cli import config, convert, mesh
 from tests.bundle.test_folder import written
 
 Run = Callable[..., "Result"]
@@ -150,6 +150,12 @@ def test_other_files_are_no_models(cp_convert: Run, tmp_path: Path, name: str) -
     result = cp_convert(name, "-s", "ring", "-w", "2")
     assert result.code == 2
     assert f"{name} is neither a Python file" in result.err
+
+
+def test_a_config_file_has_numbers_for_numbers() -> None:
+    command = convert.command
+    values = {"rtol": 0.01, "max-loss": 1}
+    assert config.defaults(command, values, "job.toml") == {"rtol": 0.01, "max_loss": 1}
 
 
 @pytest.mark.parametrize(
