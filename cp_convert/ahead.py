@@ -102,14 +102,13 @@ def run(errand: Errand, answer: Connection) -> None:
     job = errand.job
     prepare(errand.backend, fused=job.strategy == FUSED)
     cache, table, clock = Cache(job.cache), decompositions(), Clock(Progress())
-    with surroundings(job):
+    with surroundings(job), set_aside():
         source = load(job)
         variants = source, *source.others
-        with set_aside():
-            for number in errand.numbers:
-                found = see(variants[number], None, table, cache, errand.tool, clock)
-                folder = errand.folder / str(number)
-                folder.mkdir()
-                write(found.captured, folder)
-                with suppress(BrokenPipeError):  # the conversion has ended
-                    answer.send((number, found.key))
+        for number in errand.numbers:
+            found = see(variants[number], None, table, cache, errand.tool, clock)
+            folder = errand.folder / str(number)
+            folder.mkdir()
+            write(found.captured, folder)
+            with suppress(BrokenPipeError):  # the conversion has ended
+                answer.send((number, found.key))

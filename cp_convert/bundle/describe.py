@@ -37,7 +37,7 @@ OWN_REFERENCE: Final = "the model's own ranks together in float32, before the se
 def describe(made: Made, timings: Mapping[str, float]) -> m.Manifest:
     """The manifest of a conversion that has come to its end; ``timings`` are seconds by stage."""
     job, source, axis = made.rewritten.job, made.loaded.source, made.rewritten.axis
-    program, signature = made.emitted.bindings, made.captured.signature
+    program, signature = made.emitted.whole, made.captured.signature
     return m.Manifest(
         schema_version=m.SCHEMA_VERSION,
         tool=m.Tool(name="cp-convert", version=__version__),

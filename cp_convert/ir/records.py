@@ -184,8 +184,8 @@ class Emitted:
     draft: Draft | None = None
 
     @property
-    def bindings(self) -> Lowered:
-        """What tells the inputs and outputs of the whole, lowered or not."""
+    def whole(self) -> Lowered:
+        """The whole, lowered or not, which tells its inputs and outputs."""
         return self.program if self.draft is None else self.draft.whole
 
     @cached_property
