@@ -1,14 +1,16 @@
 """Small models in every quantized format, by strategy and world: proven, refused, or failed.
 
     python -m benchmarks.quantized_formats [--models Wan,FLUX.1] [--formats modelopt-fp8]
-        [--strategies ring] [--worlds 2] [--missing]
+        [--strategies ring] [--worlds 2] [--missing] [--ran]
 
 A cell is a whole conversion in bfloat16 with external weights: one engine of all targets of the
-format (:mod:`.formats`), proven to its network, and the types of operands read out of it. A model
+format (:mod:`.formats`), proven to its network, and the types of operands read out of it. Where
+bfloat16 itself loses so much that nothing can be proven, it is float16. A model
 in a format is loaded, measured and traced once. Formats that a target does not multiply must be
-refused for it. Results are kept by cell, so that a run replaces its own only; ``--missing`` leaves
-those alone that are proven or refused. What ends in something else than an error of ours is a
-defect, and ends the run.
+refused for it. With ``--ran`` the bundle is run, too (:mod:`.ran`). Results are kept by cell, so
+that a run replaces its own only; ``--missing`` leaves those alone that are proven or refused, and
+have run where ``--ran`` is given. What ends in something else than an error of ours is a defect,
+and ends the run.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,8 @@ TYPES = {"fp8": "fp8_e4m3", "int8": "int8", "nvfp4": "fp4_e2m1"}
 """What the engine's text calls codes."""
 OLD = "8.9"
 """A target that lacks NVFP4."""
+NOTHING = "nothing can be proven in this precision"
+"""What is said where the dense model itself is too far off in it."""
 
 
 def main() -> None:
@@ -44,6 +50,7 @@ def main() -> None:
         joined = ",".join(map(str, known))
         parser.add_argument(f"--{name}", default=joined, help=f"of {joined}")
     parser.add_argument("--missing", action="store_true", help="only what is not known yet")
+    parser.add_argument("--ran", action="store_true", help="run the bundles, too")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/quantized_formats.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/quantized-formats.md"))
     options = parser.parse_args()
@@ -52,31 +59,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model, kind in product(options.models.split(","), options.formats.split(",")):
             own = known.setdefault(model, {}).setdefault(kind, {})
-            cells = [one for one in asked if not (options.missing and _is_done(own, *one))]
-            for key, cell in _run(model, kind, cells, Path(folder)) if cells else ():
+            done = partial(_is_done, own, ran=options.ran)
+            cells = [one for one in asked if not (options.missing and done(*one))]
+            for key, cell in _run(model, kind, cells, Path(folder), options.ran) if cells else ():
                 own[key] = cell
                 options.results.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
                 print(model, kind, key, json.dumps(cell)[:400], flush=True)
     options.out.write_text(page(known, {name: one.told for name, one in FORMATS.items()}))
 
 
-def _is_done(own: dict[str, Cell], strategy: str, world: int) -> bool:
+def _is_done(own: dict[str, Cell], strategy: str, world: int, *, ran: bool) -> bool:
     cell = own.get(f"{strategy} {world}", {})
-    return "proven" in cell or "refused" in cell
+    return "refused" in cell or ("proven" in cell and ("ran" in cell or not ran))
 
 
 def _run(
-    model: str, kind: str, cells: Sequence[tuple[str, int]], run: Path
+    model: str, kind: str, cells: Sequence[tuple[str, int]], run: Path, ran: bool
 ) -> Iterator[tuple[str, Cell]]:
     """The cells of a model in a format, by strategy and world.
 
     In the folder ``run`` is what formats of a model have in common, by cp-convert's cache.
     """
     import torch
-
-    from cp_convert.backends import select
-    from cp_convert.matrix import convert_all
-    from cp_convert.progress import Progress
 
     from .formats import FORMATS, small
 
@@ -88,16 +92,32 @@ def _run(
         if one.write is not None:
             weights = one.write(made, folder)
         given = {"model": model_file, "weights": weights, "cache": run / "cache", **one.options}
+        given |= {"program": "yes" if ran else "no"}
         refused = {} if OLD in one.targets else {OLD: _refusal(given, folder, *cells[0])}
         jobs = [_job(given, s, w, folder / f"{s}-{w}", one.targets) for s, w in cells]
-        backend = select("auto", one.targets)
-        all_ended = convert_all(
-            [(job, backend) for job in jobs], lambda *_: nullcontext(Progress())
-        )
-        for ended in all_ended:
-            cell = _told(ended, refused)
-            shutil.rmtree(ended.job.out, ignore_errors=True)
-            yield f"{ended.job.strategy} {ended.job.world}", cell
+        for ended in _ended(jobs):
+            cell, own = _told(ended, refused), ended
+            if NOTHING in cell.get("failed", ""):
+                (own,) = _ended([replace(ended.job, precision="fp16")])
+                cell = _told(own, refused) | {"bf16": cell["failed"]}
+            yield f"{own.job.strategy} {own.job.world}", cell | _ran(own, cell, ran)
+            shutil.rmtree(own.job.out, ignore_errors=True)
+
+
+def _ended(jobs: Sequence[Any]) -> Iterator[Any]:
+    """What becomes of jobs of the same targets."""
+    from cp_convert.backends import select
+    from cp_convert.matrix import convert_all
+    from cp_convert.progress import Progress
+
+    backend = select("auto", jobs[0].compute_capabilities)
+    yield from convert_all([(job, backend) for job in jobs], lambda *_: nullcontext(Progress()))
+
+
+def _ran(ended: Any, cell: Cell, asked: bool) -> Cell:
+    from .ran import ran
+
+    return {"ran": ran(ended.job.out)} if asked and "proven" in cell else {}
 
 
 def _job(
@@ -107,8 +127,7 @@ def _job(
 
     return Job(
         **given, strategy=strategy, world=world, out=out, precision="bf16",
-        weights_mode="external", proof="network", program="no", jobs=1,
-        compute_capabilities=tuple(targets),
+        weights_mode="external", proof="network", jobs=1, compute_capabilities=tuple(targets),
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Final, NoReturn
 from unittest.mock import patch
 
-_OWN: Final = str(Path(__file__).parent.parent)
+_OWN: Final = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def at_home(path: Path, module: str | None = None) -> Iterator[None]:
         yield
         return
     folders = home_of(path, module).folders
-    known = set(sys.modules)
+    known, entries = set(sys.modules), list(sys.path)
     with (
         patch.object(sys, "argv", [str(path)]),
         patch.object(sys, "path", [*map(str, folders), *sys.path]),
@@ -110,21 +110,32 @@ def at_home(path: Path, module: str | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            _forget(set(sys.modules) - known, folders)
+            _forget(set(sys.modules) - known, folders, entries)
 
 
 def _nobody_answers(prompt: object = "", /) -> NoReturn:
     raise EOFError(f"input({str(prompt)!r}) asks, and nobody answers during a conversion")
 
 
-def _forget(names: Iterable[str], folders: Iterable[Path]) -> None:
-    """Modules from ``folders``: another model file may have other ones of these names."""
-    installed = [sysconfig.get_path(n) for n in ("purelib", "platlib", "stdlib", "platstdlib")]
-    for name in names:
-        file = _file_of(sys.modules[name])
-        is_near = any(file.is_relative_to(f) or file.is_relative_to(f.resolve()) for f in folders)
-        if is_near and not any(file.is_relative_to(place) for place in (*installed, _OWN)):
+def _forget(names: Iterable[str], folders: Iterable[Path], entries: Iterable[str]) -> None:
+    """Modules from ``folders``: another model file may have other ones of these names.
+
+    What is installed in a folder beneath is not from there: one of ``entries``, which ``sys.path``
+    had before, is nearer to it, and parts of it would not find each other again.
+    """
+    near = {one for folder in folders for one in (folder, folder.resolve())}
+    schemes = ("purelib", "platlib", "stdlib", "platstdlib")
+    installed = {Path(sysconfig.get_path(name)) for name in schemes} | {_OWN}
+    others = (installed | {Path(entry).absolute() for entry in entries}) - near
+    files = {name: _file_of(sys.modules[name]) for name in names}
+    for name, file in files.items():
+        if _nearest(file, near) > _nearest(file, others):
             del sys.modules[name]
+
+
+def _nearest(file: Path, folders: Iterable[Path]) -> int:
+    """How many parts the longest of those paths has that ``file`` is in; none: 0."""
+    return max((len(one.parts) for one in folders if file.is_relative_to(one)), default=0)
 
 
 def _file_of(module: ModuleType) -> Path:

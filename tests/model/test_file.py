@@ -1,5 +1,6 @@
 """Model files as people write them: what Python runs is run, mistakes are named with their line."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -236,3 +237,29 @@ def test_surroundings_within_surroundings_end_once(tmp_path: Path) -> None:
         with at_home(path):
             pass
         assert sys.path[0] == str(tmp_path)
+
+
+def test_what_is_installed_beneath_the_model_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as an environment in the project: ``.venv``, or ``pip install --target deps``."""
+    deps = tmp_path / "deps"
+    for folder, names in ((deps, ("installed_here", "spaced_here/inner")), (tmp_path, ("near",))):
+        for name in names:
+            (folder / name).mkdir(parents=True)
+            (folder / name / "__init__.py").write_text("")
+    monkeypatch.setattr(sys, "path", [str(deps), *sys.path])
+    with at_home(tmp_path / "m.py"):
+        for name in ("installed_here", "spaced_here.inner", "near"):
+            importlib.import_module(name)
+    installed = ("installed_here", "spaced_here", "spaced_here.inner")
+    left = [name for name in (*installed, "near") if sys.modules.pop(name, None)]
+    assert left == list(installed)
+
+
+def test_spaces_near_the_model_are_forgotten_with_what_is_in_them(tmp_path: Path) -> None:
+    """A namespace package finds its path by its parent."""
+    (tmp_path / "outer_space" / "inner_space" / "last").mkdir(parents=True)
+    with at_home(tmp_path / "m.py"):
+        importlib.import_module("outer_space.inner_space.last")
+    assert not [name for name in sys.modules if name.startswith("outer_space")]
