@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..asked import ALLOW_CASTS
 from ..bundle.manifest import Manifest
 from ..errors import ConvertError, RunFailed
 from ..files import sha256
@@ -125,6 +126,7 @@ def _job(manifest: Manifest) -> Job:
         float32=tuple(manifest.float32),
         weights=None if model.weights is None else Path(model.weights),
         weights_mode=manifest.weights_mode,
+        allow_cast=tuple(n for n in ALLOW_CASTS if any(c.stored.startswith(n) for c in model.casts)),
         freeze=tuple(request.freeze),
         tiny=request.tiny,
         resolutions=_listed(request.resolution),

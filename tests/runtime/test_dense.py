@@ -1,0 +1,34 @@
+"""What a run is compared with: the model, built again as it was converted."""
+
+import runpy
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cp_convert.runtime.dense import compare
+from tests.conftest import MODEL_FILE
+from tests.runtime.bundles import converted
+
+
+def test_weights_that_were_merely_cast_are_taken_again(tmp_path: Path) -> None:
+    """The bundle was made with ``--allow-cast float8``, so that nobody has to be asked again."""
+    model, weights = tmp_path / "m.py", tmp_path / "w.safetensors"
+    inputs, outputs = tmp_path / "i.safetensors", tmp_path / "o.safetensors"
+    model.write_text(MODEL_FILE)
+    space = runpy.run_path(str(model))
+    module = space["build_model"]().eval()
+    cast = {name: t.to(torch.float8_e4m3fn) for name, t in module.state_dict().items()}
+    save_file(cast, weights)
+    module.load_state_dict({name: t.float() for name, t in cast.items()})
+    manifest = converted(
+        model, tmp_path / "out", "ulysses", 2, weights=weights, allow_cast=("float8",)
+    )
+    with torch.no_grad():
+        found = module(**(given := space["example_inputs"]()))
+    (name,) = (io.name for io in manifest.io if io.mode == "output")
+    save_file({name: found}, outputs)
+    save_file(given, inputs)
+    request = {"bundle": str(tmp_path / "out"), "inputs": str(inputs), "outputs": str(outputs)}
+    told = compare(manifest, request, "torch")
+    assert told["reason"] is None and told["error"] <= 1e-5
