@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import comfy, exported, modelopt, rowwise
+from .checkpoints import by_tools, comfy, exported, modelopt, rowwise
 from .checkpoints.authors import (
     FLUX_LAYERS,
     original_flux,
@@ -154,6 +154,11 @@ def _by_modelopt(kind: str) -> Callable[[Small, Path], Path]:
     return lambda one, folder: exported.exported(one.module, one.inputs, kind, folder / "weights")
 
 
+def _by_torchao(kind: str) -> Callable[[Small, Path], Path]:
+    file = "weights.safetensors"
+    return lambda one, folder: by_tools.by_torchao(one.module, one.layers, kind, folder / file)
+
+
 def _single(
     make: Callable[[Small], tuple[dict[str, Tensor], dict[str, str]]], *, own: bool = False
 ) -> Callable[[Small, Path], Path]:
@@ -242,6 +247,27 @@ FORMATS: Final[Mapping[str, Format]] = {
     "torchao-fp8": Format(
         "torchao's FP8 with a scale for each row",
         _single(lambda one: rowwise.torchao(one.own, one.layers), own=True),
+    ),
+    "by-torchao-fp8": Format(
+        "by torchao 0.18 itself: FP8 with a scale for each row", _by_torchao("row")
+    ),
+    "by-torchao-fp8-tensor": Format(
+        "by itself: FP8 with one scale (`PerTensor`), with `--quantize fp8`",
+        _by_torchao("tensor"),
+        {"quantize": "fp8"},
+    ),
+    "by-diffusers-torchao": Format(
+        "by diffusers with torchao: all linear layers, modulation and embedders too",
+        lambda one, folder: by_tools.by_diffusers(one.module, folder / "weights"),
+    ),
+    "by-kitchen-fp8": Format(
+        "by comfy-kitchen 0.2.40, ComfyUI's library: FP8",
+        _single(lambda one: by_tools.by_kitchen(one.named, one.theirs, "float8_e4m3fn")),
+    ),
+    "by-kitchen-nvfp4": Format(
+        "by itself: NVFP4",
+        _single(lambda one: by_tools.by_kitchen(one.named, one.theirs, "nvfp4")),
+        targets=FP4_TARGETS,
     ),
     "fp8-cast": Format(
         "a single file merely cast to FP8, `--allow-cast float8`",

@@ -1,4 +1,4 @@
-"""A bundle that is run by ``cp-convert run``: one process a rank, over gloo, by the torch executor."""
+"""A bundle that is run by ``cp-convert run``: a process a rank, over gloo, by torch's executor."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ class Coded:
             tells none.
         by_token: whether each token of the input has a scale of its own then; if not, only the
             weight is quantized.
+        by_whole: whether the whole input has one that is computed as it runs. All ranks would have
+            to know it: it is not taken, and something else has to be put in its place.
         smooth: what columns of the input are multiplied with before, float32 ``[K]``.
         dtype: of the codes.
         blocks: NVFP4's scales of blocks, E4M3 ``[N, K/16]``.
@@ -54,6 +56,7 @@ class Coded:
     blocks_at: Location | None = None
     low_rank: tuple[Tensor, Tensor] | None = None
     is_swapped: bool = False
+    by_whole: bool = False
 
     @property
     def is_multiplied(self) -> bool:

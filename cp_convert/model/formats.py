@@ -65,6 +65,14 @@ def check_codes(job: Job, coded: Mapping[str, Coded]) -> None:
     kinds = kinds_of(coded)
     if not coded or (FLOAT8 in job.allow_cast and kinds == ["FP8"]):
         return
+    whole = next((name for name, one in coded.items() if one.by_whole), None)
+    if whole is not None and job.quantize is None:
+        raise UsageError(
+            f"{_named(job)} scales the input of {whole} as a whole, as it runs (torchao's "
+            "PerTensor): ranks that have a part of it each cannot.",
+            hint="--quantize fp8 takes a constant scale from the example inputs (--calibration); "
+            "--allow-cast float8 computes in the job's precision; or quantize it with PerRow.",
+        )
     if job.mesh.others:
         raise UsageError(
             f"{_named(job)} is quantized, and --mesh {job.mesh.words}: codes and other axes than "

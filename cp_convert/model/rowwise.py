@@ -9,6 +9,8 @@ torchao's ``Float8Tensor``, ``PerRow``)::
 
 torchao says in the file's metadata what each tensor is, ``tensor_names`` among them; without
 ``act_quant_kwargs`` the weight alone is quantized, and a block of the whole weight has one scale.
+Its ``PerTensor`` divides the whole input by its own largest number, which would be that of all
+ranks; a constant scale has to be put in the place of that (:attr:`.Coded.by_whole`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from .quantized import UNQUANTIZED
 _SCALE: Final = ".weight_scale"
 _NAMES: Final = "tensor_names"
 _TENSOR: Final = "Tensor"
+_BY_TOKEN, _BY_WHOLE = "PerRow", "PerTensor"
+"""Granularities of the input's scales."""
 
 
 def of_bfl(
@@ -139,33 +143,33 @@ def _coded(told: _Told, codes: Piece, scale: Piece) -> Coded:
     if at.dtype != FP8 or len(at.shape) != 2:
         raise _refused(codes[0], f"{at.kind}{list(at.shape)}", at)
     rows, columns = at.shape
-    block, by_token = data.get("block_size"), _by_token(told)
+    block, granularity = data.get("block_size"), _of_inputs(told)
+    by_token, by_whole = granularity == _BY_TOKEN, granularity == _BY_WHOLE
     if block == [rows, columns]:
         if by_token:
             raise _refused(told.name, "FP8 by one scale, and its input by tokens", told.at)
-        return Coded(scale_at(*scale), None)
+        return Coded(scale_at(*scale), None, by_whole=by_whole)
     if block != [1, columns]:
         raise _refused(told.name, f"FP8 in blocks of {block}", told.at)
-    return Coded(scales_at(*scale, rows, "rows"), None, by_token=by_token)
+    of_rows = scales_at(*scale, rows, "rows")
+    return Coded(of_rows, None, by_token=by_token, by_whole=by_whole)
 
 
-def _by_token(told: _Told) -> bool:
-    """Whether the input becomes codes, by tokens; there is no other way that is taken."""
+def _of_inputs(told: _Told) -> str | None:
+    """How the input becomes codes, by its granularity; ``None``: it stays as it is."""
     given = told.data.get("act_quant_kwargs")
     if given is None:
-        return False
+        return None
     own = given.get("_data", {}) if isinstance(given, dict) else {}
     granularity = own.get("granularity") or {}
+    kind, more = granularity.get("_type"), granularity.get("_data", {})
     dtype = (own.get("float8_dtype") or {}).get("_data")
-    is_row = granularity.get("_type") == "PerRow" and granularity.get("_data", {}) in (
-        {},
-        {"dim": -1},
-    )
+    is_known = kind in (_BY_TOKEN, _BY_WHOLE) and more in ({}, {"dim": -1})
     bounds = [own.get(f"hp_value_{end}") for end in ("lb", "ub")]
-    if not is_row or dtype != "float8_e4m3fn" or bounds != [None, None]:
-        what = f"FP8 with an input quantized {granularity.get('_type')}, {dtype}, within {bounds}"
+    if not is_known or dtype != "float8_e4m3fn" or bounds != [None, None]:
+        what = f"FP8 with an input quantized {kind}, {dtype}, within {bounds}"
         raise _refused(told.name, what, told.at)
-    return True
+    return str(kind)
 
 
 def _json(name: object, text: str, at: Location) -> Any:

@@ -115,6 +115,7 @@ _LARGE = 4 << 30
 def _job(manifest: Manifest) -> Job:
     model, request, guidance = manifest.model, manifest.request, manifest.guidance
     branches = 1 if guidance is None else guidance.branches
+    casts = [one for one in ALLOW_CASTS if any(c.stored.startswith(one) for c in model.casts)]
     return Job(
         model=Path(model.source),
         strategy="ulysses",
@@ -126,7 +127,7 @@ def _job(manifest: Manifest) -> Job:
         float32=tuple(manifest.float32),
         weights=None if model.weights is None else Path(model.weights),
         weights_mode=manifest.weights_mode,
-        allow_cast=tuple(n for n in ALLOW_CASTS if any(c.stored.startswith(n) for c in model.casts)),
+        allow_cast=tuple(casts),
         freeze=tuple(request.freeze),
         tiny=request.tiny,
         resolutions=_listed(request.resolution),
