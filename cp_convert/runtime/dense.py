@@ -115,7 +115,8 @@ _LARGE = 4 << 30
 def _job(manifest: Manifest) -> Job:
     model, request, guidance = manifest.model, manifest.request, manifest.guidance
     branches = 1 if guidance is None else guidance.branches
-    casts = [one for one in ALLOW_CASTS if any(c.stored.startswith(one) for c in model.casts)]
+    # Of codes and of what was merely cast only the numbers are wanted.
+    is_cast = manifest.quantization is not None or bool(model.casts)
     return Job(
         model=Path(model.source),
         strategy="ulysses",
@@ -127,7 +128,7 @@ def _job(manifest: Manifest) -> Job:
         float32=tuple(manifest.float32),
         weights=None if model.weights is None else Path(model.weights),
         weights_mode=manifest.weights_mode,
-        allow_cast=tuple(casts),
+        allow_cast=ALLOW_CASTS if is_cast and model.weights is not None else (),
         freeze=tuple(request.freeze),
         tiny=request.tiny,
         resolutions=_listed(request.resolution),

@@ -3,12 +3,31 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from cp_convert.errors import RunFailed
 from cp_convert.runtime.dense import compare
 from tests.conftest import MODEL_FILE
+from tests.model.by_tools.make import HERE
+from tests.model.test_modelopt import MODEL
 from tests.runtime.bundles import converted
+
+
+def test_codes_are_taken_as_their_numbers(tmp_path: Path) -> None:
+    """What had to be asked for besides (here ``--quantize fp8``) is not asked for again."""
+    model, outputs = tmp_path / "m.py", tmp_path / "o.safetensors"
+    model.write_text(MODEL)
+    file, out = HERE / "torchao-tensor.safetensors", tmp_path / "out"
+    manifest = converted(
+        model, out, "ulysses", 2, precision="bf16", weights=file, quantize="fp8", proof="program"
+    )
+    shape = next(io.shape for io in manifest.io if io.mode == "output")
+    name = next(io.name for io in manifest.io if io.mode == "output")
+    save_file({name: torch.zeros(shape).bfloat16()}, outputs)
+    with pytest.raises(RunFailed, match="something else than the dense model"):
+        compare(manifest, {"bundle": str(out), "outputs": str(outputs)}, "torch")
 
 
 def test_weights_that_were_merely_cast_are_taken_again(tmp_path: Path) -> None:
