@@ -37,6 +37,7 @@ from .quantized import UNQUANTIZED
 _SCALE: Final = ".weight_scale"
 _NAMES: Final = "tensor_names"
 _TENSOR: Final = "Tensor"
+_PIECES: Final = ["qdata", "scale"]
 _BY_TOKEN, _BY_WHOLE = "PerRow", "PerTensor"
 """Granularities of the input's scales."""
 
@@ -100,26 +101,48 @@ def of_torchao(
     Raises:
         WeightsError: a piece is missing, or none that is described; or another kind of tensor.
     """
-    metadata = metadata_of(stored)
-    if _NAMES not in metadata:
+    described = _described(stored)
+    if not described:
         return None
     rest, coded = dict(stored), dict[str, Coded]()
-    for name in _json(_NAMES, *metadata[_NAMES]):
-        if name not in metadata:
-            raise _refused(str(name), "not described", metadata[_NAMES][1])
-        text, at = metadata[name]
+    for name, (text, at) in described.items():
         told = _json(name, text, at)
-        kind = told.get("_type") if isinstance(told, dict) else told
+        kind, data, pieces = (_at(told, key) for key in ("_type", "_data", "_tensor_data_names"))
         if kind == _TENSOR:
             continue
-        if kind != "Float8Tensor" or not isinstance(told.get("_data"), dict):
+        if kind != "Float8Tensor" or not isinstance(data, dict):
             raise _refused(name, str(kind), at)
-        one = _Told(name, told["_data"], at)
+        if pieces is not None and (not isinstance(pieces, list) or sorted(pieces) != _PIECES):
+            raise _refused(name, f"FP8 of {pieces}", at)
+        if name in stored:
+            raise _refused(name, "codes, and stored as numbers too", at)
+        one = _Told(name, data, at)
         codes, scale = _pieces(one, rest)
         coded[name] = _coded(one, codes, scale)
         rest[name] = codes[1]
         del rest[codes[0]], rest[scale[0]]
     return rest, coded
+
+
+def _described(stored: Mapping[str, Location]) -> dict[str, tuple[str, Location]]:
+    """What the files say of each tensor, with a tensor of the file that says so.
+
+    Of several files each may tell of all tensors, as diffusers has it, or of its own.
+    """
+    found: dict[str, tuple[str, Location]] = {}
+    for at in {at.file: at for at in stored.values()}.values():
+        metadata = metadata_of({"": at})
+        if _NAMES not in metadata:
+            continue
+        names = _json(_NAMES, metadata[_NAMES][0], at)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise _refused(_NAMES, "no list of names", at)
+        for name in names:
+            if name not in metadata or names.count(name) > 1:
+                raise _refused(name, "not described" if name not in metadata else "two tensors", at)
+            if found.setdefault(name, metadata[name])[0] != metadata[name][0]:
+                raise _refused(name, f"something else in {found[name][1].file.name}", at)
+    return found
 
 
 Piece = tuple[str, Location]
@@ -129,11 +152,12 @@ def _pieces(told: _Told, stored: Mapping[str, Location]) -> tuple[Piece, Piece]:
     """Where the codes and the scales are."""
     module, _, leaf = told.name.rpartition(".")
     found = []
-    for piece in ("qdata", "scale"):
+    for piece in _PIECES:
         names = (f"{module}._{leaf}_{piece}", f"{told.name}:{piece}")
         name = next((name for name in names if name in stored), None)
         if name is None:
-            raise missing(names[0], told.name, told.at)
+            what = f"FP8 codes, and its {names[0]} is missing"
+            raise _refused(told.name, what, told.at)
         found.append((name, stored[name]))
     return found[0], found[1]
 
@@ -160,16 +184,21 @@ def _of_inputs(told: _Told) -> str | None:
     given = told.data.get("act_quant_kwargs")
     if given is None:
         return None
-    own = given.get("_data", {}) if isinstance(given, dict) else {}
-    granularity = own.get("granularity") or {}
-    kind, more = granularity.get("_type"), granularity.get("_data", {})
-    dtype = (own.get("float8_dtype") or {}).get("_data")
-    is_known = kind in (_BY_TOKEN, _BY_WHOLE) and more in ({}, {"dim": -1})
-    bounds = [own.get(f"hp_value_{end}") for end in ("lb", "ub")]
+    own, dtype = _at(given, "_data"), _at(given, "_data", "float8_dtype", "_data")
+    kind, more = (_at(own, "granularity", key) for key in ("_type", "_data"))
+    is_known = kind in (_BY_TOKEN, _BY_WHOLE) and more in (None, {}, {"dim": -1})
+    bounds = [_at(own, f"hp_value_{end}") for end in ("lb", "ub")]
     if not is_known or dtype != "float8_e4m3fn" or bounds != [None, None]:
         what = f"FP8 with an input quantized {kind}, {dtype}, within {bounds}"
         raise _refused(told.name, what, told.at)
     return str(kind)
+
+
+def _at(told: object, *keys: str) -> Any:
+    """What stands within, level by level; ``None`` where nothing does."""
+    for key in keys:
+        told = told.get(key) if isinstance(told, dict) else None
+    return told
 
 
 def _json(name: object, text: str, at: Location) -> Any:
