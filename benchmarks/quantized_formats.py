@@ -21,7 +21,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -70,7 +70,8 @@ def main() -> None:
 
 def _is_done(own: dict[str, Cell], strategy: str, world: int, *, ran: bool) -> bool:
     cell = own.get(f"{strategy} {world}", {})
-    return "refused" in cell or ("proven" in cell and ("ran" in cell or not ran))
+    has_run = "failed" not in cell.get("ran", {"failed": ""})
+    return "refused" in cell or ("proven" in cell and (has_run or not ran))
 
 
 def _run(
@@ -100,7 +101,7 @@ def _run(
             if NOTHING in cell.get("failed", ""):
                 (own,) = _ended([replace(ended.job, precision="fp16")])
                 cell = _told(own, refused) | {"bf16": cell["failed"]}
-            yield f"{own.job.strategy} {own.job.world}", cell | _ran(own, cell, ran)
+            yield f"{own.job.strategy} {own.job.world}", cell | _ran(own, cell, ran, made.inputs)
             shutil.rmtree(own.job.out, ignore_errors=True)
 
 
@@ -114,10 +115,10 @@ def _ended(jobs: Sequence[Any]) -> Iterator[Any]:
     yield from convert_all([(job, backend) for job in jobs], lambda *_: nullcontext(Progress()))
 
 
-def _ran(ended: Any, cell: Cell, asked: bool) -> Cell:
+def _ran(ended: Any, cell: Cell, asked: bool, inputs: Mapping[str, Any]) -> Cell:
     from .ran import ran
 
-    return {"ran": ran(ended.job.out)} if asked and "proven" in cell else {}
+    return {"ran": ran(ended.job.out, inputs)} if asked and "proven" in cell else {}
 
 
 def _job(

@@ -27,6 +27,7 @@ from ..prove.bounds import MARGIN, judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
 from .given import asked_variant, given_inputs
+from .reached import beyond, watched
 from .session import Request
 
 
@@ -34,7 +35,8 @@ def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str
     """How far the outputs that rank 0 wrote are from the dense model's on the same inputs.
 
     The bound is the proof's: twice what the dense model itself loses in the bundle's precision,
-    and twice what quantization lost in the proof.
+    and twice what quantization lost in the proof. Where the error is larger and inputs reach beyond
+    what scales were made for (:mod:`.reached`), nothing is said.
 
     Args:
         manifest: of the bundle.
@@ -62,13 +64,17 @@ def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str
         inputs = {name: _filled(value, name, given) for name, value in source.inputs.items()}
         added = {name: given[name] for name in source.branches.added}
         _put(source.module, manifest, Path(asked.bundle), asked.lora)
-        truth = measure(source.module, inputs, branches=replace(source.branches, added=added))
+        branches = replace(source.branches, added=added)
+        with watched(source.module, manifest.quantization, source.codes) as reached:
+            truth = measure(source.module, inputs, branches=branches)
     found = mapped(Path(str(asked.outputs)))
     outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
     against, bound = judged_by(truth, None)
     bound = _with_loss(bound, manifest)
     error = worst(outputs, against)
     if not error.within(bound):
+        if (reason := beyond(reached)) is not None:
+            return {"reason": reason, "error": None, "bound": None}
         raise RunFailed(
             f"the ranks together return something else than the dense model: relative error "
             f"{error.max:.1e} (bound {bound.max:.1e}).",

@@ -23,11 +23,18 @@ def test_codes_are_taken_as_their_numbers(tmp_path: Path) -> None:
     manifest = converted(
         model, out, "ulysses", 2, precision="bf16", weights=file, quantize="fp8", proof="program"
     )
-    shape = next(io.shape for io in manifest.io if io.mode == "output")
-    name = next(io.name for io in manifest.io if io.mode == "output")
-    save_file({name: torch.zeros(shape).bfloat16()}, outputs)
+    (output,) = (io for io in manifest.io if io.mode == "output")
+    save_file({output.name: torch.zeros(output.shape).bfloat16()}, outputs)
+    asked = {"bundle": str(out), "outputs": str(outputs)}
     with pytest.raises(RunFailed, match="something else than the dense model"):
-        compare(manifest, {"bundle": str(out), "outputs": str(outputs)}, "torch")
+        compare(manifest, asked, "torch")
+    large = tmp_path / "large.safetensors"
+    save_file({"x": torch.full((1, 32, 16), 50.0).bfloat16()}, large)
+    told = compare(manifest, asked | {"inputs": str(large)}, "torch")
+    assert told["error"] is None
+    assert "larger than those that the scales were made for: what goes into blocks." in (
+        told["reason"]
+    )
 
 
 def test_weights_that_were_merely_cast_are_taken_again(tmp_path: Path) -> None:
