@@ -32,8 +32,9 @@ def test_codes_are_taken_as_their_numbers(tmp_path: Path) -> None:
     save_file({"x": torch.full((1, 32, 16), 50.0).bfloat16()}, large)
     told = compare(manifest, asked | {"inputs": str(large)}, "torch")
     assert told["error"] is None
-    assert "larger than those that the scales were made for: what goes into blocks." in (
-        told["reason"]
+    assert (
+        "larger than those that the scales were made for: what goes into blocks."
+        in (told["reason"])
     )
 
 
