@@ -195,7 +195,9 @@ def _told(own: Mapping[str, Location], prefix: str) -> _Layers | None:
             raise _unknown(layer, f"{what} with {', '.join(map(str, odd))}", at)
         if types.setdefault(layer, _FORMATS[what]) != _FORMATS[what]:
             raise _unknown(layer, f"{what}, and otherwise", at)
-        full[layer] = bool(told.get(_FULL, False)) or full.get(layer, False)
+        if not isinstance(own_full := told.get(_FULL, False), bool):
+            raise _unknown(layer, f"{what} with {_FULL} {own_full!r}", at)
+        full[layer] = own_full or full.get(layer, False)
     used = frozenset(n for n in own if n.endswith(_QUANT) or n.rpartition(".")[2] == _MARKER)
     return _Layers(full, _NEW, used, types) if described else None
 

@@ -290,6 +290,14 @@ OUT = "blocks.0.out"
             with_(f"{OUT}.comfy_quant", as_json({"format": "float8_e4m3fn", "convrot": True})),
             "float8_e4m3fn with convrot",
         ),
+        (
+            1,
+            with_(
+                f"{OUT}.comfy_quant",
+                as_json({"format": "float8_e4m3fn", "full_precision_matrix_mult": "false"}),
+            ),
+            "full_precision_matrix_mult 'false'",
+        ),
         (1, with_(f"{OUT}.comfy_quant", as_json({})[:1]), "no JSON that can be read"),
         (1, with_(f"{OUT}.comfy_quant", torch.ones(2)), "quantized as F32"),
         (0, with_("scaled_fp8", torch.zeros(0).to(torch.float8_e5m2)), "scaled_fp8 .* F8_E5M2"),

@@ -148,6 +148,11 @@ KWARGS = ("_data", "act_quant_kwargs", "_data")
         (changed(*KWARGS, "hp_value_ub", value=5.0), r"within \[None, 5.0\]"),
         (changed(*KWARGS, "float8_dtype", "_data", value="float8_e5m2"), "float8_e5m2"),
         (changed("_data", value=[]), "said to be Float8Tensor"),
+        (changed(*KWARGS, "granularity", value=7), "input quantized None"),
+        (changed(*KWARGS, "float8_dtype", value=3), "input quantized PerRow, None"),
+        (changed("_data", "act_quant_kwargs", value=[1]), "input quantized None"),
+        (changed("_tensor_data_names", value=["qdata", "scale", "zero_point"]), "zero_point"),
+        (changed("_tensor_data_names", value="qdata"), "FP8 of qdata"),
     ],
 )
 def test_what_torchao_says_otherwise_is_refused(
@@ -172,6 +177,10 @@ def test_what_torchao_says_otherwise_is_refused(
         (lambda t, m: m.pop(f"{OUT}.weight"), "out.weight .* not described"),
         (lambda t, m: m.update({f"{OUT}.weight": "{"}), "no JSON that can be read"),
         (lambda t, m: m.update({"tensor_names": "{"}), "no JSON that can be read"),
+        (lambda t, m: m.update({"tensor_names": "3"}), "no list of names"),
+        (lambda t, m: m.update({"tensor_names": f'["{OUT}.weight", "{OUT}.weight"]'}), "two tens"),
+        (lambda t, m: t.update({f"{OUT}.weight": torch.ones(64, 64)}), "stored as numbers too"),
+        (lambda t, m: t.update({f"{OUT}.weight:scale": torch.ones(64, 1)}), "1 unexpected"),
     ],
 )
 def test_torchaos_pieces_that_are_missing_or_odd(
@@ -181,3 +190,37 @@ def test_torchaos_pieces_that_are_missing_or_odd(
     damage(tensors, metadata)
     with pytest.raises(WeightsError, match=told):
         loaded(tmp_path, write(tmp_path / "x.safetensors", tensors, metadata))
+
+
+def shards(folder: Path, *, own: bool) -> Path:
+    """Two files; of all tensors each tells, or of its own."""
+    tensors, told = torchao(named(), LAYERS)
+    first = {name for name in told if name.startswith("blocks.0.")}
+    folder.mkdir()
+    index = {}
+    for number, is_own in enumerate((True, False)):
+        file = f"model-{number}.safetensors"
+        held = {n: t for n, t in tensors.items() if n.startswith("blocks.0.") == is_own}
+        describes = {n for n in told if (n in first) == is_own and n != "tensor_names"}
+        metadata = {n: told[n] for n in describes} if own else dict(told)
+        metadata["tensor_names"] = json.dumps([n for n in metadata if n != "tensor_names"])
+        write(folder / file, held, metadata)
+        index |= dict.fromkeys(held, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_torchaos_tensors_in_several_files(own: bool, tmp_path: Path) -> None:
+    """diffusers has each of them tell of all tensors."""
+    source = loaded(tmp_path, shards(tmp_path / "sharded", own=own))
+    assert set(source.codes) == {f"{layer}.weight" for layer in LAYERS}
+
+
+def test_files_that_contradict_each_other(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "sharded", own=False)
+    tensors, told = torchao(named(), LAYERS, None)
+    second = {n: t for n, t in tensors.items() if not n.startswith("blocks.0.")}
+    write(folder / "model-1.safetensors", second, told)
+    with pytest.raises(WeightsError, match="something else in model-"):
+        loaded(tmp_path, folder)
