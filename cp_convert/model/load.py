@@ -22,7 +22,7 @@ from .attended import attending, without_steps
 from .branches import branched
 from .cast import DTYPES, cast_inputs, cast_module, usual_precision
 from .checkpoint import locate, transformer_folder
-from .checks import check_no_step_cache
+from .checks import check_no_step_cache, check_plain_tensors
 from .coded import Coded
 from .file import Given, from_file
 from .formats import check_codes, check_loses, told, without_scales
@@ -164,6 +164,7 @@ def _cast(given: Given, job: Job, dtype: torch.dtype) -> Ties:
     ties = Ties.of(given.module)
     for one in _ranks(given):
         check_no_step_cache(one, str(job.model))
+        check_plain_tensors(one, str(job.model))
         cast_module(one.eval().requires_grad_(False), dtype, job.float32)
     _check_peers(given)
     return ties

@@ -1,10 +1,12 @@
 """Models that are refused as they are, whether or not they would be proven."""
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from cp_convert.errors import ModelFileError
-from cp_convert.model.checks import check_no_step_cache
+from cp_convert.model.checks import check_no_step_cache, check_plain_tensors
 
 
 def diffusers_block() -> nn.Module:
@@ -42,3 +44,31 @@ def test_other_libraries_switches() -> None:
     module._is_cached = True
     with pytest.raises(ModelFileError, match=r"Linear has a step cache that is on \(_is_cached\)"):
         check_no_step_cache(module, "model.py")
+
+
+class Packed(nn.Parameter):
+    """As libraries of packed weights have them: no wrapper, but calls are theirs."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class Named(nn.Parameter):
+    """A name alone, which changes nothing."""
+
+
+def test_tensors_of_a_librarys_own_kind() -> None:
+    whole = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LazyLinear(3))
+    whole[0].weight = Named(torch.ones(2, 2))
+    check_plain_tensors(whole, "model.py")
+    whole[1].running_mean = TwoTensor(torch.zeros(2), torch.zeros(2))
+    with pytest.raises(ModelFileError, match="1.running_mean is a TwoTensor of torch") as caught:
+        check_plain_tensors(whole, "model.py")
+    assert "return the whole model" in (caught.value.hint or "")
+    own: Tensor = Packed(torch.ones(2, 2))
+    whole[0].weight = own
+    with pytest.raises(ModelFileError, match="0.weight is a Packed of tests") as caught:
+        check_plain_tensors(whole, "model.py")
+    assert "--quantize" in (caught.value.hint or "")
