@@ -238,14 +238,14 @@ def test_files_that_are_no_sets_of_inputs(
     flat, file = flat_inputs(program(), inputs()), tmp_path / "a.safetensors"
     given = dict(flat)
     save_file(given, file)
-    assert len(list(sets_of(program(), flat, [file]))) == 2
+    assert len(list(sets_of(flat, [file]))) == 2
     given[name] = change(flat.get(name))
     save_file({key: x.contiguous() for key, x in given.items()}, file)
     with pytest.raises(UsageError, match=told):
-        list(sets_of(program(), flat, [file]))
+        list(sets_of(flat, [file]))
     file.write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(UsageError, match=r"--calibration: a\.safetensors is PyTorch's pickle"):
-        list(sets_of(program(), flat, [file]))
+        list(sets_of(flat, [file]))
 
 
 def test_an_input_of_zeros_has_no_scale() -> None:
