@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cp_convert import ContextParallelInput
 from cp_convert.backends import BACKENDS
 from cp_convert.capture.trace import trace
 from cp_convert.early import check_named
-from cp_convert.errors import UsageError
+from cp_convert.errors import CannotLift, CannotShard, UsageError
 from cp_convert.ir.source import Source
-from cp_convert.job import Job
+from cp_convert.job import Job, Span, Variant
 from cp_convert.pipeline import convert
 from cp_convert.progress import Progress
 
@@ -65,6 +67,25 @@ def test_modules_under_all_their_names() -> None:
     check_named(job(split_after=("blocks.0", "blocks.1")), source())
     with pytest.raises(UsageError, match="cannot freeze tabel"):
         check_named(job(), replace(source(), freeze=("tabel",)))
+
+
+def test_a_rank_without_tokens_is_told_by_arithmetic_alone() -> None:
+    """The plan splits an argument of the model itself, so its length is known once it is loaded."""
+
+    def sized(n: int) -> Source:
+        one = source()
+        return replace(one, inputs={**one.inputs, "x": torch.ones(n, 8)}, variant=Variant(size=n))
+
+    asked = job(strategy="allgather-kv", world=4, dynamic=Span("n", 5, 40))
+    several = [sized(one.size or 0) for one in asked.sizes]
+    for dim, told in ((0, "at n=9 the last of 4 ranks holds padding alone"), (1, "")):
+        plan = {"": {"x": ContextParallelInput(split_dim=dim, expected_dims=2)}}
+        whole = replace(several[0], plan=plan, others=tuple(several[1:]))
+        with pytest.raises(CannotLift, match=told) if told else nullcontext():
+            check_named(asked, whole)
+        check_named(replace(asked, dynamic=Span("n", 10, 40)), whole)
+    with pytest.raises(CannotShard, match="a module 'block'"):
+        check_named(job(), replace(source(), plan={"block": {}}))
 
 
 NOBODY: dict[str, tuple[dict[str, Any], str]] = {
