@@ -58,7 +58,8 @@ from . import options
 )  # fmt: skip
 @click.option(
     "--repeat", type=click.IntRange(0), default=0, show_default=True,
-    help="Time this many forwards after the first.",
+    help="Time this many forwards after the first, and after the second with --step-cache, and one "
+    "more with --cuda-graph: so that none compiles or makes graphs.",
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="torch: through torch.compile.")
 @click.option(
