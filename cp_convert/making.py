@@ -33,7 +33,7 @@ from .ir.tensors import Weight, is_held
 from .job import AUTO, EXTERNAL_FROM
 from .progress import Clock
 from .prove import Truth
-from .ranging import check_range, ranged
+from .ranging import check_range, check_sizes, ranged
 from .stages import (
     Begun,
     Ready,
@@ -145,15 +145,15 @@ def _range_built(
     clock: Clock,
 ) -> Generator[tuple[Made, Keys]]:
     """One program for a range of sizes, with the keys of those that it was made from."""
+    ready = list[Ready]()
     with closing(_all_begun(loaded, common, pool, cache, clock)) as all_begun:
-        begun = list(all_begun)
-    ready = []
-    for one in begun:
-        with _named(one.loaded):
-            ready.append(emitted(one, clock, placing))
+        for begun in all_begun:
+            with _named(begun.loaded):
+                ready.append(emitted(begun, clock, placing))
+            check_sizes(ready, loaded.job)
     done, proofs = ranged(ready, loaded.job, clock)
     made = build_engines(done, pool, cache, clock)
-    yield replace(made, proofs=proofs), [one.key for one in begun]
+    yield replace(made, proofs=proofs), [one.begun.key for one in ready]
 
 
 def _all_begun(

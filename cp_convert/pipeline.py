@@ -19,6 +19,7 @@ from .cache.store import Cache
 from .capture.capture import traced
 from .collecting import set_aside
 from .common import Common
+from .early import check_named
 from .ir.records import Loaded
 from .job import FUSED, Job
 from .mesh import TENSOR
@@ -151,6 +152,7 @@ def _loaded(
         with clock.stage("load"):
             is_new = common.source is None
             source = common.source = common.source or load(job)
+            check_named(job, source)
             job = replace(job, precision=source.precision)
             check_space(job.out, bytes_needed(job, source))
             outside, located = source.parameters_outside, source.located

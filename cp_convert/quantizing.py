@@ -54,7 +54,7 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         example = flat_inputs(dense, source.inputs)
         linears, attentions = _linears(dense, codes, job), _attentions(loaded, dense)
         wanted = linears.names | attentions.names
-        every = list(sets_of(dense, example, job.calibration)) if wanted else []
+        every = list(sets_of(example, job.calibration)) if wanted else []
         largest = largest_of(dense, wanted, every, device) if wanted else {}
         given: products8.Given = (
             products8.Stored(codes, largest) if codes else products8.Measured(largest, _asked(job))

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
-from math import lcm
 
 import torch
 
 from .errors import CannotLift
 from .ir.layout import Segment
 from .ir.lift import OTHER_WAY, Lifted, Range, Slots, fill, lift
+from .ir.padded import check_ranks, slots_of
 from .ir.program import Lowered
 from .ir.proof import NetworkProof, Proof
 from .ir.records import Emitted, Made, Rewritten
@@ -45,7 +44,7 @@ def ranged(
         CannotLift: programs differ in more than sizes, with the place in the model.
         ProofFailed: the program does not compute at a size what the dense model does.
     """
-    ready = {one.begun.loaded.source.variant.size or 0: one for one in variants}
+    ready = {_size(one): one for one in variants}
     with clock.stage("lift"):
         whole = lifted(ready, job)
     done = {n: proven_at(n, ready[n], whole, clock) for n in sorted(ready)}
@@ -83,9 +82,7 @@ def lifted(ready: Mapping[int, Ready], job: Job) -> Emitted:
     span = job.dynamic
     assert span is not None
     used = {n: ready[n] for n in span.fitted(job.multiple)}
-    _check_chunks(used, job)
-    sizes = Range(span.name, span.first, span.last, span.step, _slots(used, job))
-    _check_ranks(sizes, job)
+    sizes = _range(used, job)
     _check_frozen(ready)
     _check_alike(used)
     largest = used[max(used)]
@@ -93,6 +90,38 @@ def lifted(ready: Mapping[int, Ready], job: Job) -> Emitted:
     stored = {n: pack(one.emitted.rewritten, described=names) for n, one in used.items()}
     built = {n: pack(one.emitted.program, described=one.emitted.names) for n, one in used.items()}
     return replace(largest.emitted, lifted=Lifted(sizes, lift(stored, sizes), lift(built, sizes)))
+
+
+def check_sizes(ready: Sequence[Ready], job: Job) -> None:
+    """Refuse what arithmetic refuses, as soon as there are two sizes to tell lengths by.
+
+    Args:
+        ready: the programs that there are so far.
+        job: what was asked for.
+
+    Raises:
+        CannotLift: a rank would hold padding alone, or the strategy cuts tokens by steps.
+    """
+    span = job.dynamic
+    assert span is not None
+    fitted = span.fitted(job.multiple)
+    used = {n: one for one in reversed(ready) if (n := _size(one)) in fitted}
+    if len(used) > 1:
+        _range(used, job)
+
+
+def _size(ready: Ready) -> int:
+    return ready.begun.loaded.source.variant.size or 0
+
+
+def _range(used: Mapping[int, Ready], job: Job) -> Range:
+    """The range with what ranks hold at every size."""
+    span = job.dynamic
+    assert span is not None
+    _check_chunks(used, job)
+    sizes = Range(span.name, span.first, span.last, span.step, _slots(used, job))
+    check_ranks(sizes, job.mesh.size(SEQUENCE))
+    return sizes
 
 
 def proven_at(n: int, ready: Ready, whole: Emitted, clock: Clock) -> Ready:
@@ -117,17 +146,14 @@ def _filled(packed: Packed, n: int, of: Lowered) -> Lowered:
 def _slots(ready: Mapping[int, Ready], job: Job) -> tuple[Slots, ...]:
     """What a rank holds of every sequence whose length follows the size and may not divide."""
     of_all = {n: list(_segments(one.rewritten)) for n, one in ready.items()}
-    (n, first), (m, second), *_ = of_all.items()
     found: dict[Slots, None] = {}
-    for index, columns in enumerate(zip(*of_all.values(), strict=False)):
+    for columns in zip(*of_all.values(), strict=False):
         if len({one.length for one in columns}) == 1:
             continue
         if not any(job.mesh.size(SEQUENCE) * one.local > one.length for one in columns):
             continue
-        scale = Fraction(second[index].length - first[index].length, m - n)
-        offset = first[index].length - scale * n
-        under = lcm(scale.denominator, offset.denominator)
-        found[Slots(int(scale * under), int(offset * under), under, job.multiple, job.unit)] = None
+        lengths = {n: one.length for n, one in zip(of_all, columns, strict=True)}
+        found[slots_of(lengths, job.multiple, job.unit)] = None
     return tuple(found)
 
 
@@ -149,19 +175,6 @@ def _check_chunks(ready: Mapping[int, Ready], job: Job) -> None:
             "goes up by steps.",
             hint=f"take allgather-kv, ulysses or stream-kv; {OTHER_WAY}",
         )
-
-
-def _check_ranks(sizes: Range, job: Job) -> None:
-    """Refuse sizes at which a rank would hold padding alone: the program is another one there."""
-    ranks = job.mesh.size(SEQUENCE)
-    for one in sizes.slots:
-        empty = [n for n in sizes.values if (ranks - 1) * one.at(n) >= one.length(n)]
-        if empty:
-            raise CannotLift(
-                f"at {sizes.name}={empty[-1]} the last of {ranks} ranks holds padding alone.",
-                hint=f"begin the range above that: --dynamic {sizes.name}={empty[-1] + 1}:"
-                f"{sizes.last}.",
-            )
 
 
 def _check_frozen(ready: Mapping[int, Ready]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cp_convert import bundle as bundles
+from cp_convert import making
 from cp_convert.backends import select
 from cp_convert.errors import CannotLift
 from cp_convert.job import Job, Span
@@ -153,12 +155,24 @@ def test_an_argument_that_is_part_of_the_program(model_file: Write, tmp_path: Pa
         converted(path, tmp_path / "out", "allgather-kv", 3, dynamic=Span("tokens", 16, 40))
 
 
-def test_a_range_in_which_a_rank_has_no_tokens(model_file: Write, tmp_path: Path) -> None:
+def test_a_range_in_which_a_rank_has_no_tokens(
+    model_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told when two sizes of several say how long the sequence is."""
+    begun: list[object] = []
+    begin = making.begin
+
+    def counted(*given: Any, **more: Any) -> Any:
+        begun.append(given)
+        return begin(*given, **more)
+
+    monkeypatch.setattr(making, "begin", counted)
     with pytest.raises(CannotLift, match="at tokens=9 the last of 4 ranks holds padding alone"):
         converted(
             model_file(*SIZED), tmp_path / "out", "allgather-kv", 4,
             dynamic=Span("tokens", 5, 40),
         )  # fmt: skip
+    assert 2 <= len(begun) <= 3 < len(Span("tokens", 5, 40).proven(4))
 
 
 def test_a_ring_cuts_tokens_by_steps(model_file: Write, tmp_path: Path) -> None:

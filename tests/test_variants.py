@@ -159,7 +159,8 @@ def test_variants_that_are_none(
     [
         ({"tokens": 1}, [], "Cannot shard the model: variant odd: 1 tokens along dimension 1"),
         ({"channels": 7}, [], "Cannot trace the model: variant odd: RuntimeError: "),
-        ({}, ["--dynamic", "tokens=1:9"], "variant tokens-1: 1 tokens along dimension 1"),
+        ({}, ["--dynamic", "tokens=1:9"], "at tokens=2 the last of 2 ranks holds padding alone"),
+        ({}, ["--dynamic", "channels=9:24"], "variant channels-24: RuntimeError"),
     ],
 )
 def test_what_fails_is_told_with_the_variant(

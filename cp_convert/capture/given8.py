@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..ir.nvfp4 import PAIRS, pairs, quantize_blocks
 from ..ir.program import module_path
-from ..ir.quantize import FP8, LARGEST, quantize
+from ..ir.quantize import FP8, LARGEST, SCALES, quantize
 from ..ir.source import Codes
 from .scales import scale_of
 
@@ -49,7 +49,7 @@ class Measured:
             codes, blocks = quantize_blocks(numbers, step)
             return Codes(pairs(codes), step, of_input, blocks=blocks)
         rows = numbers.abs().amax(1).float() / LARGEST[self.dtype]
-        rows = torch.where(rows > 0, rows, step)
+        rows = torch.where(rows >= SCALES[0], rows, step)
         return Codes(quantize(numbers.float() / rows[:, None], 1.0, self.dtype), rows, of_input)
 
 

@@ -56,6 +56,7 @@ from .given8 import Given as Given
 from .given8 import Measured as Measured
 from .given8 import Stored as Stored
 from .linear8 import LINEAR
+from .scales import check_products
 from .tables8 import Tables
 
 aten: Final = torch.ops.aten
@@ -98,8 +99,8 @@ def quantized(
         apart: whether scales are parameters, so that equal blocks have equal constants.
 
     Raises:
-        CannotConvert: an input or a weight that is all zeros, or not finite; or rows of codes that
-            something else than a linear layer reads.
+        CannotConvert: an input or a weight that is all zeros, or not finite, or whose scale makes
+            it so; or rows of codes that something else than a linear layer reads.
     """
     names, alone = {node.name for node in chosen}, alone or {}
     products = _Products(program, apart)
@@ -112,10 +113,11 @@ def quantized(
     }
     for node in nodes:
         weight = str(node.args[1])
-        if node.name in found:
-            products.put(node, found[node.name])
-        elif weight in alone:
-            products.put(node, _alone(alone[weight]))
+        stored = _alone(alone[weight]) if weight in alone else None
+        if (own := found.get(node.name, stored)) is not None:
+            like = program.state[weight].dtype
+            check_products(own, like, module_path(node), apart=apart)
+            products.put(node, own)
     for name, own in alone.items():
         products.read_as_codes(name, _alone(own))
     return Products(products.program(), found, products.tables.apart)

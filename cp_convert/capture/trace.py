@@ -213,7 +213,7 @@ def _program(exported: torch.export.ExportedProgram, given: Mapping[str, Any]) -
     assert exported.call_spec.in_spec is not None and exported.call_spec.out_spec is not None
     inputs: list[Binding] = []
     frozen: list[Constant] = []
-    for name, node in zip(_names(exported.call_spec.in_spec), signature.user_inputs, strict=True):
+    for name, node in zip(names_of(exported.call_spec.in_spec), signature.user_inputs, strict=True):
         if isinstance(node, str) and node in nodes and isinstance(nodes[node].meta["val"], Tensor):
             inputs.append(_binding(name, nodes[node]))
         else:
@@ -222,7 +222,7 @@ def _program(exported: torch.export.ExportedProgram, given: Mapping[str, Any]) -
     names = {
         leaf: (name, node)
         for leaf, (name, node) in enumerate(
-            zip(_names(exported.call_spec.out_spec), signature.user_outputs, strict=True)
+            zip(names_of(exported.call_spec.out_spec), signature.user_outputs, strict=True)
         )
         if isinstance(node, str)
     }
@@ -243,7 +243,7 @@ class _Leaf:
     number: int
 
 
-def _names(spec: pytree.TreeSpec) -> list[str]:
+def names_of(spec: pytree.TreeSpec) -> list[str]:
     """A name for every leaf: keys, fields and indices on the way to it, joined with dots."""
     tree = pytree.tree_unflatten([_Leaf(i) for i in range(spec.num_leaves)], spec)
     if isinstance(tree, tuple) and len(tree) == 2 and tree[0] == ():

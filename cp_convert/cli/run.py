@@ -17,6 +17,7 @@ from ..bundle.parts import TO_SKIP, why_no_step
 from ..bundle.variants import all_variants, variant_of
 from ..errors import UsageError
 from ..runtime.executors import EXECUTORS
+from ..runtime.original import Original, check_named
 from ..runtime.places import Place, place_of
 from . import options
 
@@ -47,8 +48,18 @@ from . import options
     "model's, where that can be built again.",
 )  # fmt: skip
 @click.option(
+    "--model", type=click.Path(path_type=Path), metavar="FILE",
+    help="The file that the bundle was made from, for the dense model.  [default: as it was named, "
+    "from here or from a folder above the bundle]",
+)  # fmt: skip
+@click.option(
+    "--weights", type=click.Path(path_type=Path), metavar="PATH",
+    help="Its weights, likewise.",
+)  # fmt: skip
+@click.option(
     "--repeat", type=click.IntRange(0), default=0, show_default=True,
-    help="Time this many forwards after the first.",
+    help="Time this many forwards after the first, and after the second with --step-cache, and one "
+    "more with --cuda-graph: so that none compiles or makes graphs.",
 )  # fmt: skip
 @click.option("--compile", "compiled", is_flag=True, help="torch: through torch.compile.")
 @click.option(
@@ -110,22 +121,22 @@ def command(
     sets = _sets(lora, manifest)
     place = place_of(manifest.world)
     _check_given(manifest, inputs, outputs, folder, rest)
+    check_named(named := Original(rest.pop("model"), rest.pop("weights")), manifest)
     with tempfile.TemporaryDirectory(prefix="cp-convert-run-") as scratch:
         request = {
             "bundle": str(folder.resolve()),
-            "devices": _devices(devices, manifest.world, place),
             "inputs": None if inputs is None else str(inputs.resolve()),
             "outputs": str(Path(scratch, "outputs.safetensors")),
             "timeout": timeout or (600.0 if rest["compiled"] else 60.0),
-            "local_world": manifest.world if place is None else place.local_world,
             "lora": sets,
+            **_ranks(devices, manifest.world, place),
             **rest,
         }
         with options.others_aside(screen):
             reports = _run(manifest, request, place, Path(scratch), screen)
             if place is not None and place.rank:
                 return
-            checked = _checked(manifest, request, reports[0]["executor"])
+            checked = _checked(manifest, request, reports[0]["executor"], named)
         if outputs is not None:
             _keep(Path(str(request["outputs"])), outputs)
         ran(screen, manifest, reports, checked, outputs, sets, _variant(manifest, request))
@@ -189,6 +200,12 @@ def _check_steps(threshold: float | None, manifest: Manifest) -> None:
         raise UsageError(f"--step-cache: {why_not}.", hint=TO_SKIP)
 
 
+def _ranks(devices: str | None, world: int, place: Place | None) -> dict[str, Any]:
+    """Those of this machine."""
+    local = world if place is None else place.local_world
+    return {"devices": _devices(devices, world, place), "local_world": local}
+
+
 def _devices(given: str | None, world: int, place: Place | None) -> list[str]:
     """One for each local rank; empty: chosen by the rank itself."""
     local = world if place is None else place.local_world
@@ -221,13 +238,13 @@ def _run(
         return launch(request, manifest.world, timeout=float(request["timeout"]), told=told)
 
 
-def _checked(manifest: Manifest, request: dict[str, Any], by: str) -> Any:
+def _checked(manifest: Manifest, request: dict[str, Any], by: str, named: Original) -> Any:
     """The outputs against the dense model, where that is wanted."""
     if not request["check"]:
         return None
     from ..runtime.dense import compare  # late: torch
 
-    return compare(manifest, request, by)
+    return compare(manifest, request, by, named)
 
 
 def _variant(manifest: Manifest, request: dict[str, Any]) -> str | None:

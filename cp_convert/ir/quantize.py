@@ -33,6 +33,17 @@ INT8: Final = torch.int8
 LARGEST: Final = {torch.int8: 127.0, FP8: 448.0}
 """The largest code of every type; INT8's -128 is a code, and no quantizer of ours aims at it."""
 LOWEST: Final = {torch.int8: -128.0, FP8: -448.0}
+SCALES: Final = (2.0**-116, 2.0**116)
+"""Between which a scale lies. One over it, and what the smallest and the largest code stand for (of
+NVFP4 in the smallest and the largest block), are normal numbers of float32 then. Below, an inverse
+may be infinite, and codes are zeros where subnormal numbers are."""
+TINY: Final = torch.finfo(torch.float32).tiny
+"""The smallest normal number: the product of an input's scale and a weight's is no less."""
+
+
+def are_scales(numbers: Tensor) -> Tensor:
+    """Of each, whether codes can be measured by it; see :data:`SCALES`."""
+    return (numbers >= SCALES[0]) & (numbers <= SCALES[1])
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:

@@ -69,7 +69,7 @@ def _steps(path: str, own: Mapping[str, str], stored: Mapping[str, Location]) ->
             where=str(some.file),
             hint="export it with all three, or with none.",
         )
-    q, k, v = (scale_at(own[letter], stored[own[letter]]) / LARGEST[FP8] for letter in "qkv")
+    q, k, v = (scale_at(own[letter], stored[own[letter]], LARGEST[FP8]) for letter in "qkv")
     return q, k, v
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import WeightsError
 from ..ir.nvfp4 import BLOCK, PAIRS, dequantize_blocks
-from ..ir.quantize import FP8, dequantize
+from ..ir.quantize import FP8, SCALES, are_scales, dequantize
 from ..ir.source import Codes
 from ..ir.tensors import Location, bytes_of, opened, tensor_at
 from .quantized import FLOATS, UNQUANTIZED
@@ -93,15 +93,16 @@ def shape_of(shape: tuple[int, ...], coded: Coded | None) -> tuple[int, ...]:
     return (*shape[:-1], 2 * shape[-1]) if is_paired else shape
 
 
-def scale_at(name: str, at: Location) -> float:
-    """One positive number.
+def scale_at(name: str, at: Location, of_one: float = 1.0) -> float:
+    """One scale.
 
     Args:
         name: of the stored tensor, for messages.
         at: where it is.
+        of_one: what the stored number is of it: a largest magnitude is a largest code's.
 
     Raises:
-        WeightsError: it is of another shape or type, or not positive, or not finite.
+        WeightsError: it is of another shape or type, or none: see :data:`..ir.quantize.SCALES`.
     """
     if at.shape not in ((), (1,), (1, 1)) or at.kind not in FLOATS:
         raise WeightsError(
@@ -110,11 +111,11 @@ def scale_at(name: str, at: Location) -> float:
             where=str(at.file),
             hint="scales by rows, channels or blocks are not understood here; " + UNQUANTIZED,
         )
-    return float(_positive(name, at))
+    return float(_scales(name, at, of_one)) / of_one
 
 
 def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
-    """One positive number for each of ``count`` rows, or columns: float32 ``[count]``.
+    """One scale for each of ``count`` rows, or columns: float32 ``[count]``.
 
     Args:
         name: of the stored tensor, for messages.
@@ -123,7 +124,7 @@ def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
         what: has them, in the plural.
 
     Raises:
-        WeightsError: it is of another shape or type, or one is not positive, or not finite.
+        WeightsError: it is of another shape or type, or one is none.
     """
     if at.shape not in ((count,), (count, 1)) or at.kind not in FLOATS:
         raise WeightsError(
@@ -132,7 +133,7 @@ def scales_at(name: str, at: Location, count: int, what: str) -> Tensor:
             where=str(at.file),
             hint="the checkpoint is broken, or of another format; " + UNQUANTIZED,
         )
-    return _positive(name, at).reshape(count).clone()
+    return _scales(name, at).reshape(count).clone()
 
 
 def blocks_at(name: str, at: Location, shape: tuple[int, int], numbers: tuple[int, int]) -> Tensor:
@@ -165,17 +166,20 @@ def blocks_at(name: str, at: Location, shape: tuple[int, int], numbers: tuple[in
     return found
 
 
-def _positive(name: str, at: Location) -> Tensor:
+def _scales(name: str, at: Location, of_one: float = 1.0) -> Tensor:
     value = numbers_at(at)
-    bad = value[~((value > 0) & value.isfinite())]
+    bad = value[~are_scales(value / of_one)]
     if bad.numel():
         raise _no_scale(name, at, float(bad[0]))
     return value
 
 
 def _no_scale(name: str, at: Location, value: float) -> WeightsError:
+    what = "a positive number"
+    if 0 < value < float("inf"):
+        what = f"between {SCALES[0]:.1e} and {SCALES[1]:.1e}, where float32 holds one over it, too"
     return WeightsError(
-        f"{name} of {at.file.name} is {value}; a scale is a positive number.",
+        f"{name} of {at.file.name} is {value}; a scale is {what}.",
         where=str(at.file),
         hint="the checkpoint is broken; fetch or export it again.",
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelFileError
 from ..ir.nvfp4 import BLOCK, LARGEST_OF_ALL, PAIRS
-from ..ir.quantize import FP8, INT8, LARGEST
+from ..ir.quantize import FP8, INT8, LARGEST, SCALES, are_scales
 
 SUFFIX: Final = "_quantizer"
 _BITS: Final[dict[Any, torch.dtype]] = {(4, 3): FP8, 8: INT8, (2, 1): PAIRS}
@@ -123,13 +123,13 @@ def scales(name: str, quantizer: nn.Module, dtype: torch.dtype, rows: int | None
     largest = largest.detach().float().flatten()
     if largest.numel() not in (1, rows):
         raise refused(name, f"has {largest.numel()} scales, and {rows or 1} are taken")
-    if not bool(largest.isfinite().all()) or not bool((largest >= 0).all()) or not largest.any():
-        raise refused(name, f"has an amax of {float(largest[0])}")
-    of_one = LARGEST_OF_ALL if dtype == PAIRS else LARGEST[dtype]
-    if rows is not None:  # a row of zeros has no scale; any will do
-        largest = torch.where(largest > 0, largest, largest.max()).expand(rows).contiguous()
-        return largest / of_one
-    return largest[0] / of_one
+    found = largest / (LARGEST_OF_ALL if dtype == PAIRS else LARGEST[dtype])
+    is_less = (found >= 0) & (found < SCALES[0])
+    # A row of zeros has no scale, nor one of what float32 hardly tells from them; any will do.
+    found = torch.where(is_less, found.max(), found) if rows is not None else found
+    if (bad := largest[~are_scales(found)]).numel():
+        raise refused(name, f"has an amax of {float(bad[0])}")
+    return found[0] if rows is None else found.expand(rows).contiguous()
 
 
 def factors_of(name: str, quantizer: nn.Module | None, columns: int) -> Tensor | None:
@@ -142,7 +142,7 @@ def factors_of(name: str, quantizer: nn.Module | None, columns: int) -> Tensor |
     if not isinstance(factors, Tensor):
         return None
     factors = factors.detach().float().flatten()
-    if factors.numel() != columns or not bool(((factors > 0) & factors.isfinite()).all()):
+    if factors.numel() != columns or not bool(are_scales(factors).all()):
         raise refused(name, "has a pre_quant_scale that is none")
     return factors
 

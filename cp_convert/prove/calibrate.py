@@ -19,7 +19,7 @@ from ..errors import UsageError
 from ..ir import attention8
 from ..ir.attention8 import Steps
 from ..ir.nvfp4 import quantize_dequantize_blocks
-from ..ir.program import Binding, Executable, Lowered
+from ..ir.program import Lowered
 from ..ir.quantize import STEP, dequantize, quantize, token_step
 from ..ir.source import Codes
 from ..ir.tensors import is_finite
@@ -32,8 +32,8 @@ Inputs = Mapping[str, Tensor]
 CALIBRATION: Final = "--calibration"
 
 
-def sets_of(program: Executable, example: Inputs, files: Sequence[Path]) -> Iterator[Inputs]:
-    """The example's inputs, and those of every file: all of the program's, of the same shapes.
+def sets_of(example: Inputs, files: Sequence[Path]) -> Iterator[Inputs]:
+    """The example's inputs, and those of every file: of the same names and shapes.
 
     Raises:
         UsageError: a file lacks an input, has one too many, or one of another shape or type, or is
@@ -42,31 +42,30 @@ def sets_of(program: Executable, example: Inputs, files: Sequence[Path]) -> Iter
     yield example
     for file in files:
         found = given_tensors(file, CALIBRATION)
-        wanted = {b.name: b for b in program.inputs}
-        lacking, other = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+        lacking, other = example.keys() - found.keys(), found.keys() - example.keys()
         if lacking or other:
             what = [f"lacks {', '.join(sorted(lacking))}"] if lacking else []
             what += [f"has {', '.join(sorted(other))}, which are no inputs"] if other else []
             raise UsageError(
                 f"{CALIBRATION} {file} {' and '.join(what)}.",
-                hint=f"the model's inputs are {', '.join(wanted)}.",
+                hint=f"the model's inputs are {', '.join(example)}.",
             )
-        yield {name: _taken(tensor, wanted[name], file) for name, tensor in found.items()}
+        told = f"{CALIBRATION} {file}: "
+        yield {name: _taken(one, example[name], told + name) for name, one in found.items()}
 
 
-def _taken(tensor: Tensor, wanted: Binding, file: Path) -> Tensor:
-    """An input of a file, in the program's type."""
-    given = f"{CALIBRATION} {file}: {wanted.name}"
-    if tuple(tensor.shape) != wanted.shape:
+def _taken(tensor: Tensor, example: Tensor, given: str) -> Tensor:
+    """An input of a file, in the type of the example's."""
+    if tensor.shape != example.shape:
         raise UsageError(
-            f"{given} is {list(tensor.shape)}, and the example's is {list(wanted.shape)}.",
+            f"{given} is {list(tensor.shape)}, and the example's is {list(example.shape)}.",
             hint="every set of inputs has the shapes of example_inputs().",
         )
     if tensor.is_floating_point() and not is_finite(tensor):
         raise UsageError(
             f"{given} holds NaN or infinity.", hint="save what the model was called with."
         )
-    own = tensor.to(wanted.dtype)
+    own = tensor.to(example.dtype)
     kinds = (tensor.is_floating_point(), own.is_floating_point())
     if kinds[0] != kinds[1] and not torch.equal(own.to(tensor.dtype), tensor):
         raise UsageError(

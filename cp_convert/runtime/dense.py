@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from ..asked import ALLOW_CASTS
 from ..bundle.manifest import Manifest
 from ..errors import ConvertError, RunFailed
-from ..files import sha256
 from ..ir.proof import Error
 from ..ir.tensors import mapped
 from ..job import Job
@@ -27,11 +26,14 @@ from ..prove.bounds import MARGIN, judged_by
 from ..prove.errors import worst
 from ..prove.measure import measure
 from .given import asked_variant, given_inputs
+from .original import Original, original_of
 from .reached import beyond, watched
 from .session import Request
 
 
-def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str, Any]:
+def compare(
+    manifest: Manifest, request: Mapping[str, Any], by: str, named: Original | None = None
+) -> dict[str, Any]:
     """How far the outputs that rank 0 wrote are from the dense model's on the same inputs.
 
     The bound is the proof's: twice what the dense model itself loses in the bundle's precision,
@@ -42,6 +44,7 @@ def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str
         manifest: of the bundle.
         request: of the run; its ``outputs`` are there.
         by: which executor ran it.
+        named: where the model's file and its weights are, where the user says so.
 
     Returns:
         ``error`` and ``bound``, or the ``reason`` why there is nothing to compare with.
@@ -51,10 +54,10 @@ def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str
     """
     asked = msgspec.convert(dict(request), Request)
     manifest = asked_variant(manifest, asked.variant, asked.inputs)
-    reason = _why_not(manifest)
-    if reason is not None:
-        return {"reason": reason, "error": None, "bound": None}
-    job = _job(manifest)
+    found = _why_not(manifest) or original_of(manifest, Path(asked.bundle), named or Original())
+    if isinstance(found, str):
+        return {"reason": found, "error": None, "bound": None}
+    job = _job(manifest, found)
     given = given_inputs(manifest, asked.inputs, asked.seed)
     with surroundings(job):
         try:
@@ -67,8 +70,8 @@ def compare(manifest: Manifest, request: Mapping[str, Any], by: str) -> dict[str
         branches = replace(source.branches, added=added)
         with watched(source.module, manifest.quantization, source.codes) as reached:
             truth = measure(source.module, inputs, branches=branches)
-    found = mapped(Path(str(asked.outputs)))
-    outputs = [found[io.name] for io in manifest.io if io.mode == "output"]
+    returned = mapped(Path(str(asked.outputs)))
+    outputs = [returned[io.name] for io in manifest.io if io.mode == "output"]
     against, bound = judged_by(truth, None)
     bound = _with_loss(bound, manifest)
     error = worst(outputs, against)
@@ -101,15 +104,10 @@ def _with_loss(bound: Error, manifest: Manifest) -> Error:
 
 
 def _why_not(manifest: Manifest) -> str | None:
-    source = Path(manifest.model.source)
     if manifest.groups:
         return "the model communicates by itself"
     if manifest.quantization is not None and manifest.quantization.loss is None:
         return "the bundle is quantized, and was not proven: what that costs is not known"
-    if not source.is_file():
-        return f"{source} is not here"
-    if sha256(source) != manifest.model.source_sha256:
-        return f"{source} has changed"
     if sum(w.bytes for w in manifest.weights) > _LARGE:
         return "the model is large; --executor torch on GPUs is the reference then"
     return None
@@ -118,13 +116,14 @@ def _why_not(manifest: Manifest) -> str | None:
 _LARGE = 4 << 30
 
 
-def _job(manifest: Manifest) -> Job:
-    model, request, guidance = manifest.model, manifest.request, manifest.guidance
+def _job(manifest: Manifest, original: Original) -> Job:
+    request, guidance = manifest.request, manifest.guidance
     branches = 1 if guidance is None else guidance.branches
+    assert original.model is not None
     # Of codes and of what was merely cast only the numbers are wanted.
-    is_cast = manifest.quantization is not None or bool(model.casts)
+    is_cast = manifest.quantization is not None or bool(manifest.model.casts)
     return Job(
-        model=Path(model.source),
+        model=original.model,
         strategy="ulysses",
         world=branches,
         cfg=branches,
@@ -132,16 +131,16 @@ def _job(manifest: Manifest) -> Job:
         out=Path(),
         precision=manifest.precision,
         float32=tuple(manifest.float32),
-        weights=None if model.weights is None else Path(model.weights),
+        weights=original.weights,
         weights_mode=manifest.weights_mode,
-        allow_cast=ALLOW_CASTS if is_cast and model.weights is not None else (),
+        allow_cast=ALLOW_CASTS if is_cast and original.weights is not None else (),
         freeze=tuple(request.freeze),
         tiny=request.tiny,
         resolutions=_listed(request.resolution),
         batches=_listed(request.batch),
         texts=_listed(request.text),
         variants=()
-        if model.source.endswith(".toml") or manifest.dynamic is not None
+        if original.model.suffix == ".toml" or manifest.dynamic is not None
         else _listed(request.variant),
     )
 

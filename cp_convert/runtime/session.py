@@ -77,12 +77,12 @@ class Report(msgspec.Struct, kw_only=True):
         device: what it ran on, in words.
         load: from the start of joining to the first forward.
         first: of the first forward.
-        forwards: of the others, in order.
+        forwards: of those that were timed, in order; see :func:`warm_up`.
         peak: memory, of the GPU where there is one, else of the process.
         apart: every rank's relative error against rank 0.
         torch: TensorRT's relative error against the stored program run by torch, where it is.
         collectives: share of a forward's time, where it was measured.
-        skipped: of the first forward and the others, how many skipped pieces; with a step cache.
+        skipped: of all forwards, timed or not, how many skipped pieces; with a step cache.
     """
 
     rank: int
@@ -130,6 +130,18 @@ def run_rank(
         told("closing")
         reports = everyone(msgspec.to_builtins(report)) if gather else [report]
     return [msgspec.convert(one, Report) if gather else one for one in reports]
+
+
+def warm_up(request: Request) -> int:
+    """How many forwards are not timed, so that all others are alike.
+
+    The second with a step cache is the first that skips pieces: it gives the last piece what no
+    piece has written, for which torch.compile compiles that once more. Another one makes the CUDA
+    graphs that the others replay.
+    """
+    if not request.repeat:
+        return 1
+    return 1 + (request.step_cache is not None) + request.graph
 
 
 class _Work:
@@ -193,8 +205,7 @@ class _Work:
     ) -> dict[str, Tensor]:
         """The last forward's outputs; each is begun together, and its seconds are reported."""
         outputs: dict[str, Tensor] = {}
-        # The second makes the CUDA graph that the others replay.
-        untimed = 2 if self.request.graph and self.request.repeat else 1
+        untimed = warm_up(self.request)
         count = untimed + self.request.repeat
         for forward in range(count):
             self.told(f"running forward {forward + 1} of {count}")

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from cp_convert.capture.decompose import decompose
 from cp_convert.capture.linear8 import ALONE, choose, stored_layers
-from cp_convert.capture.products8 import Measured, quantized
+from cp_convert.capture.products8 import Measured, Stored, quantized
+from cp_convert.capture.scales import check_products
 from cp_convert.capture.trace import trace
 from cp_convert.errors import CannotConvert, UsageError
 from cp_convert.ir.program import Lowered, module_path
 from cp_convert.ir.quantize import FP8, LARGEST, QUANTIZE_DEQUANTIZE
+from cp_convert.ir.source import Codes
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.calibrate import largest_inputs, losses, sets_of
 from cp_convert.prove.lockstep import run
@@ -236,19 +238,58 @@ def test_files_that_are_no_sets_of_inputs(
     flat, file = flat_inputs(program(), inputs()), tmp_path / "a.safetensors"
     given = dict(flat)
     save_file(given, file)
-    assert len(list(sets_of(program(), flat, [file]))) == 2
+    assert len(list(sets_of(flat, [file]))) == 2
     given[name] = change(flat.get(name))
     save_file({key: x.contiguous() for key, x in given.items()}, file)
     with pytest.raises(UsageError, match=told):
-        list(sets_of(program(), flat, [file]))
+        list(sets_of(flat, [file]))
     file.write_bytes(b"PK\x03\x04 and so on")
     with pytest.raises(UsageError, match=r"--calibration: a\.safetensors is PyTorch's pickle"):
-        list(sets_of(program(), flat, [file]))
+        list(sets_of(flat, [file]))
 
 
 def test_an_input_of_zeros_has_no_scale() -> None:
     with pytest.raises(CannotConvert, match=r"the input of blocks.0.q has no scale.*is 0\.0"):
         in_fp8(program(), factor=0.0)
+
+
+def test_a_range_whose_inverse_float32_does_not_hold() -> None:
+    with pytest.raises(CannotConvert, match=r"the input of blocks.0.q has no scale.*e-4\d"):
+        in_fp8(program(), factor=1e-41)
+
+
+ZEROS: dict[str, tuple[dict[str, Any], torch.dtype, bool, str]] = {
+    "both": ({"weight_scale": 1e-20, "input_scale": 1e-20}, torch.float32, False, "1e-20 is zero"),
+    "both, apart": ({"weight_scale": 1e-20, "input_scale": 1e-20}, torch.float32, True, "is zero"),
+    "weight": ({"weight_scale": 5e-11}, torch.float16, False, "its weight: 5e-11 .* in float16"),
+    "input": ({"input_scale": 5e-11}, torch.float16, False, "its input: 5e-11 .* in float16"),
+    "alone": ({"weight_scale": 5e-11, "input_scale": None}, torch.float16, True, "its weight"),
+    "enough": ({"weight_scale": 1e-10, "input_scale": 1e-10}, torch.float16, False, ""),
+    "enough apart": ({"weight_scale": 5e-11, "input_scale": 1e-20}, torch.float16, True, ""),
+    "enough in bfloat16": ({"weight_scale": 1e-18}, torch.bfloat16, False, ""),
+}
+
+
+@pytest.mark.parametrize(("scales", "like", "apart", "told"), ZEROS.values(), ids=ZEROS)
+def test_scales_that_leave_zeros(
+    scales: dict[str, Any], like: torch.dtype, apart: bool, told: str
+) -> None:
+    own = replace(Codes(torch.zeros(1).to(FP8), 0.1, 0.1), **scales)
+    if not told:
+        check_products(own, like, "blocks.0.q", apart=apart)
+        return
+    with pytest.raises(CannotConvert, match=f"scales of blocks.0.q .*{told}"):
+        check_products(own, like, "blocks.0.q", apart=apart)
+
+
+def test_a_program_with_such_scales_is_refused() -> None:
+    chosen, _ = choose(program())
+    given = Measured(largest_inputs(program(), chosen, [flat_inputs(program(), inputs())]))
+    found = quantized(program(), chosen, given).codes
+    stored = {str(n.args[1]): replace(found[n.name], weight_scale=1e-35) for n in chosen}
+    alone = {name: replace(own, input_scale=1e-5) for name, own in stored.items()}
+    with pytest.raises(CannotConvert, match=r"scales of blocks.0.q leave zeros"):
+        quantized(program(), chosen, Stored(alone), alone)
 
 
 def test_what_a_layer_loses_by_itself() -> None:

@@ -1,7 +1,9 @@
-"""What a user copies, run by torchrun with a small FLUX that has all its parts."""
+"""What a user copies, with a small FLUX that has all its parts, on ranks as torchrun starts them.
 
-import os
-import subprocess
+torchrun itself is seen in ``tests/runtime/test_places.py``.
+"""
+
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from tests.conftest import EXAMPLES, ROOT
+from tests.conftest import EXAMPLES
+from tests.diffusers.ranks import run_ranks
 from tests.diffusers.tiny_flux import saved
 from tests.runtime.bundles import converted
 
@@ -38,6 +41,12 @@ def picture(pipeline: FluxPipeline, seed: int) -> np.ndarray[Any, Any]:
     return np.asarray(made).astype(int)
 
 
+def copied(rank: int, words: list[str]) -> None:
+    """The file, run as a script by one rank."""
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
 def test_the_example_makes_the_picture_of_the_plain_pipeline(tmp_path: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(saved(tmp_path / "flux"))
     seen: list[dict[str, Any]] = []
@@ -54,13 +63,7 @@ def test_the_example_makes_the_picture_of_the_plain_pipeline(tmp_path: Path) -> 
         "--executor": "torch",
     }  # fmt: skip
     words = [str(word) for pair in options.items() for word in pair]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", EXAMPLES / "pipeline_flux.py", tmp_path / "out", *words],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    script = [str(EXAMPLES / "pipeline_flux.py"), str(tmp_path / "out"), *words]
+    assert run_ranks(copied, 2, tmp_path / "ranks", script, seconds=300) == [None, None]
     found = np.asarray(Image.open(tmp_path / "found.png")).astype(int)
     assert abs(found - wanted).max() <= 1 < abs(other - wanted).max()

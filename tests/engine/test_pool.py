@@ -49,9 +49,15 @@ def test_as_many_at_once_as_jobs_and_memory_allow(
 def test_workers_that_start_afresh_build_the_same(
     monkeypatch: pytest.MonkeyPatch, model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Where there is a GPU, no process is forked after CUDA was initialised."""
+    """Where there is a GPU, no process is forked after CUDA was initialised.
+
+    One engine for both ranks: every worker imports TensorRT anew, which takes ten seconds.
+    """
     monkeypatch.setattr(pool, "has_driver", lambda: True)
-    job = Job(model=model_file(), strategy="ring", world=2, out=tmp_path / "b", jobs=1)
+    job = Job(
+        model=model_file(), strategy="ring", world=2, out=tmp_path / "b", jobs=1,
+        weights_mode="external", layout="shared",
+    )  # fmt: skip
     manifest = convert(job, select("auto", ()), Progress())
     assert manifest.proof.level == "network"
     assert not any(check.problem for check in bundle.verify(tmp_path / "b"))

@@ -64,11 +64,11 @@ def test_tensors_of_a_librarys_own_kind() -> None:
     whole[0].weight = Named(torch.ones(2, 2))
     check_plain_tensors(whole, "model.py")
     whole[1].running_mean = TwoTensor(torch.zeros(2), torch.zeros(2))
-    with pytest.raises(ModelFileError, match="1.running_mean is a TwoTensor of torch") as caught:
+    with pytest.raises(ModelFileError, match=r"1\.running_mean is a TwoTensor of torch") as caught:
         check_plain_tensors(whole, "model.py")
     assert "return the whole model" in (caught.value.hint or "")
     own: Tensor = Packed(torch.ones(2, 2))
     whole[0].weight = own
-    with pytest.raises(ModelFileError, match="0.weight is a Packed of tests") as caught:
+    with pytest.raises(ModelFileError, match=r"0\.weight is a Packed of tests") as caught:
         check_plain_tensors(whole, "model.py")
     assert "--quantize" in (caught.value.hint or "")

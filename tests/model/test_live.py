@@ -25,6 +25,7 @@ from cp_convert.ir.records import Loaded
 from cp_convert.ir.source import Source
 from cp_convert.job import Job
 from cp_convert.model.load import load, surroundings
+from cp_convert.model.quantizers import scales
 from cp_convert.progress import Clock, Progress
 from cp_convert.prove import flat_inputs
 from cp_convert.prove.lockstep import run
@@ -221,6 +222,8 @@ def test_the_program_computes_what_the_live_module_does(
         ("model.blocks[0].qkv.input_quantizer._amax *= 0", "has an amax of 0.0"),
         ("model.blocks[0].qkv.input_quantizer._amax *= torch.nan", "has an amax of nan"),
         ("model.blocks[0].qkv.input_quantizer._amax *= torch.inf", "has an amax of inf"),
+        ("model.blocks[0].qkv.input_quantizer._amax *= 1e-37", r"has an amax of \S+e-3\d"),
+        ("model.blocks[0].out.weight_quantizer._amax *= 1e-37", r"has an amax of \S+e-3\d"),
         ("del model.blocks[0].qkv.input_quantizer._amax", "has no amax"),
         (
             "model.blocks[0].qkv.weight_quantizer._amax = torch.ones(192, 1)",
@@ -236,6 +239,10 @@ def test_the_program_computes_what_the_live_module_does(
         ),
         (
             "model.blocks[0].qkv.input_quantizer.pre_quant_scale = -torch.ones(64)",
+            "has a pre_quant_scale that is none",
+        ),
+        (
+            "model.blocks[0].qkv.input_quantizer.pre_quant_scale = torch.full((64,), 1e-40)",
             "has a pre_quant_scale that is none",
         ),
         (
@@ -261,6 +268,14 @@ def test_what_cannot_be_is_refused_by_name(change: str, told: str, tmp_path: Pat
         loaded(tmp_path, stand_in(change=change))
     assert caught.value.exit_code == 2
     assert "ModelOpt" in str(caught.value)
+
+
+def test_a_row_of_next_to_nothing_has_the_scale_of_the_largest() -> None:
+    """As one of zeros has: numbers of 1e-36 are codes of zero, and no scale of 1e-38 is left."""
+    quantizer = nn.Module()
+    quantizer.amax = torch.tensor([[0.0], [1e-36], [12.7], [1.27]])
+    found = scales("q", quantizer, torch.int8, 4)
+    torch.testing.assert_close(found, torch.tensor([0.1, 0.1, 0.1, 0.01]))
 
 
 def test_options_that_would_change_the_numbers(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def with_(name: str, value: Tensor) -> Damage:
         (lambda t: t.pop(f"{OUT}.weight_scale"), f"{OUT}.weight_scale is missing"),
         (with_(f"{OUT}.weight_scale", rows(-2)), "weight_scale .* is -2.0"),
         (with_(f"{OUT}.weight_scale", rows(0)), "weight_scale .* is 0.0"),
+        (with_(f"{OUT}.weight_scale", rows(1e-40)), "weight_scale .* between 1.2e-35"),
         (with_(f"{OUT}.weight_scale", rows(torch.nan)), "weight_scale .* is nan"),
         (with_(f"{OUT}.weight_scale", rows(torch.inf)), "weight_scale .* is inf"),
         (with_(f"{OUT}.weight_scale", torch.ones(63)), r"F32\[63\]; there are 64 rows"),

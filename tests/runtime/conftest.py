@@ -23,9 +23,12 @@ SEVERAL = {
         "allgather-kv",
         [{}, {"rows": 8, "columns": 6}, {"text": 9}, {"batch": 2}, {"rows": 5}],
     ),
+    "two of qwen": (QWEN, "allgather-kv", [{}, {"rows": 8, "columns": 6}]),
 }
 """Models, and what their variants ``v0`` to ``v4`` are; Qwen-Image's ``v1`` differs from ``v0`` in
 ``img_shapes`` alone, which is part of the engines."""
+PROVEN = ("wan", "qwen")
+"""Those whose conversion proves what tests see again, once the ranks have run; they are seldom."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Several
         (folder / "model.py").write_text(f"{text}\nvariants = {variants!r}\n")
         converted(
             folder / "model.py", folder / "out", strategy, 2, weights_mode="external",
-            proof="program",
+            proof="program" if name in PROVEN else "none",
         )  # fmt: skip
         return Several(folder / "model.py", folder / "out", variants)
 

@@ -24,6 +24,7 @@ from cp_convert import bundle as bundles
 from cp_convert import runtime
 from cp_convert.errors import RunFailed, UsageError
 from cp_convert.lora.add import add
+from cp_convert.runtime import session
 from cp_convert.runtime.step_cache import StepCache
 from tests.conftest import MODEL_FILE
 from tests.diffusers.ranks import run_ranks
@@ -234,8 +235,43 @@ def test_the_command_line_times_what_is_left(made: Made, run: Run) -> None:
     code, said, error = run(*asked, "--json")
     assert code == 0, error
     told = json.loads(said)
-    assert [one["skipped"] for one in told["ranks"]] == [2, 2]
+    assert [one["skipped"] for one in told["ranks"]] == [3, 3]  # one of them is not timed
+    assert [len(one["forwards"]) for one in told["ranks"]] == [2, 2]
     assert told["check"]["error"] <= 1e-5
+
+
+SLOW: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({}, 1),
+    "a graph": ({"graph": True}, 2),
+    "a cache": ({"step_cache": 0.1}, 2),
+    "both": ({"step_cache": 0.0, "graph": True}, 3),
+}
+
+
+@pytest.mark.parametrize(("options", "slow"), SLOW.values(), ids=SLOW)
+def test_what_is_done_once_is_not_timed(
+    options: dict[str, Any], slow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock is one on for every forward, and a thousand for those that compile."""
+    now = SimpleNamespace(seconds=0.0, calls=0)
+
+    def forward(**_: Tensor) -> dict[str, Tensor]:
+        now.calls += 1
+        now.seconds += 1000 if now.calls <= slow else 1
+        return {}
+
+    monkeypatch.setattr(session, "together", lambda: None)
+    monkeypatch.setattr(session.time, "perf_counter", lambda: now.seconds)
+    for repeat, calls in ((3, slow + 3), (0, 1)):
+        now.calls = 0
+        request, report = (
+            session.Request(bundle="b", repeat=repeat, **options),
+            session.Report(rank=0, executor="", device=""),
+        )
+        work = session._Work(request, None, 0, torch.device("cpu"), lambda _: None)  # type: ignore[arg-type]
+        work.timed(forward, {}, report)  # type: ignore[arg-type]
+        assert (report.first, report.forwards) == (1000.0, [1.0] * repeat)
+        assert now.calls == calls
 
 
 def opened_otherwise(rank: int, out: Path) -> None:

@@ -248,7 +248,7 @@ def test_what_is_not_the_dense_models_is_told_by_what_ran(
 
 
 def test_what_tells_variants_apart_is_not_left_out(several: Callable[[str], Several]) -> None:
-    made = several("qwen")
+    made = several("two of qwen")
     views, given = views_of(bundles.read(made.bundle)[0]), made.inputs(rows=8, columns=6)
     assert fitting(views, given) == "v1"
     assert fitting(views, made.inputs()) == "v0"
