@@ -45,7 +45,6 @@ KINDS: Final[Mapping[str, tuple[str, tuple[Any, ...], Any]]] = {
     "fp8-attention": ("fp8", (_QKV,), None),
     "int8": ("int8", (), _SMOOTH),
     "nvfp4": ("nvfp4", (), None),
-    "nvfp4-awq": ("nvfp4", (), _AWQ),
     "nvfp4-svd": ("nvfp4", (), _LOW),
     "nvfp4-attention": ("nvfp4", (_QKV,), None),
     "mixed": ("fp8", _IN_NVFP4, None),

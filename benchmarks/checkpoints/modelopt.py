@@ -5,7 +5,7 @@ input the same ones in INT8 and NVFP4.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +76,22 @@ def _factors(weight: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
 
 
-ALGORITHMS = {
-    "FP8": tensors_of, "W8A8_SQ_PER_CHANNEL": smoothed, "NVFP4": in_nvfp4,
-    "NVFP4_SVD": lambda module, layers: in_nvfp4(module, layers, 8),
-}  # fmt: skip
-"""The writers, by what ModelOpt calls them."""
-
-
-def mixed(module: nn.Module, algorithms: Mapping[str, str]) -> dict[str, Tensor]:
-    """The same with each layer by the algorithm that stands at its name."""
-    plain, found = tensors_of(module, []), dict[str, Tensor]()
+def mixed(
+    module: nn.Module, algorithms: Mapping[str, str], *, smooth: bool = False
+) -> dict[str, Tensor]:
+    """The same with each layer by the algorithm that stands at its name; ``smooth``: of FP8."""
+    writers: dict[str, Callable[[list[str]], dict[str, Tensor]]] = {
+        "FP8": lambda layers: tensors_of(module, layers, smooth=smooth),
+        "W8A8_SQ_PER_CHANNEL": lambda layers: smoothed(module, layers),
+        "NVFP4": lambda layers: in_nvfp4(module, layers),
+        "NVFP4_SVD": lambda layers: in_nvfp4(module, layers, 8),
+    }
+    found = tensors_of(module, [])
     for algorithm in dict.fromkeys(algorithms.values()):
         layers = [layer for layer, own in algorithms.items() if own == algorithm]
-        own = ALGORITHMS[algorithm](module, layers)
+        own = writers[algorithm](layers)
         found |= {name: own[name] for name in own if name.rpartition(".")[0] in layers}
-    return plain | found
+    return found
 
 
 def said(algorithms: Mapping[str, str]) -> dict[str, Any]:
