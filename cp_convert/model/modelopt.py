@@ -42,6 +42,7 @@ from .coded import (
     WEIGHT,
     Coded,
     blocks_at,
+    metadata_of,
     missing,
     not_quantized,
     numbers_at,
@@ -53,6 +54,7 @@ from .quantized import UNQUANTIZED
 from .schemes import INPUT_SCALE, LOW_RANK, NEEDED, OF_ALL, SMOOTH, TYPES, WEIGHT_SCALE, suffixes
 
 _CONFIG: Final = "config.json"
+_IN_HEADER: Final = "quantization_config"
 
 
 def without_scales(
@@ -120,6 +122,28 @@ def _check_alike(layers: Mapping[str, str], stored: Mapping[str, Location]) -> N
                 name, kind = lacking[0] + WEIGHT, KINDS[TYPES[algorithm]]
                 hint = "fetch or export it again; "
                 raise missing(lacking[0] + what, name, stored[name], why, hint, kind)
+
+
+def check_order(stored: Mapping[str, Location]) -> None:
+    """Refuse NVFP4 that ModelOpt has put into other programs' order, or may have.
+
+    Its options for single files (``enable_swizzle_layout`` and others) leave ``quantization_config``
+    in the header, and neither names nor, of many layers, shapes tell whether scales lie in tiles.
+
+    Raises:
+        WeightsError: they were used.
+    """
+    if not any(name.endswith(OF_ALL) for name in stored):
+        return
+    text, at = metadata_of(stored).get(_IN_HEADER, ("", None))
+    if at is not None and "modelopt" in text:
+        raise WeightsError(
+            f"{at.file.name} was written by ModelOpt with options for other programs, as its header "
+            f"has {_IN_HEADER}: the order of NVFP4's codes and scales is not told.",
+            where=str(at.file),
+            hint="export it without enable_swizzle_layout, padding_strategy, "
+            "enable_layerwise_quant_metadata and merged_base_safetensor_path.",
+        )
 
 
 def is_said(folder: Path) -> bool:
@@ -245,6 +269,6 @@ def _configs(folder: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
             where=str(path),
             hint="the checkpoint is broken; fetch or export it again.",
         ) from error
-    own = told.get("quantization_config") if isinstance(told, dict) else None
+    own = told.get(_IN_HEADER) if isinstance(told, dict) else None
     if isinstance(own, dict):
         yield path, own
