@@ -127,8 +127,8 @@ def _check_alike(layers: Mapping[str, str], stored: Mapping[str, Location]) -> N
 def check_order(stored: Mapping[str, Location]) -> None:
     """Refuse NVFP4 that ModelOpt has put into other programs' order, or may have.
 
-    Its options for single files (``enable_swizzle_layout`` and others) leave ``quantization_config``
-    in the header, and neither names nor, of many layers, shapes tell whether scales lie in tiles.
+    Its options for single files (``enable_swizzle_layout``, ...) leave ``quantization_config`` in
+    the header, and neither names nor, of many layers, shapes tell whether scales are in tiles.
 
     Raises:
         WeightsError: they were used.
@@ -138,8 +138,8 @@ def check_order(stored: Mapping[str, Location]) -> None:
     text, at = metadata_of(stored).get(_IN_HEADER, ("", None))
     if at is not None and "modelopt" in text:
         raise WeightsError(
-            f"{at.file.name} was written by ModelOpt with options for other programs, as its header "
-            f"has {_IN_HEADER}: the order of NVFP4's codes and scales is not told.",
+            f"{at.file.name} was written by ModelOpt with options for other programs, as its "
+            f"header has {_IN_HEADER}: the order of NVFP4's codes and scales is not told.",
             where=str(at.file),
             hint="export it without enable_swizzle_layout, padding_strategy, "
             "enable_layerwise_quant_metadata and merged_base_safetensor_path.",
