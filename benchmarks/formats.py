@@ -219,6 +219,11 @@ FORMATS: Final[Mapping[str, Format]] = {
         _by_modelopt("nvfp4-attention"),
         targets=FP4_TARGETS,
     ),
+    "exported-mixed": Format(
+        "by itself: feed-forward layers in NVFP4, the others in FP8",
+        _by_modelopt("mixed"),
+        targets=FP4_TARGETS,
+    ),
     "live-fp8": Format("quantized by ModelOpt in `model.py`: FP8", live="fp8"),
     "live-fp8-attention": Format("so: FP8 with quantized attention", live="fp8-attention"),
     "live-int8": Format("so: INT8 with SmoothQuant", live="int8"),

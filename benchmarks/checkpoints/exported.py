@@ -18,16 +18,39 @@ import torch
 from torch import Tensor, nn
 
 LOW_RANK: Final = 8
+_FEED_FORWARD: Final = ("ff", "mlp")
+"""What the names of feed-forward layers have in them, in each of the small models."""
+_BLOCKS: Final = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
+_NVFP4: Final = {"num_bits": (2, 1), "block_sizes": _BLOCKS}
 _QKV: Final = {"quantizer_name": "*[qkv]_bmm_quantizer", "cfg": {"num_bits": (4, 3), "axis": None}}
 _SMOOTH: Final = {"method": "smoothquant", "alpha": 0.8}
+_AWQ: Final = {"method": "awq_lite", "alpha_step": 0.5}
 _LOW: Final = {"method": "svdquant", "lowrank": LOW_RANK}
+
+
+def _feed_forward(weight: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Feed-forward layers quantized otherwise than the preset says."""
+    return tuple(
+        {"quantizer_name": f"*{layers}*{of}_quantizer", "cfg": cfg}
+        for layers in _FEED_FORWARD
+        for of, cfg in (("weight", weight), ("input", inputs))
+    )
+
+
+_IN_NVFP4: Final = _feed_forward(_NVFP4, _NVFP4)
+_IN_INT8: Final = _feed_forward({"num_bits": 8, "axis": 0}, {"num_bits": 8, "axis": None})
 KINDS: Final[Mapping[str, tuple[str, tuple[Any, ...], Any]]] = {
     "fp8": ("fp8", (), None),
+    "fp8-awq": ("fp8", (), _AWQ),
     "fp8-attention": ("fp8", (_QKV,), None),
     "int8": ("int8", (), _SMOOTH),
     "nvfp4": ("nvfp4", (), None),
     "nvfp4-svd": ("nvfp4", (), _LOW),
     "nvfp4-attention": ("nvfp4", (_QKV,), None),
+    "mixed": ("fp8", _IN_NVFP4, None),
+    "mixed-awq": ("fp8", _IN_NVFP4, _AWQ),
+    "mixed-svd": ("fp8", _IN_NVFP4, _LOW | {"skip_layers": ["*attn*"]}),
+    "mixed-int8": ("fp8", _IN_INT8, None),
 }
 """By name: ModelOpt's preset, what is quantized besides, and how it calibrates otherwise."""
 

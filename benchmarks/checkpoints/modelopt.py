@@ -5,7 +5,9 @@ input the same ones in INT8 and NVFP4.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,11 +17,17 @@ FP8 = torch.float8_e4m3fn
 FILE = "diffusion_pytorch_model.safetensors"
 
 
-def tensors_of(module: nn.Module, layers: list[str]) -> dict[str, Tensor]:
-    """The module's tensors in bfloat16, the weights of ``layers`` as codes with scales."""
+def tensors_of(module: nn.Module, layers: list[str], *, smooth: bool = False) -> dict[str, Tensor]:
+    """The module's tensors in bfloat16, the weights of ``layers`` as codes with scales.
+
+    ``smooth``: with factors of the input's columns, as AWQ gives them.
+    """
     found = {name: t.detach().bfloat16().contiguous() for name, t in module.state_dict().items()}
     for number, layer in enumerate(layers):
         weight = module.state_dict()[f"{layer}.weight"].float()
+        if smooth:
+            found[f"{layer}.pre_quant_scale"] = _factors(weight)
+            weight = weight / _factors(weight).float()
         scale = weight.abs().max() / 448
         found[f"{layer}.weight"] = (weight / scale).to(FP8)
         found[f"{layer}.weight_scale"] = scale.clone()
@@ -32,7 +40,7 @@ def smoothed(module: nn.Module, layers: list[str]) -> dict[str, Tensor]:
     found = {name: t.detach().bfloat16().contiguous() for name, t in module.state_dict().items()}
     for number, layer in enumerate(layers):
         weight = module.state_dict()[f"{layer}.weight"].float()
-        factors = torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
+        factors = _factors(weight)
         weight = weight / factors.float()
         scale = weight.abs().amax(1) / 127
         found[f"{layer}.weight"] = (weight / scale[:, None]).round().to(torch.int8)
@@ -49,7 +57,7 @@ def in_nvfp4(module: nn.Module, layers: list[str], rank: int = 0) -> dict[str, T
     for number, layer in enumerate(layers):
         weight = module.state_dict()[f"{layer}.weight"].float()
         if rank:
-            factors = torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
+            factors = _factors(weight)
             down = 0.05 * torch.randn(rank, weight.shape[1])
             up = 0.05 * torch.randn(weight.shape[0], rank)
             found[f"{layer}.pre_quant_scale"] = factors
@@ -62,6 +70,40 @@ def in_nvfp4(module: nn.Module, layers: list[str], rank: int = 0) -> dict[str, T
         found[f"{layer}.weight_scale_2"] = whole
         found[f"{layer}.input_scale"] = torch.tensor(0.0018 + 0.00001 * number)
     return found
+
+
+def _factors(weight: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, weight.shape[1]).bfloat16()
+
+
+def mixed(
+    module: nn.Module, algorithms: Mapping[str, str], *, smooth: bool = False
+) -> dict[str, Tensor]:
+    """The same with each layer by the algorithm that stands at its name; ``smooth``: of FP8."""
+    writers: dict[str, Callable[[list[str]], dict[str, Tensor]]] = {
+        "FP8": lambda layers: tensors_of(module, layers, smooth=smooth),
+        "W8A8_SQ_PER_CHANNEL": lambda layers: smoothed(module, layers),
+        "NVFP4": lambda layers: in_nvfp4(module, layers),
+        "NVFP4_SVD": lambda layers: in_nvfp4(module, layers, 8),
+    }
+    found = tensors_of(module, [])
+    for algorithm in dict.fromkeys(algorithms.values()):
+        layers = [layer for layer, own in algorithms.items() if own == algorithm]
+        own = writers[algorithm](layers)
+        found |= {name: own[name] for name in own if name.rpartition(".")[0] in layers}
+    return found
+
+
+def said(algorithms: Mapping[str, str]) -> dict[str, Any]:
+    """What ``config.json`` says of these layers."""
+    of_blocks = {"group_size": 16}
+    smooth = {"has_zero_point": False, "pre_quant_scale": True}
+    return {
+        layer: {"quant_algo": own}
+        | (of_blocks if own.startswith("NVFP4") else {})
+        | (smooth if own.startswith("NVFP4_") else {})
+        for layer, own in algorithms.items()
+    }
 
 
 def of_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,13 +125,20 @@ def numbers_of(codes: Tensor, blocks: Tensor, whole: Tensor) -> Tensor:
     return torch.cat((numbers, -numbers))[both] * steps
 
 
-def write(folder: Path, tensors: dict[str, Tensor], algorithm: str = "FP8") -> Path:
-    """The folder, with ``config.json`` and one file of weights."""
+def write(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    algorithm: str = "FP8",
+    layers: Mapping[str, Any] | None = None,
+) -> Path:
+    """The folder, with ``config.json`` and one file of weights; ``layers`` see :func:`said`."""
     folder.mkdir(parents=True, exist_ok=True)
     told = {
         "quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["proj_out"],
         "producer": {"name": "modelopt", "version": "0.47.0"},
     }  # fmt: skip
+    if layers is not None:
+        told |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "ignore": []}
     (folder / "config.json").write_text(json.dumps({"quantization_config": told}))
     save_file(tensors, folder / FILE)
     return folder

@@ -31,6 +31,7 @@ def without_scales(
         WeightsError: a scale is missing, none, or belongs to no codes; or another format.
     """
     check_maker({name: stored[name] for name in inside(stored)[1]})
+    modelopt.check_order(stored)
     for taken in (rowwise.of_torchao, comfy.without_scales):
         if (found := taken(stored)) is not None:
             return found

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks.checkpoints.modelopt import in_nvfp4, smoothed, tensors_of, with_attention, write
+from benchmarks.checkpoints.modelopt import (
+    in_nvfp4,
+    mixed,
+    said,
+    smoothed,
+    tensors_of,
+    with_attention,
+    write,
+)
 from benchmarks.plans import Plan, read_plan
 from cp_convert.bundle.manifest import Manifest
 from cp_convert.bundle.parts import kinds_of
@@ -120,3 +128,37 @@ def test_checkpoints_with_scales(kind: str, tmp_path: Path) -> None:
     pair = {"F": FP8, "W": "int8", "N": FP4}[kind[0]]
     check_shared(manifest, plans, pair)
     check_proof(manifest)
+
+
+@SLOW
+def test_a_checkpoint_of_several_kinds(tmp_path: Path) -> None:
+    """FP8 with factors, INT8 and NVFP4 with a low rank in each block, and blocks share engines."""
+    space, model = dict[str, Any](), wider(DEEP_FLUX)
+    exec(model, space)
+    module = space["build_model"]()
+    kinds = {layer: kind_of(layer) for layer in layers_of(module)}
+    weights = write(
+        tmp_path / "weights", mixed(module, kinds, smooth=True), layers=said(kinds)
+    )  # fmt: skip
+    manifest, plans = by_kinds(tmp_path, model, weights=weights, compute_capabilities=("12.0",))
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    count = Counter(kinds.values())
+    assert (linears.products["fp8"], linears.products["int8"], linears.products["nvfp4"]) == (
+        count["FP8"], count["W8A8_SQ_PER_CHANNEL"], count["NVFP4_SVD"]
+    )  # fmt: skip
+    shared = Counter(kinds_of(manifest))
+    assert max(shared.values()) > 1
+    for piece in (one for one, times in shared.items() if times > 1):
+        products = Counter(plans[piece].products())
+        assert min(products[one, one] for one in (FP8, FP4, "int8")) > 0
+        assert all(len(set(one)) == 1 for one in products)
+    check_proof(manifest)
+
+
+def kind_of(layer: str) -> str:
+    """Of a layer of FLUX's blocks."""
+    if ".ff" in layer or "proj_mlp" in layer:
+        return "NVFP4_SVD"
+    return "W8A8_SQ_PER_CHANNEL" if "out" in layer else "FP8"

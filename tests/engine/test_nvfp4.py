@@ -12,7 +12,7 @@ from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_f
 from benchmarks.checkpoints.comfy import in_nvfp4 as comfy_nvfp4
 from benchmarks.checkpoints.comfy import quantized
 from benchmarks.checkpoints.comfy import write as write_file
-from benchmarks.checkpoints.modelopt import FILE, in_nvfp4
+from benchmarks.checkpoints.modelopt import FILE, in_nvfp4, mixed, said, write
 from benchmarks.plans import Plan, read_plan
 from cp_convert.bundle.manifest import Manifest, Weight
 from tests.engine.test_quantized import (
@@ -22,6 +22,7 @@ from tests.engine.test_quantized import (
     converted,
     dense_of,
 )
+from tests.engine.test_quantized_models import layers_of
 from tests.runtime.bundles import FLUX, QWEN
 
 pytestmark = pytest.mark.engine
@@ -187,6 +188,33 @@ def test_a_file_of_two_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {one.codes for one in linears.layers if "single" in one.module} == {"fp8"}
     check_proof(manifest)
     check_run(tmp_path / "out", *dense_of(tmp_path / "flux.py"), most=0.4)
+
+
+def test_a_checkpoint_of_several_kinds(tmp_path: Path) -> None:
+    """ModelOpt's: FP8 with factors of the input's columns, INT8, NVFP4 and SVDQuant."""
+    space: dict[str, Any] = {}
+    exec(FLUX, space)
+    module = space["build_model"]()
+    every = ("FP8", "W8A8_SQ_PER_CHANNEL", "NVFP4", "NVFP4_SVD")
+    kinds = {layer: every[number % 4] for number, layer in enumerate(layers_of(module))}
+    tensors = mixed(module, kinds, smooth=True)
+    weights = write(tmp_path / "weights", tensors, layers=said(kinds))
+    manifest, plan = in_nvfp4_engines(tmp_path, FLUX, weights=weights)
+    products = Counter(plan.products())
+    assert [products[one, one] for one in ("fp8_e4m3", "int8", FP4)] == [5, 4, 8]
+    assert all(len(set(one)) == 1 for one in products)
+    assert manifest.runs_on.compute_capabilities == ["12.0"]
+    assert manifest.quantization is not None
+    linears = manifest.quantization.linears
+    assert linears is not None
+    assert linears.codes == "mixed"
+    assert linears.products == {"fp8": 5, "int8": 4, "nvfp4": 8, "bf16": len(linears.kept)}
+    for one in linears.layers:
+        assert one.smooth == (kinds[one.module] != "NVFP4")
+        assert one.rows == (kinds[one.module] == "W8A8_SQ_PER_CHANNEL")
+    codes = [w for w in manifest.weights if w.dtype in ("uint8", "int8", "float8_e4m3fn")]
+    assert {w.file for w in codes} == {str((weights / FILE).resolve())}
+    check_proof(manifest)
 
 
 @SLOW

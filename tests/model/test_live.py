@@ -88,7 +88,7 @@ def build_model():
             layer.weight_quantizer = TensorQuantizer(BITS, 0 if BITS == 8 else None)
             layer.output_quantizer = TensorQuantizer()
             layer.output_quantizer.is_enabled = False
-            if BITS == 8:
+            if BITS == 8 or SMOOTH:
                 factors = torch.linspace(0.5, 1.5, layer.weight.shape[1])
                 layer.weight.data /= factors
                 layer.input_quantizer.pre_quant_scale = factors
@@ -128,8 +128,10 @@ def job(folder: Path, **options: Any) -> Job:
     )  # fmt: skip
 
 
-def stand_in(bits: str = "(4, 3)", change: str = "") -> str:
-    return STAND_IN.replace("BITS", bits).replace("CHANGE", textwrap.indent(change, "    ").strip())
+def stand_in(bits: str = "(4, 3)", change: str = "", *, smooth: bool = False) -> str:
+    """``bits`` may look at the ``name`` of a layer."""
+    code = STAND_IN.replace("BITS", bits).replace("SMOOTH", str(smooth))
+    return code.replace("CHANGE", textwrap.indent(change, "    ").strip())
 
 
 def real(config: str, change: str = "") -> str:
@@ -185,14 +187,33 @@ def test_the_program_computes_what_the_live_module_does(
         assert (one.smooth is not None) == (kind == "int8" or is_svd)
         assert (one.low_rank is not None) == is_svd
         assert source.parameters_outside[name] is one.codes
+    check_same(source, truth, without, tmp_path)
+
+
+def check_same(source: Source, truth: Tensor, without: Tensor, folder: Path) -> None:
+    """The program's output is the live module's, by far less than what rounding does."""
     trace = traced(source, Clock(Progress()))
     captured = capture(source, trace, table(), Cache(None), None, Clock(Progress()))
-    asked = Loaded(job(tmp_path), BACKENDS["tensorrt-rtx"], source, "", None, tmp_path)
+    asked = Loaded(job(folder), BACKENDS["tensorrt-rtx"], source, "", None, folder)
     program = quantized(asked, captured, Clock(Progress())).dense
     (found,) = run(program, flat_inputs(program, source.inputs), 1)[0]
     loss = (truth - without).norm() / without.norm()
     assert 1e-3 < loss < 0.2
     assert (found - truth).norm() / truth.norm() < 0.05 * loss
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("bits", ["(4, 3)", '(8 if "qkv" in name else (4, 3))'])
+def test_factors_beside_fp8_and_layers_of_two_kinds(bits: str, tmp_path: Path) -> None:
+    prepare(BACKENDS["tensorrt-rtx"])
+    code = stand_in(bits, smooth=True)
+    source = loaded(tmp_path, code)
+    types = {name: one.codes.dtype for name, one in source.codes.items()}
+    of_qkv = FP8 if bits == "(4, 3)" else torch.int8
+    own = [of_qkv, FP8]
+    assert types == {f"{layer}.weight": own["out" in layer] for layer in LAYERS}
+    assert all(one.smooth is not None for one in source.codes.values())
+    check_same(source, *own_output(code, source.inputs["x"]), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,52 @@ def test_int8_codes_need_no_factors(tmp_path: Path) -> None:
     assert [one.smooth for one in loaded(tmp_path).codes.values()] == [None] * 4
 
 
+def test_fp8_codes_with_factors_of_the_input(tmp_path: Path) -> None:
+    tensors = tensors_of(module(), LAYERS, smooth=True)
+    write(tmp_path / "weights", tensors)
+    source = loaded(tmp_path)
+    held, truth = dict(source.module.named_parameters()), module().state_dict()
+    for layer in LAYERS:
+        name, one = f"{layer}.weight", source.codes[f"{layer}.weight"]
+        factors = tensors[f"{layer}.pre_quant_scale"].float()
+        assert one.weight_scale == tensors[f"{layer}.weight_scale"].item()
+        assert torch.equal(one.smooth, factors)  # type: ignore[arg-type]
+        numbers = tensors[name].float() * one.weight_scale * factors
+        torch.testing.assert_close(held[name], numbers.bfloat16())
+        assert (held[name] - truth[name]).norm() < 0.03 * truth[name].norm()
+    cast = loaded(tmp_path, allow_cast=("float8",))
+    assert not cast.codes
+    assert all(torch.equal(held[n], p) for n, p in cast.module.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda t: t.pop("blocks.0.out.pre_quant_scale"), "in FP8.*, which 3 of 4 layers have"),
+        (lambda t: t["blocks.0.out.pre_quant_scale"].zero_(), "pre_quant_scale .* is 0.0"),
+        (lambda t: t["blocks.0.out.pre_quant_scale"].neg_(), "pre_quant_scale .* is -0.5"),
+        (lambda t: t["blocks.0.out.pre_quant_scale"].mul_(torch.nan), "pre_quant_scale .* is nan"),
+        (
+            lambda t: t.update({"blocks.0.out.pre_quant_scale": torch.ones(32)}),
+            r"blocks.0.out.pre_quant_scale .* F32\[32\]; there are 64 columns",
+        ),
+        (
+            lambda t: t.update({"leave.pre_quant_scale": torch.ones(64)}),
+            "leave.pre_quant_scale is a scale, and leave.weight is stored as BF16",
+        ),
+    ],
+)
+def test_what_is_no_factor_of_the_input(
+    damage: Callable[[dict[str, Tensor]], object], told: str, tmp_path: Path
+) -> None:
+    tensors = tensors_of(module(), LAYERS, smooth=True)
+    damage(tensors)
+    write(tmp_path / "weights", tensors)
+    with pytest.raises(WeightsError, match=told) as caught:
+        loaded(tmp_path)
+    assert caught.value.exit_code == 2
+
+
 Damage = Callable[[dict[str, Tensor]], None]
 
 
@@ -220,7 +266,8 @@ def attended(last: Tensor) -> Damage:
             "blocks.0.out.weight .* holds NaN",
         ),
         (without("blocks.0.out.bias"), "1 missing: blocks.0.out.bias"),
-        (with_("blocks.0.out.pre_quant_scale", torch.ones(64)), "1 unexpected"),
+        (with_("blocks.0.out.pre_quant_scale", torch.ones(64)), "missing: .*, which 1 of 4 layers"),
+        (with_("blocks.0.out.svdquant_lora_a", torch.ones(8, 64)), "1 unexpected"),
     ],
 )  # fmt: skip
 def test_what_is_no_such_checkpoint_is_refused_by_name(

@@ -1,16 +1,26 @@
 """NVFP4 checkpoints: what is read, where it stays, and what is refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.checkpoints.authors import FLUX_LAYERS, original_flux, smaller_flux
 from benchmarks.checkpoints.comfy import as_json, quantized
 from benchmarks.checkpoints.comfy import in_nvfp4 as comfy_nvfp4
 from benchmarks.checkpoints.comfy import write as write_file
-from benchmarks.checkpoints.modelopt import FILE, FP8, in_nvfp4, numbers_of, write, written_twice
+from benchmarks.checkpoints.modelopt import (
+    FILE,
+    FP8,
+    in_nvfp4,
+    numbers_of,
+    tensors_of,
+    write,
+    written_twice,
+)
 from cp_convert.errors import UsageError, WeightsError
 from cp_convert.ir.source import Source
 from cp_convert.job import without
@@ -51,6 +61,24 @@ def test_names_tell_the_format_where_no_configuration_does(tmp_path: Path) -> No
     folder = write(tmp_path / "weights", in_nvfp4(module(), LAYERS), "NVFP4")
     (folder / "config.json").unlink()
     assert len(loaded(tmp_path).codes) == 4
+
+
+@pytest.mark.parametrize("is_described", [False, True])
+def test_an_order_that_is_not_told(is_described: bool, tmp_path: Path) -> None:
+    """ModelOpt puts scales in tiles where it is asked to, and codes in no other order."""
+    folder = write(tmp_path / "weights", tensors := in_nvfp4(module(), LAYERS), "NVFP4")
+    header = {"quantization_config": json.dumps({"quant_method": "modelopt"})}
+    if is_described:
+        layers = {layer: {"format": "nvfp4"} for layer in LAYERS}
+        header["_quantization_metadata"] = json.dumps({"layers": layers})
+    save_file(tensors, folder / FILE, header)
+    with pytest.raises(WeightsError, match=r"by ModelOpt with options .* is not told") as caught:
+        loaded(tmp_path)
+    assert caught.value.exit_code == 2
+    if not is_described:  # FP8 has one order alone
+        write(folder, eight := tensors_of(module(), LAYERS))
+        save_file(eight, folder / FILE, header)
+        assert len(loaded(tmp_path).codes) == 4
 
 
 def blocks(value: float, *shape: int) -> Tensor:
