@@ -10,7 +10,7 @@ torchao's ``Float8Tensor``, ``PerRow``)::
 torchao says in the file's metadata what each tensor is, ``tensor_names`` among them; without
 ``act_quant_kwargs`` the weight alone is quantized, and a block of the whole weight has one scale.
 Its ``PerTensor`` divides the whole input by its own largest number, which would be that of all
-ranks; a constant scale has to be put in the place of that (:attr:`.Coded.by_whole`).
+ranks; a constant scale has to be put in the place of that (``by_whole``, in :mod:`.coded`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from ..lora.compute import Changed
 from ..model.load import load, surroundings
 from ..prove.bounds import MARGIN, judged_by
 from ..prove.errors import worst
-from ..prove.measure import measure
+from ..prove.measure import Truth, measure
 from .given import asked_variant, given_inputs
 from .original import Original, original_of
 from .reached import beyond, watched
@@ -70,11 +70,7 @@ def compare(
         branches = replace(source.branches, added=added)
         with watched(source.module, manifest.quantization, source.codes) as reached:
             truth = measure(source.module, inputs, branches=branches)
-    returned = mapped(Path(str(asked.outputs)))
-    outputs = [returned[io.name] for io in manifest.io if io.mode == "output"]
-    against, bound = judged_by(truth, None)
-    bound = _with_loss(bound, manifest)
-    error = worst(outputs, against)
+    error, bound = _judged(manifest, Path(str(asked.outputs)), truth)
     if not error.within(bound):
         if (reason := beyond(reached)) is not None:
             return {"reason": reason, "error": None, "bound": None}
@@ -94,6 +90,14 @@ _NOT_TORCHS: Final = (
     "torch ran the stored program, so no engine is at fault: program or weights are not those that "
     "were proven, or the model's file builds others each time; `cp-convert verify` looks at them."
 )
+
+
+def _judged(manifest: Manifest, file: Path, truth: Truth) -> tuple[Error, Error]:
+    """How far the outputs in ``file`` are from the dense model's, and how far they may be."""
+    returned = mapped(file)
+    outputs = [returned[io.name] for io in manifest.io if io.mode == "output"]
+    against, bound = judged_by(truth, None)
+    return worst(outputs, against), _with_loss(bound, manifest)
 
 
 def _with_loss(bound: Error, manifest: Manifest) -> Error:
