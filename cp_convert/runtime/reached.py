@@ -83,9 +83,15 @@ def _factors(codes: Mapping[str, Codes], layer: Layer) -> Tensor | None:
 
 
 def _note(
-    found: dict[str, tuple[float, float]], name: str, end: float, factors: Tensor | None,
-    _: nn.Module, given: tuple[Tensor, ...],
-) -> None:  # fmt: skip
-    x = given[0].detach().float()
+    found: dict[str, tuple[float, float]],
+    name: str,
+    end: float,
+    factors: Tensor | None,
+    _: nn.Module,
+    given: tuple[Tensor, ...],
+) -> None:
+    x = next((one.detach().float() for one in given if one.numel()), None)
+    if x is None:  # no rows, or by name
+        return
     reach = float((x if factors is None else x * factors.to(x.device)).abs().amax())
     found[name] = (max(reach, found.get(name, (0.0, end))[0]), end)
