@@ -41,7 +41,17 @@ def test_cells_of_a_format_are_one_row() -> None:
             }
         },
     }
+    runs = results["FLUX.1"]["modelopt-fp8"]
+    runs["ulysses 2"]["ran"] = {"apart": 0.0, "error": 0.02, "bound": 0.05}
+    runs["ring 4"]["ran"] = {"apart": 1e-7, "error": 0.04, "bound": 0.05}
+    results["FLUX.1"]["quantize-nvfp4"]["ulysses 2"] |= {
+        "ran": {"failed": "rank 1 hangs"}, "bf16": "nothing can be proven. Hint: fp16",
+    }  # fmt: skip
     text = page(results, FORMATS)
+    assert "| precision | 8.9, 12.0 | 2: 4e-02 of 5e-02 |" in text
+    assert "| 12.0 | 1 of 1 failed |" in text
+    assert "3 bundles were run, 1 of them failed, 2 were compared; ranks are 1e-07 apart" in text
+    assert "- quantize-nvfp4: nothing can be proven. (ulysses 2: FLUX.1)" in text
     assert "5 of 24\ncells were run: 3 proven, 1 refused, 1 failed" in text
     assert "(4e-07 at most in all cells; without communication it is\n1e-01 at least)" in text
     assert "| ulysses | 2 | 2 | 1 | 0 |" in text
