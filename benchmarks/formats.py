@@ -31,6 +31,7 @@ WIDTH: Final = 128
 """Of the small models: eight heads of 16 numbers."""
 LOW_RANK: Final = 8
 _PREFIX: Final = "model.diffusion_model."
+_FILE: Final = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,18 @@ def _by_modelopt(kind: str) -> Callable[[Small, Path], Path]:
 
 
 def _by_torchao(kind: str) -> Callable[[Small, Path], Path]:
-    file = "weights.safetensors"
-    return lambda one, folder: by_tools.by_torchao(one.module, one.layers, kind, folder / file)
+    return lambda one, folder: by_tools.by_torchao(one.module, one.layers, kind, folder / _FILE)
+
+
+def _by_kitchen(kind: str) -> Callable[[Small, Path], Path]:
+    return _single(lambda one: by_tools.by_kitchen(one.named, one.theirs, kind))
 
 
 def _single(
     make: Callable[[Small], tuple[dict[str, Tensor], dict[str, str]]], *, own: bool = False
 ) -> Callable[[Small, Path], Path]:
     """A single file; ``own``: in the names of diffusers, without a prefix."""
-    file = "weights.safetensors"
-    return lambda one, folder: comfy.write(folder / file, *make(one), "" if own else one.prefix)
+    return lambda one, folder: comfy.write(folder / _FILE, *make(one), "" if own else one.prefix)
 
 
 def _mixed(one: Small) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -266,14 +269,9 @@ FORMATS: Final[Mapping[str, Format]] = {
         lambda one, folder: by_tools.by_diffusers(one.module, folder / "weights"),
     ),
     "by-kitchen-fp8": Format(
-        "by comfy-kitchen 0.2.40, ComfyUI's library: FP8",
-        _single(lambda one: by_tools.by_kitchen(one.named, one.theirs, "float8_e4m3fn")),
+        "by comfy-kitchen 0.2.40, ComfyUI's library: FP8", _by_kitchen("float8_e4m3fn")
     ),
-    "by-kitchen-nvfp4": Format(
-        "by itself: NVFP4",
-        _single(lambda one: by_tools.by_kitchen(one.named, one.theirs, "nvfp4")),
-        targets=FP4_TARGETS,
-    ),
+    "by-kitchen-nvfp4": Format("by itself: NVFP4", _by_kitchen("nvfp4"), targets=FP4_TARGETS),
     "fp8-cast": Format(
         "a single file merely cast to FP8, `--allow-cast float8`",
         _single(_merely_cast),

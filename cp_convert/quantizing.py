@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
 import torch
 from torch import fx
@@ -13,19 +12,15 @@ from torch import fx
 from .capture import attention8, linear8, products8
 from .ir.attention8 import Steps
 from .ir.attentions8 import Attention8, Attentions
-from .ir.linear8 import Kept, Kind, Layer, Linears, Scales
-from .ir.nvfp4 import PAIRS
+from .ir.linear8 import TYPES, Kept, Layer, Linears, Scales
 from .ir.program import Lowered, module_path
-from .ir.quantize import FP8, INT8
+from .ir.quantize import FP8
 from .ir.records import Captured, Loaded
 from .ir.source import Codes, of_blocks
 from .job import ATTENTION_FP8, Job
 from .progress import Clock
 from .prove import check_device, flat_inputs
 from .prove.calibrate import attention_losses, largest_of, losses, sets_of
-
-_TYPES: Final[Mapping[Kind, torch.dtype]] = {"nvfp4": PAIRS, "int8": INT8, "fp8": FP8}
-"""Of codes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def quantized(loaded: Loaded, captured: Captured, clock: Clock) -> Captured:
         lost |= attention_losses(dense, steps, example, device) if steps and not unread else {}
     layers = tuple(_layer(n, scales[n.name], lost.get(n.name), codes) for n in linears.nodes)
     types = {one.codes.dtype for one in (*scales.values(), *codes.values())}
-    kinds = tuple(kind for kind in _TYPES if _TYPES[kind] in types)
+    kinds = tuple(kind for kind in TYPES if TYPES[kind] in types)
     weights = {} if codes else linear8.weights_of(linears.nodes, names)
     blocks = _of_blocks(program, {**names, **weights})
     weights, blocks = (weights, blocks) if codes else ({**weights, **blocks}, {})
@@ -99,7 +94,7 @@ def _apart(scales: Mapping[str, tuple[str, str]], names: Mapping[str, str]) -> d
 
 def _asked(job: Job) -> torch.dtype:
     """The type of codes that the job asks for."""
-    return next((dtype for kind, dtype in _TYPES.items() if kind == job.quantize), FP8)
+    return next((dtype for kind, dtype in TYPES.items() if kind == job.quantize), FP8)
 
 
 def _linears(dense: Lowered, codes: Mapping[str, Codes], job: Job) -> _Chosen:
@@ -151,7 +146,7 @@ def _layer(node: fx.Node, own: Codes, loss: float | None, codes: Mapping[str, Co
     """What is told of a layer; ``codes`` are those of the checkpoint, by placeholder."""
     stored = codes.get(str(node.args[1]))
     given: Scales = "none" if stored is None else "both" if stored.is_multiplied else "weight"
-    (kind,) = (kind for kind in _TYPES if _TYPES[kind] == own.codes.dtype)
+    (kind,) = (kind for kind in TYPES if TYPES[kind] == own.codes.dtype)
     return Layer(
         module_path(node),
         own.input_scale,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 
 from ..errors import CannotConvert
-from ..ir.nvfp4 import LARGEST_OF_ALL, PAIRS
-from ..ir.quantize import LARGEST, SCALES, TINY
+from ..ir.nvfp4 import LARGEST_NUMBER
+from ..ir.quantize import SCALES, TINY
 from ..ir.source import Codes
-
-_LARGEST: Final = {**LARGEST, PAIRS: LARGEST_OF_ALL}
 
 
 def scale_of(largest: float, path: str, dtype: torch.dtype, told: str, kept: str) -> float:
@@ -27,13 +23,13 @@ def scale_of(largest: float, path: str, dtype: torch.dtype, told: str, kept: str
     Raises:
         CannotConvert: it is none, see :data:`..ir.quantize.SCALES`.
     """
-    if not SCALES[0] <= largest / _LARGEST[dtype] <= SCALES[1]:
+    if not SCALES[0] <= largest / LARGEST_NUMBER[dtype] <= SCALES[1]:
         raise CannotConvert(
             f"{told} has no scale: its largest magnitude is {largest}.",
             where=path,
             hint=f"--keep leaves {kept} as it is; --calibration names other inputs.",
         )
-    return largest / _LARGEST[dtype]
+    return largest / LARGEST_NUMBER[dtype]
 
 
 def check_products(own: Codes, like: torch.dtype, path: str, *, apart: bool) -> None:
@@ -61,7 +57,7 @@ def check_products(own: Codes, like: torch.dtype, path: str, *, apart: bool) -> 
     if apart and own.is_multiplied:
         return
     for what, scale in scales.items():
-        if not torch.tensor(scale * _LARGEST[own.codes.dtype]).to(like):
+        if not torch.tensor(scale * LARGEST_NUMBER[own.codes.dtype]).to(like):
             kind = str(like).removeprefix("torch.")
             told = f"{scale:.3g} times the largest code is zero in {kind}"
             raise _of_zeros(path, what, told, "-p bf16 or -p fp32; ")

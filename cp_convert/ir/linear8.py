@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
+import torch
+
+from .nvfp4 import PAIRS
 from .program import Lowered
+from .quantize import FP8, INT8
 
 Scales = Literal["both", "weight", "none"]
 Kind = Literal["fp8", "int8", "nvfp4"]
+TYPES: Final[Mapping[Kind, torch.dtype]] = {"nvfp4": PAIRS, "int8": INT8, "fp8": FP8}
+"""Of codes."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ BLOCK: Final = 16
 LARGEST_CODE: Final = 6.0
 LARGEST_OF_ALL: Final = LARGEST_CODE * LARGEST[FP8]
 """What the largest number of a tensor is of its scale: the largest code of the largest block."""
+LARGEST_NUMBER: Final = {**LARGEST, PAIRS: LARGEST_OF_ALL}
+"""The same by the type of codes, of all types."""
 STEP_OF_ALL: Final = 2.0**-12
 """A scale of a tensor whose numbers lie between -1 and 1: every type holds what codes stand for."""
 MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -6,7 +6,7 @@ differently stand beside: :mod:`.modelopt` and :mod:`.comfy`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -197,12 +197,17 @@ def numbers_at(at: Location) -> Tensor:
 
 def metadata_of(stored: Mapping[str, Location]) -> dict[str, tuple[str, Location]]:
     """What the headers of the files say beside their tensors, and a tensor of the file."""
-    found: dict[str, tuple[str, Location]] = {}
+    every = metadata_by_file(stored)
+    return {name: (text, at) for at, told in every for name, text in told.items()}
+
+
+def metadata_by_file(
+    stored: Mapping[str, Location],
+) -> Iterator[tuple[Location, Mapping[str, str]]]:
+    """The same file by file: a tensor of it, and what its header says."""
     for at in {at.file: at for at in stored.values()}.values():
         with opened(at.file) as file:
-            told = file.metadata() or {}
-        found |= {name: (text, at) for name, text in told.items()}
-    return found
+            yield at, file.metadata() or {}
 
 
 def not_quantized(

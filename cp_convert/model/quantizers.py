@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelFileError
-from ..ir.nvfp4 import BLOCK, LARGEST_OF_ALL, PAIRS
-from ..ir.quantize import FP8, INT8, LARGEST, SCALES, are_scales
+from ..ir.nvfp4 import BLOCK, LARGEST_NUMBER, PAIRS
+from ..ir.quantize import FP8, INT8, SCALES, are_scales
 
 SUFFIX: Final = "_quantizer"
 _BITS: Final[dict[Any, torch.dtype]] = {(4, 3): FP8, 8: INT8, (2, 1): PAIRS}
@@ -123,7 +123,7 @@ def scales(name: str, quantizer: nn.Module, dtype: torch.dtype, rows: int | None
     largest = largest.detach().float().flatten()
     if largest.numel() not in (1, rows):
         raise refused(name, f"has {largest.numel()} scales, and {rows or 1} are taken")
-    found = largest / (LARGEST_OF_ALL if dtype == PAIRS else LARGEST[dtype])
+    found = largest / LARGEST_NUMBER[dtype]
     is_less = (found >= 0) & (found < SCALES[0])
     # A row of zeros has no scale, nor one of what float32 hardly tells from them; any will do.
     found = torch.where(is_less, found.max(), found) if rows is not None else found

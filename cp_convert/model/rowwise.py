@@ -25,7 +25,7 @@ from ..ir.tensors import Location
 from .coded import (
     WEIGHT,
     Coded,
-    metadata_of,
+    metadata_by_file,
     missing,
     not_quantized,
     scale_at,
@@ -130,18 +130,20 @@ def _described(stored: Mapping[str, Location]) -> dict[str, tuple[str, Location]
     Of several files each may tell of all tensors, as diffusers has it, or of its own.
     """
     found: dict[str, tuple[str, Location]] = {}
-    for at in {at.file: at for at in stored.values()}.values():
-        metadata = metadata_of({"": at})
-        if _NAMES not in metadata:
+    for at, told in metadata_by_file(stored):
+        if _NAMES not in told:
             continue
-        names = _json(_NAMES, metadata[_NAMES][0], at)
+        names = _json(_NAMES, told[_NAMES], at)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise _refused(_NAMES, "no list of names", at)
         for name in names:
-            if name not in metadata or names.count(name) > 1:
-                raise _refused(name, "not described" if name not in metadata else "two tensors", at)
-            if found.setdefault(name, metadata[name])[0] != metadata[name][0]:
-                raise _refused(name, f"something else in {found[name][1].file.name}", at)
+            if name not in told:
+                raise _refused(name, "not described", at)
+            if names.count(name) > 1:
+                raise _refused(name, "two tensors", at)
+            text, other = found.setdefault(name, (told[name], at))
+            if text != told[name]:
+                raise _refused(name, f"something else in {other.file.name}", at)
     return found
 
 

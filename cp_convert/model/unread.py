@@ -11,8 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..ir.nvfp4 import LARGEST_OF_ALL, PAIRS
-from ..ir.quantize import LARGEST
+from ..ir.nvfp4 import LARGEST_NUMBER
 from ..ir.source import Codes
 from ..job import ATTENTION_FP8, Job
 from .coded import Coded, shape_of
@@ -36,8 +35,7 @@ def without_numbers(coded: Coded, codes: Tensor, like: Tensor) -> Tensor | None:
     Returns:
         ``None`` where numbers are wanted after all: tables, and what ``like``'s type may not hold.
     """
-    largest = LARGEST_OF_ALL if codes.dtype == PAIRS else LARGEST[codes.dtype]
-    most = torch.as_tensor(coded.weight_scale).max() * largest
+    most = torch.as_tensor(coded.weight_scale).max() * LARGEST_NUMBER[codes.dtype]
     if coded.low_rank is not None:
         down, up = (factor.float() for factor in coded.low_rank)
         most = most + len(down) * down.abs().max() * up.abs().max()

@@ -6,20 +6,18 @@ does to the output no proof has measured, so that outputs of such inputs are com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Final
 
 from torch import Tensor, nn
 
-from ..bundle.quantized import Layer, Quantization
-from ..ir.nvfp4 import LARGEST_OF_ALL
-from ..ir.quantize import FP8, INT8, LARGEST
+from ..bundle.quantized import Quantization
+from ..ir.linear8 import TYPES
+from ..ir.nvfp4 import LARGEST_NUMBER
 from ..ir.source import Codes
 
-_ENDS: Final = {"fp8": LARGEST[FP8], "int8": LARGEST[INT8], "nvfp4": float(LARGEST_OF_ALL)}
-"""The largest code, by what a layer's codes are called."""
 _FAR: Final = 1.25
 """Numbers may be larger than those that scales were made for, by as much as these vary."""
 
@@ -38,19 +36,12 @@ def watched(
     """
     found: dict[str, tuple[float, float]] = {}
     held = dict(module.named_modules())
-    handles = [
-        held[layer.module].register_forward_pre_hook(
-            partial(_note, found, layer.module, _end(told, layer), factors)
-        )
-        for layer in _layers(told)
-        if layer.module in held
-        and ((factors := _factors(codes, layer)) is not None or not layer.smooth)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, end, factors in _layers(told, codes):
+            if name in held:
+                note = partial(_note, found, name, end, factors)
+                hooks.callback(held[name].register_forward_pre_hook(note).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def beyond(found: Mapping[str, tuple[float, float]]) -> str | None:
@@ -66,20 +57,22 @@ def beyond(found: Mapping[str, tuple[float, float]]) -> str | None:
     )
 
 
-def _layers(told: Quantization | None) -> Sequence[Layer]:
+def _layers(
+    told: Quantization | None, codes: Mapping[str, Codes]
+) -> Iterator[tuple[str, float, Tensor | None]]:
+    """Those whose inputs have a constant scale: the module, where codes end, and the factors.
+
+    Not those whose factors nobody knows.
+    """
     if told is None or told.linears is None:
-        return ()
-    return [one for one in told.linears.layers if one.input_scale is not None]
-
-
-def _end(told: Quantization | None, layer: Layer) -> float:
-    assert told is not None and told.linears is not None and layer.input_scale is not None
-    return layer.input_scale * _ENDS[layer.codes or told.linears.codes]
-
-
-def _factors(codes: Mapping[str, Codes], layer: Layer) -> Tensor | None:
-    own = codes.get(f"{layer.module}.weight")
-    return None if own is None or not layer.smooth else own.smooth
+        return
+    for one in told.linears.layers:
+        own = codes.get(f"{one.module}.weight")
+        factors = own.smooth if one.smooth and own is not None else None
+        if one.input_scale is not None and (factors is not None or not one.smooth):
+            kind = one.codes or told.linears.codes
+            assert kind != "mixed"  # layers of several kinds say theirs
+            yield one.module, one.input_scale * LARGEST_NUMBER[TYPES[kind]], factors
 
 
 def _note(

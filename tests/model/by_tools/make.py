@@ -21,6 +21,7 @@ from benchmarks.checkpoints.by_tools import (
     numbers_of_kitchen,
     quantized,
 )
+from tests.model.test_comfy import named as plain
 from tests.model.test_modelopt import LAYERS, module
 
 HERE = Path(__file__).parent
@@ -36,7 +37,7 @@ def main() -> None:
         for layer in LAYERS[:2] if kind in TAKEN else ():
             weight = coded.get_submodule(layer).weight
             numbers[f"torchao-{kind} {layer}"] = weight.dequantize()  # type: ignore[operator]
-    named = {name: t.bfloat16() for name, t in module().state_dict().items()}
+    named = plain()
     for kind in KITCHEN:
         tensors, _ = by_kitchen(named, LAYERS, kind)
         save_file(tensors, HERE / f"kitchen-{kind}.safetensors")
